@@ -1,0 +1,32 @@
+# `make book`: run the notebooks and build the book.  `make test`: everything that must hold.
+# Both set up .venv from requirements.lock when it is missing or the lock has changed.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+# The kernel named python3 is this .venv's, whatever kernels the user has registered elsewhere.
+export JUPYTER_PATH := $(CURDIR)/.venv/share/jupyter
+
+.PHONY: book test lock
+
+book: .venv/installed
+	$(BIN)/python -m ilora
+
+test: .venv/installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pytest
+
+.venv/installed: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("ilora needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+# Resolve pyproject.toml anew, keeping every pin that still fits.  torch stays a plain pin, for CPU and CUDA builds.
+lock: .venv/installed
+	$(BIN)/python -m pip install --quiet "pip-tools>=7.6,<8"
+	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile --quiet --all-extras --strip-extras --allow-unsafe \
+		--no-emit-index-url --no-emit-find-links --output-file requirements.lock pyproject.toml
+	sed -i.bak -E 's/^(torch==[^+ ]+)\+[a-z0-9.]+/\1/' requirements.lock && rm requirements.lock.bak

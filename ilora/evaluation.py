@@ -1,0 +1,147 @@
+"""Evaluation: one row of outcomes per question, and the metrics of a set of outcomes with 95 % intervals.
+
+The paper's HitRatio@1 counts right answers among all questions, the released code's among valid answers. Both
+are reported, by name: `hit_ratio` and `hit_ratio_of_valid`. `rank_...` come from ranking the 20 candidates by
+likelihood or score, where every answer is valid by construction.
+"""
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy import stats
+from tqdm import tqdm
+
+from ilora.model import LanguageRecommender, Questions
+from ilora.recommenders import Recommender
+
+NO_ANSWER = -1
+RESAMPLES = 2000
+
+
+def ask(
+    recommender: LanguageRecommender, questions: Questions, batch_size: int = 64, write: bool = True
+) -> pd.DataFrame:
+    """Outcomes of a language recommender, one row a question in the order of `questions`.
+
+    user, position, target; answer: the item named, NO_ANSWER if invalid; valid, hit; rank: the target's place
+    among the candidates by likelihood, from 1. With `write=False` the first-ranked candidate is the answer.
+    """
+    recommender.eval()
+    rows = [questions[i] for i in range(len(questions))]
+    order = sorted(range(len(rows)), key=lambda i: recommender.length(rows[i]))  # rows of like length together
+    answer, rank = np.full(len(rows), NO_ANSWER), np.zeros(len(rows), int)
+    with tqdm(total=len(rows), unit="question", desc="asking", mininterval=1) as bar:
+        for start in range(0, len(rows), batch_size):
+            index = order[start : start + batch_size]
+            batch = [rows[i] for i in index]
+            scores = recommender.rank(batch).cpu().numpy()
+            column = recommender.generate(batch) if write else scores.argmax(1)
+            answer[index] = [NO_ANSWER if c is None else row[1][c] for c, row in zip(column, batch, strict=True)]
+            rank[index] = _rank(scores, np.array([row[1] == row[2] for row in batch]))
+            bar.update(len(batch))
+    return _outcomes(questions, answer, rank)
+
+
+@torch.no_grad()
+def score(recommender: Recommender, questions: Questions) -> pd.DataFrame:
+    """Outcomes of a recommender without language: the answer is the candidate with the highest score."""
+    recommender.eval()
+    device = next(iter(recommender.state_dict().values())).device
+    history = torch.from_numpy(questions.sequences.history).to(device)
+    scores = recommender.score(history, torch.from_numpy(questions.candidates).to(device)).cpu().numpy()
+    return choose(questions, scores)
+
+
+def choose(questions: Questions, scores: np.ndarray) -> pd.DataFrame:
+    """Outcomes of scores (n, candidates)."""
+    answer = np.take_along_axis(questions.candidates, scores.argmax(1)[:, None], axis=1)[:, 0]
+    rank = _rank(scores, questions.candidates == questions.sequences.target[:, None])
+    return _outcomes(questions, answer, rank)
+
+
+def _rank(scores: np.ndarray, is_target: np.ndarray) -> np.ndarray:
+    """(n,) place of the target from 1; a tie is lost to candidates in earlier columns, which are random."""
+    own = scores[is_target][:, None]
+    earlier = np.arange(scores.shape[1])[None] < is_target.argmax(1)[:, None]
+    return 1 + ((scores > own) | (scores == own) & earlier).sum(1)
+
+
+def _outcomes(questions: Questions, answer: np.ndarray, rank: np.ndarray) -> pd.DataFrame:
+    sequences = questions.sequences
+    table = {"user": sequences.user, "position": sequences.position, "target": sequences.target, "answer": answer}
+    outcomes = pd.DataFrame(table)
+    return outcomes.assign(valid=answer != NO_ANSWER, hit=answer == sequences.target, rank=rank)
+
+
+def metrics(outcomes: pd.DataFrame, seed: int = 0) -> dict[str, dict[str, float]]:
+    """name -> {value, low, high, n}: each a mean over sequences with its 95 % interval.
+
+    valid_ratio, hit_ratio (right of all, the paper's), hit_ratio_of_valid (right of valid, the released code's),
+    rank_hit_ratio@k and rank_ndcg@k for k = 1, 5, 10.
+    """
+    rank = outcomes["rank"].to_numpy()
+    values = {"valid_ratio": outcomes["valid"], "hit_ratio": outcomes["hit"]}
+    for k in (1, 5, 10):
+        values[f"rank_hit_ratio@{k}"] = rank <= k
+        if k > 1:
+            values[f"rank_ndcg@{k}"] = np.where(rank <= k, 1 / np.log2(1 + rank), 0.0)
+    report = {name: interval(np.asarray(value, float), outcomes["user"], seed=seed) for name, value in values.items()}
+    valid = outcomes[outcomes["valid"]]
+    if len(valid):
+        report["hit_ratio_of_valid"] = interval(valid["hit"].to_numpy(float), valid["user"], seed=seed)
+    return report
+
+
+def table(systems: dict[str, pd.DataFrame], metric: str = "hit_ratio") -> pd.DataFrame:
+    """One row a system: value, low and high of a metric, and n; in the order given."""
+    rows = {name: metrics(outcomes).get(metric) for name, outcomes in systems.items()}
+    return pd.DataFrame({name: row for name, row in rows.items() if row}).T[["value", "low", "high", "n"]]
+
+
+def summary(systems: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """The table that pages show: for each system its main metrics as "value [low, high]"."""
+    names = ["hit_ratio", "valid_ratio", "hit_ratio_of_valid", "rank_hit_ratio@1", "rank_ndcg@10"]
+    rows = {system: metrics(outcomes) for system, outcomes in systems.items()}
+    written = {
+        system: {
+            name: "{value:.3f} [{low:.3f}, {high:.3f}]".format(**row[name]) if name in row else "-" for name in names
+        }
+        for system, row in rows.items()
+    }
+    return pd.DataFrame(written).T[names]
+
+
+def interval(values: np.ndarray, users: np.ndarray, seed: int = 0) -> dict[str, float]:
+    """Mean of `values` (n,) with a 95 % interval.
+
+    One answer per user, right or wrong: Wilson's interval. Several windows per user, or values between 0 and 1:
+    users are drawn with replacement (a cluster bootstrap), because windows of one user are not independent.
+    Where all answers are alike a bootstrap has no width: Wilson's interval with each user counted once.
+    """
+    values, users = np.asarray(values, float), np.asarray(users)
+    mean, n, clusters = float(values.mean()), len(values), len(np.unique(users))
+    if mean in (0, 1) or (clusters == n and np.isin(values, (0, 1)).all()):
+        found = stats.binomtest(round(mean * clusters), clusters).proportion_ci(method="wilson")
+        low, high = found.low, found.high
+    else:
+        low, high = np.quantile(_resampled_means(values, users, seed), (0.025, 0.975))
+    return {"value": mean, "low": float(low), "high": float(high), "n": n, "users": clusters}
+
+
+def difference(one: pd.DataFrame, other: pd.DataFrame, column: str = "hit", seed: int = 0) -> dict[str, float]:
+    """Mean difference `one` - `other` of a column on the same questions, with a 95 % interval by users."""
+    same = ["user", "position", "target"]
+    if not one[same].reset_index(drop=True).equals(other[same].reset_index(drop=True)):
+        raise ValueError("the two outcomes answer different questions: ask both with the same Questions")
+    change = one[column].to_numpy(float) - other[column].to_numpy(float)
+    low, high = np.quantile(_resampled_means(change, one["user"].to_numpy(), seed), (0.025, 0.975))
+    return {"value": float(change.mean()), "low": float(low), "high": float(high), "n": len(change)}
+
+
+def _resampled_means(values: np.ndarray, users: np.ndarray, seed: int) -> np.ndarray:
+    """(RESAMPLES,) means over users drawn with replacement, each with all its windows."""
+    _, group = np.unique(users, return_inverse=True)
+    sums, counts = np.bincount(group, values), np.bincount(group)
+    rng = np.random.default_rng(seed)
+    weights = rng.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=RESAMPLES)  # (RESAMPLES, users)
+    return weights @ sums / (weights @ counts)

@@ -1,0 +1,120 @@
+"""Figures: arrays and frames to axes, in one style. No torch, no files.
+
+Colours are Okabe and Ito's, which colour-blind readers tell apart; every function returns the axes it drew on.
+"""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib_inline.backend_inline import set_matplotlib_formats
+
+COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000"]
+
+
+def style() -> None:
+    """Set the style; figures become SVG that is the same for the same data."""
+    set_matplotlib_formats("svg", metadata={"Date": None})
+    plt.rcParams.update({
+        "figure.figsize": (6.4, 3.4), "figure.constrained_layout.use": True, "figure.facecolor": "white",
+        "axes.prop_cycle": plt.cycler(color=COLOURS), "axes.spines.top": False, "axes.spines.right": False,
+        "axes.grid": True, "grid.alpha": 0.25, "axes.axisbelow": True, "legend.frameon": False, "font.size": 10,
+        "svg.hashsalt": "ilora", "svg.fonttype": "path",
+    })  # fmt: skip
+
+
+def intervals(table: pd.DataFrame, label: str, chance: float | None = None, ax: Axes | None = None) -> Axes:
+    """A point with its 95 % interval for each row of `evaluation.table`, first row on top."""
+    ax = ax or plt.subplots(figsize=(6.4, 0.9 + 0.36 * len(table)))[1]
+    place = np.arange(len(table))[::-1]
+    error = [table["value"] - table["low"], table["high"] - table["value"]]
+    ax.errorbar(table["value"], place, xerr=error, fmt="o", capsize=3, color=COLOURS[0])
+    if chance is not None:
+        ax.axvline(chance, color="0.4", linestyle="--", linewidth=1)
+        ax.annotate("chance", (chance, len(table) - 0.6), xytext=(4, 0), textcoords="offset points", color="0.4")
+    ax.set(yticks=place, yticklabels=table.index, xlabel=f"{label}, with 95 % interval", ylim=(-0.6, len(table) - 0.2))
+    return ax
+
+
+def losses(histories: dict[str, pd.DataFrame], span: int = 20, ax: Axes | None = None) -> Axes:
+    """Training loss against sequences seen, one line a run: the mean of the last `span` steps."""
+    ax = ax or plt.subplots()[1]
+    for name, history in histories.items():
+        ax.plot(history["examples"], history["loss"].rolling(span, min_periods=1).mean(), label=name)
+    ax.set(xlabel="training sequences seen", ylabel="loss, nats per title")
+    if len(histories) > 1:
+        ax.legend()
+    return ax
+
+
+def lines(table: pd.DataFrame, x: str, y: str, ax: Axes | None = None) -> Axes:
+    """One labelled line for each column of a frame, against its index."""
+    ax = ax or plt.subplots()[1]
+    for column, marker in zip(table.columns, "os^Dvx*", strict=False):
+        ax.plot(table.index, table[column], marker=marker, label=column)
+    ax.set(xlabel=x, ylabel=y)
+    ax.legend()
+    return ax
+
+
+def long_tail(counts: np.ndarray, what: str, ax: Axes | None = None) -> Axes:
+    """Events of each item, most popular first."""
+    ax = ax or plt.subplots()[1]
+    ax.fill_between(np.arange(1, len(counts) + 1), np.sort(counts)[::-1], step="mid", alpha=0.7)
+    ax.set(xlabel=f"{what}, by popularity", ylabel="events in train", ylim=(0, None))
+    return ax
+
+
+def agreement(matrix: np.ndarray, what: str, ax: Axes | None = None) -> Axes:
+    """A square matrix of shares between 0 and 1, each written into its cell."""
+    ax = ax or plt.subplots(figsize=(3.8, 3.2))[1]
+    ax.grid(visible=False)
+    image = ax.imshow(matrix, vmin=0, vmax=1, cmap="cividis")
+    for (row, column), value in np.ndenumerate(matrix):
+        ink = "white" if value < 0.5 else "black"
+        ax.text(column, row, f"{value:.2f}", ha="center", va="center", color=ink)
+    ax.set(xticks=range(len(matrix)), yticks=range(len(matrix)), xlabel="group", ylabel="group")
+    ax.figure.colorbar(image, label=what)
+    return ax
+
+
+def state_map(points: np.ndarray, labels: np.ndarray, what: str, ax: Axes | None = None) -> Axes:
+    """Points (n, 2) coloured and marked by label."""
+    ax = ax or plt.subplots(figsize=(5, 4))[1]
+    for index, label in enumerate(np.unique(labels)):
+        chosen = labels == label
+        marker, colour = "os^Dvx*P"[index % 8], COLOURS[index % len(COLOURS)]
+        ax.scatter(*points[chosen].T, s=12, marker=marker, alpha=0.7, color=colour, label=f"{what} {label}")
+    ax.set(xlabel="first principal component", ylabel="second principal component")
+    ax.legend(markerscale=1.5)
+    return ax
+
+
+def gate_bars(weights: np.ndarray, names: list[str], ax: Axes | None = None) -> Axes:
+    """Gate weights (n, K) as stacked horizontal bars, one a sequence (the paper's Fig. 3c)."""
+    ax = ax or plt.subplots(figsize=(6.4, 0.9 + 0.32 * len(weights)))[1]
+    left = np.zeros(len(weights))
+    for expert, width in enumerate(weights.T):
+        bars = ax.barh(names, width, left=left, label=f"expert {expert + 1}", color=COLOURS[expert % len(COLOURS)])
+        bars_text = [f"{value:.0%}" if value >= 0.08 else "" for value in width]
+        ax.bar_label(bars, bars_text, label_type="center", fontsize=8)
+        left += width
+    ax.set(xlim=(0, 1), xlabel="gate weight")
+    ax.invert_yaxis()
+    ax.grid(visible=False)
+    ax.figure.legend(loc="outside upper center", ncols=weights.shape[1])
+    return ax
+
+
+def gate_by_label(weights: np.ndarray, labels: np.ndarray, what: str, ax: Axes | None = None) -> Axes:
+    """Mean gate weight (n, K) of each expert within each label, with a line at the uniform 1/K."""
+    ax = ax or plt.subplots()[1]
+    kinds, experts = np.unique(labels), weights.shape[1]
+    for expert in range(experts):
+        means = [weights[labels == kind, expert].mean() for kind in kinds]
+        place = np.arange(len(kinds)) + (expert - (experts - 1) / 2) * 0.8 / experts
+        ax.bar(place, means, 0.8 / experts, label=f"expert {expert + 1}", color=COLOURS[expert % len(COLOURS)])
+    ax.axhline(1 / experts, color="0.4", linestyle="--", linewidth=1)
+    ax.set(xticks=range(len(kinds)), xticklabels=[f"{what} {kind}" for kind in kinds], ylabel="mean gate weight")
+    ax.legend(ncols=experts, loc="lower right", framealpha=0.9, frameon=True)
+    return ax

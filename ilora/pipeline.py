@@ -1,0 +1,133 @@
+"""The steps that notebooks share; what takes long is made once and found again by its parameters.
+
+A notebook asked for alone makes what it needs through these functions; one run after the others finds it made.
+"""
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ilora import __version__, data, evaluation, language_model, runs
+from ilora.model import LanguageRecommender, Questions, adapter_config
+from ilora.prompts import Prompts
+from ilora.recommenders import Popularity, SASRec
+from ilora.training import TrainingArguments, fit
+from ilora.world import make_world
+
+VALIDATION_LIMIT = 200  # questions asked after each epoch
+
+
+def questions(
+    dataset: data.Dataset, split: str, window: int = 10, limit: int = 0, windows: str = "all", seed: int = 0
+) -> Questions:
+    """The split's sequences with 20 candidates each; `limit` keeps a random part, the same for the same seed."""
+    sequences = data.sequences(dataset, split, window, windows)
+    if 0 < limit < len(sequences):
+        chosen = np.random.default_rng(seed).choice(len(sequences), limit, replace=False)
+        sequences = sequences.take(np.sort(chosen))
+    return Questions(sequences, len(dataset.items), seed)
+
+
+def baselines(dataset: data.Dataset, encoder: SASRec, asked: Questions) -> dict[str, pd.DataFrame]:
+    """Outcomes of the recommenders without language, on the same questions and candidates."""
+    return {
+        "popularity": evaluation.score(Popularity.from_dataset(dataset), asked),
+        "SASRec": evaluation.score(encoder, asked),
+    }
+
+
+def attainable(
+    dataset: data.Dataset, asked: Questions, conflict: float, users: int, seed: int
+) -> dict[str, pd.DataFrame]:
+    """Outcomes of the best possible predictors in the world, by what they know; empty for real data."""
+    if dataset.name != "world":
+        return {}
+    world = make_world(users=users, conflict=conflict, seed=seed)
+    history, offered = asked.sequences.history, asked.candidates
+    group = world.groups[asked.sequences.user]
+    best = {
+        f"best, knowing {what}": world.best_choice(history, offered, what, group)
+        for what in ("nothing", "history", "group")
+    }
+    return {name: evaluation.choose(asked, np.eye(offered.shape[1])[column]) for name, column in best.items()}
+
+
+def untuned(
+    dataset: data.Dataset, base_model: str = "embedded", encoder: SASRec | None = None, device: str = "auto"
+) -> LanguageRecommender:
+    """The language model as it is, with text-only prompts unless an encoder is given."""
+    model, tokenizer = language_model.load_language_model(base_model, dataset, device)
+    prompts = Prompts(tokenizer, list(dataset.items["title"]), dataset.noun, dataset.verb)
+    return LanguageRecommender(model, prompts, encoder)
+
+
+def tuned(
+    dataset: data.Dataset,
+    encoder: SASRec,
+    base_model: str = "embedded",
+    rank: int = 8,
+    alpha: float = 32,
+    dropout: float = 0.0,
+    experts: int = 1,
+    gate: str = "linear",
+    epochs: int = 1,
+    learning_rate: float = 3e-3,
+    batch_size: int = 32,
+    train_limit: int = 0,
+    seed: int = 0,
+    device: str = "auto",
+) -> tuple[LanguageRecommender, pd.DataFrame]:
+    """A language model tuned with LoRA (experts 1) or iLoRA as LLaRA does, and its history; made once and kept.
+
+    Validation, HitRatio@1 by ranking after each epoch, chooses the epoch. Parameters are those of the notebooks.
+    """
+    window = encoder.window
+    train = questions(dataset, "train", window, train_limit, seed=seed)
+    validation = questions(dataset, "validation", window, VALIDATION_LIMIT, seed=seed)
+    on_gpu = runs.pick_device(device).type == "cuda"
+    arguments = TrainingArguments(
+        epochs, batch_size, learning_rate, weight_decay=1e-5, seed=seed, precision="bf16" if on_gpu else "no",
+        micro_batch_size=32, save_every=100, device=device,
+    )  # fmt: skip
+    adapter = {"rank": rank, "alpha": alpha, "dropout": dropout, "experts": experts}
+    adapter |= {"gate": gate} if experts > 1 else {}
+    parameters = {
+        "dataset": dataset.key, "base_model": base_model, "base": _fingerprint(base_model), **adapter,
+        "encoder": _digest(encoder), "train": len(train), "version": __version__, **arguments.identity(),
+    }  # fmt: skip
+
+    def make(folder: Path) -> None:
+        asked = untuned(dataset, base_model, encoder, device)
+        model = LanguageRecommender(asked.language_model, asked.prompts, encoder, adapter_config(**adapter), seed=seed)
+
+        def validate() -> dict[str, float]:
+            outcomes = evaluation.ask(model, validation, write=False)
+            return {"hit_ratio": outcomes["hit"].mean()}
+
+        work = runs.home() / "training" / runs.key(parameters)
+        history = fit(model, train, arguments, work, validate, "hit_ratio")
+        history.to_csv(folder / "history.csv", index=False)
+        model.save_pretrained(folder / "recommender", base_model)
+        shutil.rmtree(work)
+
+    kind = "LoRA" if experts == 1 else f"iLoRA with {experts} experts"
+    folder = runs.cached("adapters", parameters, make, note=f"{kind} on {dataset.name}")
+    model = LanguageRecommender.from_pretrained(folder / "recommender", base_model, device, dataset)
+    return model, pd.read_csv(folder / "history.csv")
+
+
+def _digest(encoder: SASRec) -> str:
+    digest = hashlib.sha256()
+    for value in encoder.state_dict().values():
+        digest.update(value.cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def _fingerprint(base_model: str) -> str:
+    """Of the embedded weights, which may be made anew; other models are known by their name."""
+    if base_model != "embedded":
+        return base_model
+    return hashlib.sha256((language_model.EMBEDDED / "model.safetensors").read_bytes()).hexdigest()[:12]

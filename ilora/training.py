@@ -1,0 +1,308 @@
+"""Training: one `fit` for recommenders and the language model, on accelerate.
+
+A step cuts a global batch of rows into micro-batches, deals them to the processes, and weights each by its
+rows. All that is random in a step follows from (seed, step, micro-batch), not from what ran before. So a
+resumed run repeats the uninterrupted one bit for bit on the CPU, and two processes equal one.
+"""
+
+import io
+import logging
+import math
+import shutil
+import time
+from collections.abc import Callable, Sized
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import safetensors.torch
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import broadcast_object_list, send_to_device
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LinearLR, LRScheduler
+from tqdm import tqdm
+from transformers import get_scheduler
+
+from ilora import runs
+from ilora.data import Dataset, sequences
+from ilora.recommenders import Pieces, SASRec, hit_ratios
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainingArguments:
+    """How to train. A resumed run may change the last three, which change the result by rounding alone."""
+
+    epochs: int
+    batch_size: int  # rows of one optimiser step, over all processes and micro-batches
+    learning_rate: float  # at the peak of the schedule
+    weight_decay: float = 0.0
+    warmup: float = 0.05  # share of all steps in which the learning rate rises linearly
+    schedule: str = "cosine"  # or "constant", after the warm-up
+    floor: float = 0.01  # learning rate at the start and at the end, as a share of the peak
+    clip: float = 1.0  # largest norm of the gradient
+    seed: int = 0
+    precision: str = "no"  # or "bf16": autocast
+    micro_batch_size: int | None = None  # rows at once in one process; None: its whole share
+    save_every: int = 200  # steps between checkpoints
+    device: str = "auto"  # of a single process; several get theirs from `accelerate launch`
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "learning_rate", "floor", "clip", "save_every"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise runs.UserError(f"training argument {name} must be above 0, not {getattr(self, name)!r}")
+        for name, known in (("schedule", ("cosine", "constant")), ("precision", ("no", "bf16"))):
+            if getattr(self, name) not in known:
+                raise runs.UserError(f"training argument {name} must be one of {known}")
+
+    def identity(self) -> dict:
+        """The fields that decide the result: a checkpoint is continued only under the same ones."""
+        return asdict(replace(self, micro_batch_size=None, save_every=1, device=""))
+
+
+def fit(
+    model: nn.Module,
+    train: Sized,
+    arguments: TrainingArguments,
+    folder: Path,
+    validate: Callable[[], dict[str, float]] | None = None,
+    monitor: str = "",
+) -> pd.DataFrame:
+    """Train `model` in place and return its history, one row per step.
+
+    model: `model.collate([train[i], ...])` makes a batch; `model(batch, progress=, step_seed=)` returns its
+        rows' mean loss; `progress` is step / all steps, `step_seed` one for all micro-batches of a step.
+        Optional: `parameter_groups(weight_decay)`, each may have "lr_scale"; `length(row)`, sorts a batch,
+        so that micro-batches hold rows of like length; `trainable_state()`, the tensors to keep (default:
+        parameters that train, and buffers).
+    train: anything with `len(train)` and `train[i]`; `train.set_epoch(epoch)` is called if there.
+    folder: gets checkpoints/step-*.pt, best.safetensors and history.csv. A run found here is continued.
+    validate: called after each epoch, in eval mode, without gradients, in every process. The model ends in
+        the state with the largest `metrics[monitor]`; without `validate` in the last one.
+
+    History: step and epoch (from 1), loss, learning_rate, gradient_norm, seconds (over all sittings),
+    examples (so far), and at an epoch's end the metrics. Raises UserError when loss or gradient is not
+    finite, when a checkpoint cannot be written, and for a folder of another run; its checkpoints stay.
+    """
+    if not len(train):
+        raise runs.UserError("there are no rows to train on: take a larger data set or a smaller limit")
+    handler = DistributedDataParallelKwargs(find_unused_parameters=True)  # text-only steps skip the projector
+    accelerator = Accelerator(device_placement=False, kwargs_handlers=[handler])
+    main, several = accelerator.is_main_process, accelerator.num_processes > 1
+    inner = model.to(accelerator.device if several else runs.pick_device(arguments.device))
+    batches = Batches(train, arguments)
+    total = arguments.epochs * batches.per_epoch
+    optimizer = torch.optim.AdamW(_groups(inner, arguments))
+    schedule = _schedule(optimizer, arguments, total)
+    model, optimizer = accelerator.prepare(inner, optimizer)
+    live = {"model": _trainable(inner), "optimizer": optimizer, "schedule": schedule}
+    checkpoints = Checkpoints(folder / "checkpoints", arguments.identity() | {"rows": len(train)})
+    history, best = checkpoints.load(live)
+    last = history[-1] if history else {"step": 0, "examples": 0, "seconds": 0.0}
+    seen, began = last["examples"], time.monotonic() - last["seconds"]
+    bar = tqdm(total=arguments.epochs * len(train), initial=seen, unit="row", mininterval=1, disable=not main)
+    for step in range(last["step"], total):
+        rows, rate = batches.of(step), schedule.get_last_lr()[0]
+        content = [train[i] for i in rows]
+        if hasattr(inner, "length"):
+            content.sort(key=inner.length)
+        loss = _backward(accelerator, model, content, arguments, step, total)
+        norm = float(accelerator.clip_grad_norm_(model.parameters(), arguments.clip))
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise runs.UserError(
+                f"loss {loss}, gradient norm {norm} at step {step + 1}, learning rate {rate:.3g}: lower it "
+                f"or mend training rows {rows.tolist()}; checkpoints stay in {folder}"
+            )
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        done, seen = step + 1, seen + len(rows)
+        record = {"step": done, "epoch": step // batches.per_epoch + 1, "loss": loss, "learning_rate": rate}
+        record |= {"gradient_norm": norm, "seconds": time.monotonic() - began, "examples": seen}
+        history.append(record)
+        bar.set_postfix(loss=f"{loss:.3f}", rate=f"{rate:.1e}", refresh=False)
+        bar.update(len(rows))
+        if validate and done % batches.per_epoch == 0:
+            history[-1] |= _validated(inner, validate, monitor)
+            if best is None or history[-1][monitor] > best[0]:
+                best = history[-1][monitor], _copy(live["model"])
+        if done == total or done % arguments.save_every == 0:
+            if main:
+                checkpoints.save(done, live, history, best)
+            accelerator.wait_for_everyone()
+    bar.close()
+    if best:
+        _restore(live["model"], best[1])
+    if main:
+        runs.write_atomic(folder / "best.safetensors", safetensors.torch.save(_copy(live["model"])))
+        runs.write_atomic(folder / "history.csv", pd.DataFrame(history).to_csv(index=False))
+    inner.eval()
+    return pd.DataFrame(history)
+
+
+def _backward(accelerator: Accelerator, model: nn.Module, rows: list, arguments: TrainingArguments,
+              step: int, total: int) -> float:  # fmt: skip
+    """Add the gradient of the mean loss over a global batch; return that loss, the same in every process."""
+    inner, world = accelerator.unwrap_model(model), accelerator.num_processes
+    at_once = world * (arguments.micro_batch_size or arguments.batch_size)
+    parts = world * math.ceil(arguments.batch_size / at_once)  # the same number in every process and step
+    cuts = np.linspace(0, len(rows), parts + 1).round().astype(int)
+    mine = range(accelerator.process_index, parts, world)
+    losses = torch.zeros((), device=(device := next(inner.parameters()).device))
+    model.train()
+    for part in mine:
+        own = rows[cuts[part] : cuts[part + 1]]
+        share = len(own) / len(rows)
+        runs.seed_all(_mix(arguments.seed, step, part))
+        # A small last batch can leave a part empty: one row runs with weight 0, to keep processes in step.
+        batch = send_to_device(inner.collate(own or rows[:1]), device)
+        with accelerator.no_sync(model) if part != mine[-1] else nullcontext():
+            with torch.autocast(device.type, torch.bfloat16, enabled=arguments.precision == "bf16"):
+                loss = model(batch, progress=step / total, step_seed=_mix(arguments.seed, step))
+            accelerator.backward(loss * (share * world))  # DDP divides by `world` again
+        losses += loss.detach() * share
+    return accelerator.reduce(losses, reduction="sum").item()
+
+
+def _mix(*numbers: int) -> int:
+    """One 32-bit seed from several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def _validated(model: nn.Module, validate: Callable[[], dict[str, float]], monitor: str) -> dict[str, float]:
+    model.eval()
+    with torch.no_grad():
+        metrics = {name: float(value) for name, value in validate().items()}
+    if not math.isfinite(metrics.get(monitor, math.nan)):
+        raise ValueError(f"validation must give a finite {monitor!r} to choose by, it gave {metrics}")
+    return broadcast_object_list([metrics])[0]  # one process decides for all
+
+
+class Batches:
+    """Global batches of shuffled row numbers, by (seed, step) alone; an epoch's last one may be smaller."""
+
+    def __init__(self, train: Sized, arguments: TrainingArguments) -> None:
+        self.train, self.size, self.seed = train, arguments.batch_size, arguments.seed
+        self.per_epoch = math.ceil(len(train) / self.size)
+        self.epoch, self.cut = -1, []
+
+    def of(self, step: int) -> np.ndarray:
+        """Row numbers of the batch of `step` (from 0), at most (batch_size,)."""
+        if step // self.per_epoch != self.epoch:
+            self.epoch = step // self.per_epoch
+            order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.train))
+            self.cut = np.split(order, range(self.size, len(order), self.size))
+            if hasattr(self.train, "set_epoch"):
+                self.train.set_epoch(self.epoch)
+        return self.cut[step % self.per_epoch]
+
+
+def _groups(model: nn.Module, arguments: TrainingArguments) -> list[dict]:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [{"params": trained, "weight_decay": arguments.weight_decay}]
+    if hasattr(model, "parameter_groups"):
+        groups = model.parameter_groups(arguments.weight_decay)
+    return [group | {"lr": arguments.learning_rate * group.get("lr_scale", 1.0)} for group in groups]
+
+
+def _schedule(optimizer: torch.optim.Optimizer, arguments: TrainingArguments, total: int) -> LRScheduler:
+    """Linear warm-up from floor * peak; then a cosine to floor * peak, as in LLaRA, or the peak for ever."""
+    warm = round(arguments.warmup * total)
+    if arguments.schedule == "constant":
+        return LinearLR(optimizer, arguments.floor if warm else 1.0, total_iters=max(warm, 1))
+    rates = {"min_lr_rate": arguments.floor, "warmup_lr_rate": arguments.floor}
+    return get_scheduler("cosine_warmup_with_min_lr", optimizer, warm, total, scheduler_specific_kwargs=rates)
+
+
+def _trainable(model: nn.Module) -> dict[str, Tensor]:
+    """The live tensors that training changes, by name."""
+    if hasattr(model, "trainable_state"):
+        return model.trainable_state()
+    state = model.state_dict(keep_vars=True).items()
+    return {name: value for name, value in state if value.requires_grad or not isinstance(value, nn.Parameter)}
+
+
+def _copy(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in state.items()}
+
+
+@torch.no_grad()
+def _restore(live: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
+    for name, value in live.items():
+        value.copy_(saved[name])
+
+
+class Checkpoints:
+    """The last two states of a run, files step-NUMBER-SHA256.pt, each there as a whole or not at all."""
+
+    def __init__(self, folder: Path, identity: dict) -> None:
+        self.folder, self.identity = folder, identity
+        self.good: list[Path] = []  # newest first
+
+    def save(self, step: int, live: dict, history: list[dict], best: tuple | None) -> None:
+        """Write the state after `step`; then remove all but the newest two."""
+        state = {"identity": self.identity, "history": history, "best": best, "model": _copy(live["model"])}
+        buffer = io.BytesIO()
+        torch.save(state | {name: live[name].state_dict() for name in ("optimizer", "schedule")}, buffer)
+        path = self.folder / f"step-{step:08d}-{sha256(buffer.getvalue()).hexdigest()}.pt"
+        try:
+            runs.write_atomic(path, buffer.getvalue())
+        except OSError as error:
+            raise runs.UserError(f"cannot write {path} ({error}): make room and start again") from error
+        self.good = [path, *self.good][:2]
+        for old in self.folder.glob("*step-*.pt*"):  # damaged ones too, and what a killed process began
+            if old not in self.good:
+                old.unlink()
+
+    def load(self, live: dict) -> tuple[list[dict], tuple | None]:
+        """Restore the newest undamaged state into `live`; its history and best, or those of a new run."""
+        for path in sorted(self.folder.glob("step-*.pt"), reverse=True):
+            content = path.read_bytes()
+            if sha256(content).hexdigest() not in path.name:
+                log.warning("checkpoint %s is damaged: using the one before it", path)
+                continue
+            state = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+            if state["identity"] != self.identity:
+                other = dict(state["identity"].items() - self.identity.items())
+                raise runs.UserError(f"{path} is of a run with {other}: choose another folder or remove it")
+            _restore(live["model"], state["model"])
+            live["optimizer"].load_state_dict(state["optimizer"])
+            live["schedule"].load_state_dict(state["schedule"])
+            self.good = [path]
+            return state["history"], state["best"]
+        return [], None
+
+
+def fit_recommender(
+    dataset: Dataset, seed: int = 0, epochs: int = 20, window: int = 10, device: str = "auto"
+) -> tuple[SASRec, pd.DataFrame]:
+    """SASRec trained on the train split, and its history; made once and kept under home()/recommenders.
+
+    Validation chooses the epoch: `hit_ratio` is HitRatio@1 over all windows and all draws of candidates.
+    """
+    arguments = TrainingArguments(epochs, batch_size=128, learning_rate=5e-3, seed=seed, device=device)
+    pieces = Pieces(sequences(dataset, "train", window, min_history=1), seed)
+    validation = sequences(dataset, "validation", window)
+    config = {"n_items": len(dataset.items), "window": window, "dropout": 0.2}
+    parameters = {"dataset": dataset.key, "model": "SASRec", **config, **arguments.identity()}
+
+    def make(folder: Path) -> None:
+        runs.seed_all(seed)
+        model = SASRec(**config)
+
+        def validate() -> dict[str, float]:
+            return {"hit_ratio": hit_ratios(model, validation).mean()}
+
+        work = runs.home() / "training" / runs.key(parameters)
+        history = fit(model, pieces, arguments, work, validate, "hit_ratio")
+        history.to_csv(folder / "history.csv", index=False)
+        model.save_pretrained(folder)
+        shutil.rmtree(work)
+
+    folder = runs.cached("recommenders", parameters, make, note=f"SASRec on {dataset.name}")
+    return SASRec.from_pretrained(folder), pd.read_csv(folder / "history.csv")

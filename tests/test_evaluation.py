@@ -1,0 +1,266 @@
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import stats
+
+from ilora import evaluation
+from ilora.data import Sequences
+from ilora.evaluation import NO_ANSWER, ask, choose, difference, interval, metrics, score
+from ilora.model import Questions
+from ilora.recommenders import Popularity
+
+ITEMS = 50
+
+
+def questions(rows=40, users=None, seed=0):
+    """Questions about random histories; with `users` several windows of each."""
+    rng = np.random.default_rng(seed)
+    drawn = np.stack([rng.permutation(ITEMS)[:6] for _ in range(rows)])
+    user = np.arange(rows) if users is None else np.arange(rows) % users
+    sequences = Sequences(user, np.full(rows, 5), drawn[:, :5], np.full(rows, 5), drawn[:, 5])
+    return Questions(sequences, ITEMS, seed=1)
+
+
+def outcomes(hit, valid=None, rank=None, user=None):
+    """A table of outcomes as `ask` makes it."""
+    hit = np.asarray(hit, bool)
+    valid = hit | (np.ones(len(hit), bool) if valid is None else np.asarray(valid, bool))
+    target = np.arange(len(hit))
+    table = {
+        "user": np.arange(len(hit)) if user is None else user,
+        "position": 3,
+        "target": target,
+        "answer": np.where(hit, target, np.where(valid, target + 1000, NO_ANSWER)),
+        "valid": valid,
+        "hit": hit,
+        "rank": np.where(hit, 1, 2) if rank is None else rank,
+    }
+    return pd.DataFrame(table)
+
+
+# ---------------------------------------------------------------- the two definitions of HitRatio@1
+
+
+def test_hit_ratio_of_all_and_of_valid_answers():
+    """LLaRA's MovieLens row: 42 of 95 right, 92 of 95 valid; and the released code's reading of the same."""
+    hit = np.arange(95) < 42
+    found = metrics(outcomes(hit, valid=np.arange(95) < 92))
+    assert round(found["hit_ratio"]["value"], 4) == 0.4421 and found["hit_ratio"]["n"] == 95
+    assert round(found["valid_ratio"]["value"], 4) == 0.9684
+    assert found["hit_ratio_of_valid"]["value"] == pytest.approx(42 / 92)
+    assert found["hit_ratio_of_valid"]["n"] == 92
+
+
+def test_without_a_valid_answer_there_is_no_ratio_of_valid_answers():
+    found = metrics(outcomes(np.zeros(10, bool), valid=np.zeros(10, bool)))
+    assert "hit_ratio_of_valid" not in found
+    assert found["valid_ratio"]["value"] == found["hit_ratio"]["value"] == 0
+
+
+def test_ranking_metrics():
+    rank = np.array([1, 2, 5, 6, 10, 11, 20, 1])
+    found = {name: report["value"] for name, report in metrics(outcomes(rank == 1, rank=rank)).items()}
+    assert found["rank_hit_ratio@1"] == 2 / 8
+    assert found["rank_hit_ratio@5"] == 4 / 8
+    assert found["rank_hit_ratio@10"] == 6 / 8
+    gains = {place: 1 / np.log2(1 + place) for place in (1, 2, 5, 6, 10)}
+    assert found["rank_ndcg@5"] == pytest.approx((2 * gains[1] + gains[2] + gains[5]) / 8)
+    assert found["rank_ndcg@10"] == pytest.approx((gains[1] + sum(gains.values())) / 8)
+
+
+# ---------------------------------------------------------------- intervals
+
+
+@pytest.mark.parametrize(
+    ("right", "n", "low", "high"),
+    [
+        (81, 263, 0.2553, 0.3662),  # Newcombe 1998, Table I, method 3
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0000, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_wilsons_interval_of_one_question_a_user(right, n, low, high):
+    found = interval(np.arange(n) < right, np.arange(n))
+    assert found["value"] == right / n and found["n"] == n
+    assert (round(found["low"], 4), round(found["high"], 4)) == (low, high)
+
+
+def clustered(rng, users=200, windows=15):
+    """Answers of users who differ: hit probability Beta(2, 3) of each."""
+    rate = np.repeat(rng.beta(2, 3, size=users), windows)
+    return (rng.random(users * windows) < rate).astype(float), np.repeat(np.arange(users), windows)
+
+
+def test_the_cluster_bootstrap_is_as_wide_as_the_means_scatter():
+    rng = np.random.default_rng(0)
+    means = [clustered(rng)[0].mean() for _ in range(1000)]
+    true_width = np.subtract(*np.quantile(means, (0.975, 0.025)))
+    found = [interval(*clustered(rng)) for _ in range(10)]
+    width = np.mean([one["high"] - one["low"] for one in found])
+    assert width == pytest.approx(true_width, rel=0.08)
+    independent = 2 * 1.96 * np.sqrt(0.4 * 0.6 / 3000)
+    assert width > 1.5 * independent  # windows of one user are not independent
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says(monkeypatch):
+    monkeypatch.setattr(evaluation, "RESAMPLES", 400)
+    rng = np.random.default_rng(1)
+    found = [interval(*clustered(rng, users=60, windows=5)) for _ in range(200)]
+    covered = sum(one["low"] <= 0.4 <= one["high"] for one in found)
+    assert 0.89 * 200 <= covered <= 0.985 * 200
+
+
+def test_users_with_more_windows_weigh_more():
+    values, users = np.array([1.0, 1, 1, 0]), np.array([0, 0, 0, 1])
+    assert interval(values, users)["value"] == 0.75
+    means = evaluation._resampled_means(values, users, seed=0)
+    assert set(np.round(means, 6)) == {1.0, 0.75, 0.0}  # user 0 twice, both, user 1 twice
+    assert abs((means == 0.75).mean() - 0.5) < 0.05
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_an_interval_is_never_a_point_because_all_answers_are_alike(value):
+    """A bootstrap of equal values has no width; the truth may still be elsewhere. It counts a user once."""
+    found = interval(np.full(200, value), np.repeat(np.arange(20), 10))
+    edge = stats.binomtest(int(20 * value), 20).proportion_ci(method="wilson")
+    assert (found["low"], found["high"]) == pytest.approx((edge.low, edge.high))
+    assert found["value"] == value and found["n"] == 200 and found["users"] == 20
+
+
+def test_the_seed_decides_the_bootstrap():
+    values, users = clustered(np.random.default_rng(2), users=30, windows=3)
+    values *= np.random.default_rng(3).random(len(values))
+    assert interval(values, users, seed=1) == interval(values, users, seed=1)
+    assert interval(values, users, seed=1) != interval(values, users, seed=2)
+
+
+def test_values_between_0_and_1_are_bootstrapped_even_with_one_a_user():
+    values = np.linspace(0, 1, 101)
+    found = interval(values, np.arange(101))
+    assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * values.std() / np.sqrt(101), rel=0.1)
+
+
+# ---------------------------------------------------------------- differences
+
+
+def test_a_paired_difference_is_narrower_than_an_unpaired_one():
+    rng = np.random.default_rng(0)
+    one = rng.random(500) < 0.5
+    other = np.where(rng.random(500) < 0.05, ~one, one)
+    found = difference(outcomes(one), outcomes(other))
+    change = one.astype(float) - other
+    assert found["value"] == pytest.approx(change.mean()) and found["n"] == 500
+    assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * change.std() / np.sqrt(500), rel=0.1)
+    assert found["low"] <= found["value"] <= found["high"]
+    swapped = difference(outcomes(other), outcomes(one))
+    assert swapped["value"] == -found["value"]
+
+
+def test_a_difference_counts_users_not_windows():
+    user = np.repeat(np.arange(50), 10)
+    change = np.repeat(np.random.default_rng(0).random(50) < 0.3, 10)
+    same = outcomes(np.zeros(500, bool), user=user)
+    found = difference(outcomes(change, user=user), same)
+    assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * change.std() / np.sqrt(50), rel=0.15)
+
+
+def test_a_difference_of_another_column():
+    one, other = outcomes([1, 0], rank=[1, 4]), outcomes([1, 0], rank=[3, 4])
+    assert difference(one, other, "rank")["value"] == -1
+
+
+@pytest.mark.parametrize("column", ["user", "position", "target"])
+def test_a_difference_refuses_other_questions(column):
+    one = outcomes([True, False, True])
+    with pytest.raises(ValueError, match="different questions"):
+        difference(one, one.assign(**{column: [0, 7, 2]}))
+    with pytest.raises(ValueError, match="different questions"):
+        difference(one, one.iloc[:2])
+    with pytest.raises(ValueError, match="different questions"):
+        difference(one, one.iloc[::-1])
+    assert difference(one, one.set_index(pd.Index([5, 6, 7])))["value"] == 0  # an index is no content
+
+
+# ---------------------------------------------------------------- ranks and answers
+
+
+def test_rank_counts_the_better_and_the_earlier_of_the_equal():
+    scores = np.array([[3.0, 1, 2, 1], [1, 1, 1, 1], [1, 1, 1, 1], [0, 5, 5, 4]])
+    target = np.array([3, 0, 3, 2])
+    is_target = np.arange(4)[None] == target[:, None]
+    rank = evaluation._rank(scores, is_target)
+    assert rank.tolist() == [4, 1, 4, 2]
+    np.testing.assert_array_equal(rank == 1, scores.argmax(1) == target)
+
+
+def test_ties_favour_nobody_on_average():
+    asked = questions(rows=4000)
+    rank = choose(asked, np.zeros((4000, 20)))["rank"]
+    assert stats.chisquare(np.bincount(rank, minlength=21)[1:]).pvalue > 0.001
+
+
+def test_choose_answers_with_the_highest_score():
+    asked = questions()
+    scores = np.random.default_rng(0).random((40, 20))
+    found = choose(asked, scores)
+    for row in range(40):
+        _, candidates, target = asked[row]
+        order = candidates[np.argsort(-scores[row])]
+        assert found["answer"][row] == order[0]
+        assert found["rank"][row] == list(order).index(target) + 1
+        assert found["hit"][row] == (order[0] == target)
+    assert found["valid"].all()
+
+
+def test_score_asks_a_recommender_about_the_candidates():
+    asked = questions(users=8)
+    popularity = Popularity(ITEMS)
+    popularity.counts += torch.randperm(ITEMS)
+    found = score(popularity, asked)
+    expected = asked.candidates[np.arange(40), popularity.counts.numpy()[asked.candidates].argmax(1)]
+    np.testing.assert_array_equal(found["answer"], expected)
+    np.testing.assert_array_equal(found["user"], asked.sequences.user)
+    np.testing.assert_array_equal(found["target"], asked.sequences.target)
+
+
+class Oracle:
+    """Stands for a LanguageRecommender: knows item `target`, writes nothing valid for odd targets."""
+
+    def __init__(self):
+        self.sizes = []
+
+    def eval(self):
+        pass
+
+    def length(self, row):
+        return int(row[0][0])  # any order that is not that of the questions
+
+    def rank(self, rows):
+        self.sizes.append(len(rows))
+        return torch.tensor(np.array([-np.abs(candidates - target + 0.4) for _, candidates, target in rows]))
+
+    def generate(self, rows):
+        return [None if target % 2 else list(candidates).index(target) for _, candidates, target in rows]
+
+
+def test_ask_returns_outcomes_in_the_order_of_the_questions():
+    asked, oracle = questions(), Oracle()
+    found = ask(oracle, asked, batch_size=16)
+    assert oracle.sizes == [16, 16, 8]
+    target = asked.sequences.target
+    np.testing.assert_array_equal(found["target"], target)
+    np.testing.assert_array_equal(found["user"], asked.sequences.user)
+    np.testing.assert_array_equal(found["answer"], np.where(target % 2, NO_ANSWER, target))
+    np.testing.assert_array_equal(found["valid"], target % 2 == 0)
+    np.testing.assert_array_equal(found["hit"], target % 2 == 0)
+    assert (found["rank"] == 1).all()
+
+
+def test_ask_without_writing_answers_with_the_first_ranked():
+    asked, oracle = questions(), Oracle()
+    oracle.generate = None
+    found = ask(oracle, asked, write=False)
+    assert found["hit"].all() and found["valid"].all()
+    np.testing.assert_array_equal(found["hit"], found["rank"] == 1)

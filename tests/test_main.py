@@ -1,0 +1,229 @@
+"""The runner, on throwaway notebooks in a throwaway repository."""
+
+import json
+import os
+import signal
+import subprocess
+
+import nbformat
+import pytest
+
+from ilora import __main__ as runner
+from ilora import runs
+
+DEFAULTS = {"seed": 0, "rank": 8, "experts": 4}
+PARAMETERS_CELL = "seed = 0  # a seed\nrank = 8  # r\nexperts = 4  # K"
+OUTPUTS_CELL = """\
+import os, sys
+print(os.getcwd(), os.environ["ILORA_HOME"] + "/data", object())
+print("50% done", file=sys.stderr)
+print("cells", experts)"""
+RESULT_CELL = """\
+from pathlib import Path
+result = Path(os.environ["ILORA_HOME"], "results", os.environ["RESULT"])
+result.parent.mkdir(exist_ok=True)
+result.write_text('{"metrics": {"experts": %d}, "folder": "%s"}' % (experts, os.getcwd()))
+sys.prefix == os.environ["PREFIX"]"""
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """A repository of two notebooks; jupyter-book is not run: its calls are listed, and all but the first fail."""
+    root = tmp_path / "repo"
+    write(root / "notebooks" / "01_one.ipynb", PARAMETERS_CELL, OUTPUTS_CELL, RESULT_CELL)
+    write(root / "notebooks" / "02_two.ipynb", "seed = 0  # a seed", "seed + 1")
+    (root / "book").mkdir()
+    (root / "book" / "intro.md").write_text("# Intro\n")
+    builds = []
+
+    def build(command, **_):
+        builds.append([str(word) for word in command])
+        return subprocess.CompletedProcess(command, len(builds) > 1, "WARNING: no such page")
+
+    monkeypatch.setattr(runner, "ROOT", root)
+    monkeypatch.setattr(subprocess, "run", build)
+    monkeypatch.chdir(tmp_path)
+    environment = {
+        "ILORA_HOME": "home",
+        "JUPYTER_PATH": "",
+        "OMP_NUM_THREADS": "1",
+        "PREFIX": runner.sys.prefix,
+        "RESULT": f"01_one-{runs.key(DEFAULTS)}.json",
+        "IPYTHONDIR": str(tmp_path / "ipython"),
+        "PYTHONHASHSEED": "0",
+        "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+    }
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    return root, builds
+
+
+def write(path, *sources):
+    """A notebook whose first cell holds the parameters."""
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook = nbformat.v4.new_notebook(metadata={"kernelspec": kernel})
+    notebook.cells = [nbformat.v4.new_code_cell(source, id=f"cell{number}") for number, source in enumerate(sources)]
+    notebook.cells[0].metadata["tags"] = ["parameters"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(notebook, path)
+
+
+def files(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# ---------------------------------------------------------------- before any work
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("-p expert 4", "there is no parameter 'expert': did you mean 'experts'?"),
+        ("-p experts 4.0", "parameter 'experts' must be a whole number, not '4.0'"),
+        ("-p experts 3", "experts = 3 does not divide rank = 8: choose experts among 1, 2, 4, 8"),
+        ("-p window 5", "none of the notebooks to run (01_one, 02_two) has a parameter 'window': leave it out"),
+        ("--only 02 -p experts 2", "(02_two) has a parameter 'experts'"),
+        ("--only 7", "there is no notebook '7': choose among 01_one, 02_two"),
+        ("--only 01", "the book would lack 02_two.ipynb: leave out --only, or add --no-book"),
+        ("-p seed 1 --book repo/book", "book/ is for runs with default parameters: name another folder"),
+        ("--book repo/notebooks", "holds other files than a book"),
+    ],
+)
+def test_what_cannot_end_well_is_refused_in_one_line_before_any_work(repository, capfd, arguments, message):
+    before = files(repository[0])
+    assert runner.main(arguments.split()) == 1
+    printed = capfd.readouterr()
+    assert message in printed.err
+    assert printed.err.startswith("ilora: ")
+    assert printed.err.count("\n") == 1
+    assert files(repository[0]) == before
+    assert not (repository[0].parent / "home" / "notebooks").exists()
+
+
+def test_an_installed_package_without_notebooks_says_so(repository, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "ROOT", tmp_path / "site-packages")
+    assert runner.main([]) == 1
+    assert "run python -m ilora in a clone of the repository" in capsys.readouterr().err
+
+
+def test_help_names_every_parameter(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        runner.main(["--help"])
+    assert exit_.value.code == 0
+    printed = capsys.readouterr().out
+    assert all(f"\n  {name} " in printed for name in runs.PARAMETERS)
+
+
+def test_folders_are_named_from_where_the_notebooks_run(repository, tmp_path):
+    (tmp_path / "data").mkdir()
+    given = {"data_dir": "data", "base_model": "data", "seed": 1}
+    assert runner.local_paths(given) == {"data_dir": "../data", "base_model": "../data", "seed": 1}
+    for same in ({"data_dir": ""}, {"data_dir": str(tmp_path)}, {"base_model": "maker/model"}):
+        assert runner.local_paths(same) == same
+
+
+# ---------------------------------------------------------------- running
+
+
+def test_a_run_refreshes_the_book_and_builds_it(repository, capfd):
+    root, builds = repository
+    book = root / "book"
+    (book / "results").mkdir()
+    stale = [book / "03_old.ipynb", book / "results" / "02_two.json", book / "results" / "03_old.json"]
+    for path in stale:
+        path.write_text("{}")
+
+    assert runner.main([]) == 0
+    printed = capfd.readouterr()
+    assert "01_one (1 of 2)" in printed.err
+    assert "02_two (2 of 2)" in printed.err
+    assert printed.out.splitlines()[-1] == f"the book: {book / '_build' / 'html' / 'index.html'}"
+    assert builds == [[str(runner.JUPYTER_BOOK), "build", str(book), "--all", "-W", "-n", "--keep-going"]]
+    assert sorted(files(book)) == ["01_one.ipynb", "02_two.ipynb", "intro.md", "results/01_one.json"]
+    assert json.loads((book / "results" / "01_one.json").read_text()) == {
+        "metrics": {"experts": 4}, "folder": "."
+    }  # fmt: skip
+    first, outputs, result = nbformat.read(book / "01_one.ipynb", as_version=4).cells
+    source = nbformat.read(root / "notebooks" / "01_one.ipynb", as_version=4).cells
+    assert [(cell.id, cell.metadata) for cell in (first, outputs, result)] == [
+        (cell.id, cell.metadata) for cell in source
+    ]
+    assert [cell.execution_count for cell in (first, outputs, result)] == [1, 2, 3]
+    assert [output.text for output in outputs.outputs] == [". artifacts/data <object object at 0x0>\ncells 4\n"]
+    assert result.outputs[0].data["text/plain"] == "True"  # the kernel is this environment's
+
+    copies = files(book)
+    assert runner.main(["--only", "01"]) == 1  # the second build fails
+    assert files(book) == copies
+    assert capfd.readouterr().err.endswith(
+        "WARNING: no such page\nilora: the book did not build; its warnings are above\n"
+    )
+
+
+def test_a_run_with_parameters_leaves_the_book_alone_unless_a_folder_is_named(repository, capfd):
+    root, builds = repository
+    before = files(root / "book")
+    home = root.parent / "home" / "notebooks"
+    one = home / f"01_one-{runs.key(DEFAULTS | {'experts': 2})}.ipynb"
+    two = home / f"02_two-{runs.key({'seed': 0})}.ipynb"
+
+    assert runner.main(["-p", "experts", "2", "--only", "02_two", "01"]) == 0  # 02 is not given experts
+    assert files(root / "book") == before
+    assert not builds
+    assert sorted(home.iterdir()) == [one, two]
+    printed = capfd.readouterr().out
+    assert str(one) in printed
+    assert "book/ keeps its runs with default parameters" in printed
+
+    (root / "notebooks" / "02_two.ipynb").unlink()
+    os.environ["RESULT"] = one.with_suffix(".json").name
+    assert runner.main(["-p", "experts", "2", "--book", "mine"]) == 0
+    mine = root.parent / "mine"
+    assert files(root / "book") == before
+    assert sorted(files(mine)) == ["01_one.ipynb", "intro.md", "results/01_one.json"]
+    injected = nbformat.read(mine / "01_one.ipynb", as_version=4).cells[1]
+    assert injected.source == "# Parameters\nexperts = 2\n"
+    assert (injected.id, injected.metadata.tags) == ("injected-parameters", ["injected-parameters"])
+
+
+@pytest.mark.parametrize(
+    ("cell", "begins", "reason"),
+    [
+        ("value = (\n    1 / 0)", "value = (", "ZeroDivisionError: division by zero"),
+        (f"import os\nos.kill(os.getpid(), {int(signal.SIGKILL)})", "import os", "the kernel died"),
+    ],
+)
+def test_a_failure_names_notebook_cell_and_reason_and_leaves_the_book_alone(repository, capfd, cell, begins, reason):
+    root, builds = repository
+    write(root / "notebooks" / "01_one.ipynb", "seed = 0", "seed + 1", cell, "seed + 2")
+    before = files(root)
+    assert runner.main([]) == 1
+    *_, where, kept, last = capfd.readouterr().err.splitlines()
+    assert where == f"ilora: 01_one.ipynb failed in cell [3], which begins: {begins}"
+    assert str(root.parent / "home" / "notebooks" / "01_one-") in kept
+    assert last.startswith(reason)
+    assert files(root) == before
+    assert not builds
+
+
+# ---------------------------------------------------------------- copies
+
+
+def test_widgets_and_random_ids_do_not_reach_a_copy(repository):
+    view = {"text/plain": "0%", runner.WIDGET: {"model_id": "abc"}}
+    page = '<style>#T_{0} td {{}}</style><table id="T_{0}"></table><img id="_anim_img{1}"><script>anim{1}</script>'
+    copies = []
+    for digit in "ab":
+        ids = digit * 5, digit * 32
+        outputs = [
+            nbformat.v4.new_output("display_data", view),
+            nbformat.v4.new_output("display_data", {"text/html": page.format(*ids)}),
+        ]
+        cells = [nbformat.v4.new_code_cell("1", id="x", outputs=outputs, metadata={"papermill": {"duration": digit}})]
+        executed = nbformat.v4.new_notebook(cells=cells)
+        executed.metadata = nbformat.from_dict({"widgets": ids, "language_info": {"name": "python", "version": digit}})
+        source = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1", id="x")])
+        copies.append(runner.normalised(executed, source))
+    assert copies[0] == copies[1]
+    assert "#T_1 td" in copies[0] and "anim2<" in copies[0]
+    assert "widget" not in copies[0]

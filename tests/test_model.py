@@ -1,0 +1,429 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from ilora import model as model_module
+from ilora import runs
+from ilora.data import Sequences
+from ilora.language_model import load_language_model
+from ilora.model import LanguageRecommender, Questions, adapter_config, causal_mask
+from ilora.prompts import NO_ITEM, NO_LABEL, Prompts, read_answer
+from ilora.recommenders import SASRec
+from ilora.world import titles
+
+WORDS = " ".join(titles()["title"]).split()
+TITLES = [" ".join(WORDS[4 * i : 4 * i + (1, 2, 2, 2, 4)[i % 5]]) for i in range(60)]  # of one to four words
+KINDS = {  # name -> encoder?, adapter
+    "text": (False, None),
+    "hybrid": (True, None),
+    "lora": (True, {"experts": 1}),
+    "ilora": (True, {"experts": 4}),
+    "convolutional": (True, {"experts": 2, "gate": "convolutional"}),
+}
+
+
+def make(kind):
+    """A recommender around the embedded model whose adapter, projector and encoder all matter."""
+    with_encoder, adapter = KINDS[kind]
+    language_model, tokenizer = load_language_model("embedded", device="cpu")
+    torch.manual_seed(1)
+    encoder = SASRec(len(TITLES), window=6) if with_encoder else None
+    if encoder:
+        torch.nn.init.normal_(encoder.items.weight, std=0.3)
+    config = adapter_config(**adapter) if adapter else None
+    model = LanguageRecommender(language_model, Prompts(tokenizer, TITLES, "story", "read"), encoder, config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or "projector" in name:
+                parameter += 0.03 * torch.randn_like(parameter)
+            if "W_g" in name:
+                parameter *= 5  # experts of clearly unlike weight
+    return model.eval()
+
+
+@pytest.fixture(scope="module", params=["text", "hybrid", "lora", "ilora"])
+def model(request):
+    return make(request.param)
+
+
+def question_rows(lengths=(1, 6, 3, 4), offered=20, seed=0):
+    """Questions of unlike length: (history, candidates, target)."""
+    rng, rows = np.random.default_rng(seed), []
+    for length in lengths:
+        items = rng.permutation(len(TITLES))
+        candidates = items[length : length + offered]
+        rows.append((items[:length], candidates, int(rng.choice(candidates))))
+    return rows
+
+
+# ---------------------------------------------------------------- an independent reference, one sequence at a time
+
+
+def padded(model, history):
+    window = model.encoder.window
+    return torch.tensor([[len(TITLES)] * (window - len(history)) + list(history)])
+
+
+def reference_logits(model, tokens, owners, history, hybrid=True):
+    """(tokens, vocabulary) of one sequence without padding, mask or positions."""
+    table = model.language_model.get_input_embeddings().weight
+    embeds = []
+    for token, owner in zip(tokens, owners, strict=True):
+        item = hybrid and model.encoder is not None and owner != NO_ITEM
+        embeds.append(model.projector(model.encoder.items.weight[owner]) if item else table[token])
+    gate = {"sequence_embeds": model.encoder.encode(padded(model, history))} if model.gated else {}
+    return model.language_model(inputs_embeds=torch.stack(embeds)[None], **gate).logits[0]
+
+
+def reference_score(model, history, candidates, item, hybrid=True):
+    """log P(title of `item` and end | prompt), Eq. 7."""
+    tokens, owners = model.prompts.write(history, candidates, behaviour=model.encoder is not None)
+    answer = [*model.prompts.answers[item], model.prompts.end]
+    logits = reference_logits(model, tokens + answer, owners + [NO_ITEM] * len(answer), history, hybrid)
+    probability = logits.log_softmax(-1)
+    return sum(probability[len(tokens) - 1 + place, token] for place, token in enumerate(answer))
+
+
+# ---------------------------------------------------------------- rank
+
+
+@torch.no_grad()
+def test_rank_equals_independent_forward_passes(model):
+    rows = question_rows()
+    found = model.rank(rows)
+    assert found.shape == (4, 20)
+    expected = [[reference_score(model, row[0], row[1], item) for item in row[1]] for row in rows]
+    torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-4, atol=1e-3)
+    assert found.std(1).min() > 0.1  # far above the tolerance
+
+
+def test_rank_under_eager_attention_is_the_same(model):
+    rows = question_rows()
+    expected = model.rank(rows)
+    inner = model.language_model.get_base_model() if model.gated else model.language_model
+    if not hasattr(inner, "set_attn_implementation"):
+        inner = inner.get_base_model()
+    inner.set_attn_implementation("eager")
+    try:
+        torch.testing.assert_close(model.rank(rows), expected, rtol=1e-4, atol=1e-3)
+    finally:
+        inner.set_attn_implementation("sdpa")
+
+
+def test_padding_and_the_order_of_a_batch_change_nothing(model):
+    rows = question_rows()
+    together = model.rank(rows)
+    torch.testing.assert_close(model.rank(rows[::-1]).flip(0), together, rtol=1e-4, atol=1e-3)
+    alone = torch.cat([model.rank([row]) for row in rows])
+    torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-3)
+    answers = model.generate(rows)
+    assert model.generate(rows[::-1])[::-1] == answers
+    assert [model.generate([row])[0] for row in rows] == answers
+
+
+def test_a_candidates_score_depends_on_the_question_not_on_the_target(model):
+    history, candidates, _ = question_rows()[1]
+    one, other = (model.rank([(history, candidates, int(target))]) for target in candidates[:2])
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
+    changed = model.rank([(history[::-1], candidates, 0)])
+    assert (changed - one).abs().max() > 1e-2
+
+
+# ---------------------------------------------------------------- generate
+
+
+@torch.no_grad()
+def greedy(model, history, candidates):
+    """A plain greedy loop without a cache; the text written."""
+    tokens, owners = model.prompts.write(history, candidates, behaviour=model.encoder is not None)
+    written = []
+    for _ in range(1 + max(len(model.prompts.answers[item]) for item in candidates)):
+        rest = [NO_ITEM] * len(written)
+        logits = reference_logits(model, tokens + written, owners + rest, history)[-1]
+        token = int(logits.argmax())
+        if token == model.prompts.end:
+            break
+        written.append(token)
+    return model.prompts.tokenizer.decode(written, skip_special_tokens=True)
+
+
+def test_generate_agrees_with_a_plain_greedy_loop(model, monkeypatch):
+    rows = question_rows(lengths=(1, 6, 3, 4, 2, 5))
+    expected = [greedy(model, row[0], row[1]) for row in rows]
+    columns = [read_answer(text, [TITLES[item] for item in row[1]]) for text, row in zip(expected, rows, strict=True)]
+    assert model.generate(rows) == columns
+    assert any(column is not None for column in columns)
+    monkeypatch.setattr(model_module, "read_answer", lambda text, offered: text)  # letter for letter, valid or not
+    assert [text.strip() for text in model.generate(rows)] == [text.strip() for text in expected]
+
+
+# ---------------------------------------------------------------- loss
+
+
+@pytest.mark.parametrize("hybrid", [True, False])
+def test_loss_is_the_mean_of_minus_log_likelihood(model, hybrid):
+    rows = question_rows()
+    batch = model.collate(rows)
+    with torch.no_grad():
+        found = model(batch, progress=1.0 if hybrid else 0.0)
+        expected = -sum(reference_score(model, *row, hybrid=hybrid) for row in rows) / len(rows)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_loss_of_a_batch_is_the_mean_of_its_rows(model):
+    rows = question_rows()
+    with torch.no_grad():
+        together = model(model.collate(rows))
+        alone = torch.stack([model(model.collate([row])) for row in rows]).mean()
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-4)
+
+
+@torch.no_grad()
+def test_logits_at_the_answers_are_those_of_the_whole(model):
+    batch = model.collate(question_rows())
+    whole = model._logits(batch, hybrid=True, keep=0)
+    assert whole.shape[1] == batch["input_ids"].shape[1]
+    for keep in (1, 5):
+        torch.testing.assert_close(model._logits(batch, hybrid=True, keep=keep), whole[:, -keep:], rtol=1e-4, atol=1e-4)
+
+
+def test_the_loss_computes_logits_at_the_answers_only(model, monkeypatch):
+    batch = model.collate(question_rows())
+    kept = []
+    plain = model._logits
+    monkeypatch.setattr(model, "_logits", lambda *args, keep: kept.append(keep) or plain(*args, keep=keep))
+    model(batch)
+    longest = int((batch["labels"] != NO_LABEL).sum(1).max())
+    assert kept == [longest + 1]
+
+
+# ---------------------------------------------------------------- what is trained
+
+
+@pytest.mark.parametrize("kind", ["lora", "ilora", "convolutional"])
+def test_only_adapter_gate_and_projector_receive_gradients(kind):
+    model = make(kind).train()
+    model(model.collate(question_rows()), progress=1.0).backward()
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    moved = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert moved == trained
+    assert all("lora_" in name or name.startswith("projector.") for name in trained)
+    for part in ("lora_A", "lora_B", "projector", *(["lora_gate"] if kind != "lora" else [])):
+        assert any(part in name for name in trained)
+    assert sum("lora_A" in name for name in trained) == 7 * 4  # all seven projections of four layers
+    assert not any(p.requires_grad for p in model.encoder.parameters())
+    grouped = [p for group in model.parameter_groups(0.1) for p in group["params"]]
+    assert {id(p) for p in grouped} == {id(p) for n, p in model.named_parameters() if n in trained}
+    assert len(grouped) == len(trained)
+    decayed = [g for g in model.parameter_groups(0.1) if g["weight_decay"] > 0]
+    assert [id(p) for g in decayed for p in g["params"]] == [id(p) for p in model.projector.parameters()]
+
+
+def test_text_only_batches_leave_the_projector_without_gradient():
+    model = make("lora").train()
+    model(model.collate(question_rows()), progress=0.0).backward()
+    assert all(p.grad is None for p in model.projector.parameters())
+    assert all(p.grad is not None for n, p in model.named_parameters() if "lora_" in n)
+
+
+def test_the_curriculum_is_hybrid_with_probability_progress(monkeypatch):
+    model, hybrids = make("lora"), []
+    batch = model.collate(question_rows(lengths=(2,)))
+
+    def recorded(batch, hybrid, keep):
+        hybrids.append(bool(hybrid))
+        return torch.zeros(1, keep, 4096)
+
+    monkeypatch.setattr(model, "_logits", recorded)
+    for progress, low, high in ((0.0, 0, 0), (0.3, 0.26, 0.34), (1.0, 1, 1)):
+        hybrids.clear()
+        for seed in range(2000):
+            model(batch, progress=progress, step_seed=seed)
+        assert low <= np.mean(hybrids) <= high
+    hybrids.clear()
+    for _ in range(20):
+        model(batch, progress=0.5, step_seed=7)  # one draw for all micro-batches of a step
+    assert len(set(hybrids)) == 1
+
+
+def test_the_encoder_stays_in_eval_mode():
+    model = make("ilora").train()
+    assert model.training and model.language_model.training and not model.encoder.training
+
+
+def test_trainable_state_holds_what_training_changes():
+    model = make("convolutional").train()
+    before = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(model.collate(question_rows())).backward()
+    optimizer.step()
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed <= set(model.trainable_state())
+    assert any("running_mean" in name for name in changed)
+    # and nothing of the frozen language model is kept
+    assert all("lora_" in name or "projector" in name for name in model.trainable_state())
+
+
+# ---------------------------------------------------------------- the gate
+
+
+def test_the_gate_sees_the_encoders_representation_of_the_history():
+    model, seen = make("ilora"), []
+    gate = model.language_model.base_model.lora_gate["default"]
+    gate.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
+    rows = question_rows()
+    expected = torch.cat([model.encoder.encode(padded(model, row[0])) for row in rows])
+    model(model.collate(rows))
+    model.rank(rows)
+    model.generate(rows)
+    assert len(seen) >= 3
+    for z, _ in seen:
+        torch.testing.assert_close(z, expected, rtol=1e-5, atol=1e-5)
+    weights = seen[0][1]
+    torch.testing.assert_close(weights, (expected @ gate.W_g.weight.T).softmax(-1), rtol=1e-5, atol=1e-5)
+    assert weights.std(0).max() > 0.05  # unlike users get unlike experts
+    histories = torch.cat([padded(model, row[0]) for row in rows])
+    torch.testing.assert_close(model.gate_weights(histories), weights.detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_history_beyond_the_window_is_cut_at_its_old_end():
+    model = make("ilora")
+    history, candidates, target = question_rows(lengths=(9,))[0]
+    batch = model.collate([(history, candidates, target)])
+    assert batch["history"].tolist() == [list(history[-6:])]
+
+
+def test_ilora_without_an_encoder_is_refused():
+    language_model, tokenizer = load_language_model("embedded", device="cpu")
+    with pytest.raises(runs.UserError, match="give an encoder"):
+        LanguageRecommender(
+            language_model, Prompts(tokenizer, TITLES, "story", "read"), None, adapter_config(experts=4)
+        )
+
+
+def test_a_fresh_adapter_answers_as_the_language_model_does():
+    language_model, tokenizer = load_language_model("embedded", device="cpu")
+    prompts, rows = Prompts(tokenizer, TITLES, "story", "read"), question_rows()
+    torch.manual_seed(0)
+    encoder = SASRec(len(TITLES), window=6)
+    plain = LanguageRecommender(language_model, prompts, encoder).eval()
+    expected = plain.rank(rows)
+    adapted = LanguageRecommender(language_model, prompts, encoder, adapter_config(experts=4)).eval()
+    adapted.projector.load_state_dict(plain.projector.state_dict())
+    torch.testing.assert_close(adapted.rank(rows), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_the_seed_decides_the_start():
+    def start(seed):
+        language_model, tokenizer = load_language_model("embedded", device="cpu")
+        prompts = Prompts(tokenizer, TITLES, "story", "read")
+        torch.manual_seed(0)
+        encoder = SASRec(len(TITLES), window=6)
+        model = LanguageRecommender(language_model, prompts, encoder, adapter_config(experts=4), seed=seed)
+        return model.trainable_state()
+
+    one, again, other = start(3), start(3), start(4)
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    assert all(not torch.equal(one[name], other[name]) for name in one if "lora_B" not in name and "bias" not in name)
+
+
+# ---------------------------------------------------------------- masks
+
+
+def test_padding_sees_itself_alone_and_nothing_sees_padding():
+    real = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]], dtype=torch.bool)
+    mask = causal_mask(real[:, None], torch.float32)
+    assert mask.shape == (2, 1, 4, 4)
+    expected = [[[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]], torch.ones(4, 4).tril().tolist()]
+    assert (mask[:, 0] == 0).int().tolist() == [[[int(x) for x in row] for row in rows] for rows in expected]
+    assert mask[mask != 0].unique().tolist() == [torch.finfo(torch.float32).min]
+
+
+def test_no_token_sees_nothing_in_loss_and_rank(monkeypatch):
+    model, masks = make("ilora"), []
+    inner = model.language_model.get_base_model().model.layers[0].self_attn
+    inner.register_forward_pre_hook(
+        lambda module, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+    )
+    rows = question_rows()
+    model(model.collate(rows))
+    model.rank(rows)
+    assert len(masks) == 2
+    for mask in masks:
+        assert (mask == 0).any(-1).all()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_training_in_bf16_autocast_gives_finite_gradients(attention):
+    model = make("ilora").train()
+    model.language_model.get_base_model().set_attn_implementation(attention)
+    batch = model.collate(question_rows())
+    exact = model(batch).item()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(batch)
+    loss.backward()
+    assert abs(loss.item() - exact) < 0.1 * exact
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+# ---------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_saved_recommender_gives_identical_answers(kind, tmp_path):
+    model, rows = make(kind), question_rows()
+    model.save_pretrained(tmp_path / "kept", base_model="embedded")
+    again = LanguageRecommender.from_pretrained(tmp_path / "kept", device="cpu")
+    torch.testing.assert_close(again.rank(rows), model.rank(rows), rtol=0, atol=0)
+    assert again.generate(rows) == model.generate(rows)
+    assert again.gated == model.gated and not again.training
+    assert not list((tmp_path / "kept").rglob("*.bin")) and not list((tmp_path / "kept").rglob("*.p*[kt]"))
+    assert sum(file.stat().st_size for file in (tmp_path / "kept").rglob("*")) < 3_000_000  # not the base
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    with pytest.raises(runs.UserError, match="save_pretrained"):
+        LanguageRecommender.from_pretrained(tmp_path, device="cpu")
+
+
+# ---------------------------------------------------------------- questions
+
+
+def windows():
+    rng = np.random.default_rng(0)
+    history = np.stack([rng.permutation(len(TITLES))[:6] for _ in range(30)])
+    length = rng.integers(3, 7, size=30)
+    history[np.arange(6)[None] < 6 - length[:, None]] = len(TITLES)
+    target = np.array([rng.choice(np.setdiff1d(np.arange(len(TITLES)), row)) for row in history])
+    return Sequences(np.arange(30), length, history, length, target)
+
+
+def test_a_question_is_history_without_padding_candidates_and_target():
+    sequences = windows()
+    questions = Questions(sequences, len(TITLES), seed=5)
+    assert len(questions) == 30
+    for row in range(30):
+        history, candidates, target = questions[row]
+        assert list(history) == [item for item in sequences.history[row] if item != len(TITLES)]
+        assert target == sequences.target[row] and list(candidates).count(target) == 1
+        assert len(set(candidates)) == 20 and not set(candidates) & set(history)
+
+
+def test_epochs_draw_other_candidates_and_epoch_0_those_of_the_seed():
+    questions = Questions(windows(), len(TITLES), seed=5)
+    drawn = [questions.candidates.copy()]
+    for epoch in (1, 2, 0):
+        questions.set_epoch(epoch)
+        drawn.append(questions.candidates.copy())
+    np.testing.assert_array_equal(drawn[0], drawn[3])
+    for one, other in itertools.combinations(drawn[:3], 2):
+        assert (one != other).any(1).all()
+
+
+def test_some_of_the_questions_are_the_same_questions():
+    questions = Questions(windows(), len(TITLES), seed=5)
+    some = questions.take(np.array([7, 2]))
+    for one, other in zip((some[0], some[1]), (questions[7], questions[2]), strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))

@@ -1,0 +1,63 @@
+"""Every notebook runs alone at smoke size, through papermill, and leaves a whole result; bad parameters end early."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SMOKE = {"users": 120, "encoder_epochs": 1, "train_limit": 64, "test_limit": 16, "rank": 4}
+NOTEBOOKS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("home")
+
+
+def papermill(home, name, **parameters):
+    flags = [text for pair in parameters.items() for text in ("-p", pair[0], str(pair[1]))]
+    return subprocess.run(
+        [Path(sys.executable).with_name("papermill"), f"notebooks/{name}.ipynb", home / f"{name}.ipynb", *flags],
+        cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "ILORA_HOME": str(home), "JUPYTER_PATH": f"{sys.prefix}/share/jupyter"},
+    )  # fmt: skip
+
+
+def known(name, parameters):
+    text = (ROOT / "notebooks" / f"{name}.ipynb").read_text(encoding="utf-8")
+    return {key: value for key, value in parameters.items() if f'"{key} = ' in text}
+
+
+# The last first, so that it has to make what the earlier ones would have left to it.
+@pytest.mark.parametrize("name", NOTEBOOKS[::-1])
+def test_a_notebook_runs_and_leaves_its_result(home, name):
+    done = papermill(home, name, **known(name, SMOKE))
+    assert done.returncode == 0, done.stderr[-3000:]
+    (path,) = (home / "results").glob(f"{name}-*.json")
+    result = json.loads(path.read_text(encoding="utf-8"))
+    assert result["parameters"]["users"] == SMOKE["users"]
+    assert result["metrics"]
+    assert result["seconds"] > 0
+    if name in ("03_lora", "04_ilora"):
+        assert len(result["outcomes"]["hit"]) == SMOKE["test_limit"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"experts": 3}, "experts = 3 does not divide rank = 8: choose experts among 1, 2, 4, 8"),
+        ({"expert": 4}, "did you mean 'experts'?"),
+        ({"dataset": "movilens"}, "parameter 'dataset' must be one of"),
+        ({"epochs": -1}, "parameter 'epochs' must be at least 1, not -1"),
+        ({"epochs": 1.5}, "parameter 'epochs' must be a whole number, not 1.5"),
+    ],
+)
+def test_a_wrong_parameter_ends_in_one_clear_line_before_any_work(tmp_path, wrong, sentence):
+    done = papermill(tmp_path, "04_ilora", **wrong)
+    assert done.returncode == 1
+    assert sentence in done.stderr.strip().splitlines()[-1]
+    assert not (tmp_path / "data").exists()

@@ -1,0 +1,202 @@
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from ilora.prompts import ITEM_TOKEN, NO_ITEM, NO_LABEL, Prompts, pad_left, read_answer, wording
+
+TITLES = ["Mossy Oak", "The Neon Market, part 2", "Ill", "Salted: a tale", "Oak"]
+
+
+def byte_level(*special, texts=()):
+    """A byte-level BPE in the manner of GPT-2, which has seen `texts`."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=["<pad>", "<s>", "</s>", *special],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([*TITLES, *wording("story", "read"), *texts] * 9, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+def sentence_piece():
+    """A BPE in the manner of Llama-2: spaces are letters, and each text gets one in front."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.BpeTrainer(
+        vocab_size=120, special_tokens=["<unk>", "<s>", "</s>"], initial_alphabet=["\n", ";"], show_progress=False
+    )
+    words = [word for text in [*TITLES, *wording("story", "read")] for word in text.replace(".", " . ").split()]
+    tokenizer.train_from_iterator([*words, *TITLES] * 9, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    return Prompts(byte_level(ITEM_TOKEN), TITLES, "story", "read")
+
+
+def text_of(history, candidates, mark=""):
+    opening, offer, question = wording("story", "read")
+    listed = [";".join(f" {TITLES[item]}{mark}" for item in items) for items in (history, candidates)]
+    return f"{opening}{listed[0]}{offer}{listed[1]}{question}"
+
+
+# ---------------------------------------------------------------- tokens
+
+
+# The last has merged a colon with what follows it here: the pieces' first sign must not get lost.
+@pytest.mark.parametrize(
+    "tokenizer",
+    [byte_level(), byte_level(texts=["a:. b", "a:; b", "x:;y", "A; B.", "A.B;C"]), sentence_piece()],
+    ids=["bytes", "merged signs", "spaces are letters"],
+)
+def test_pieces_join_to_the_tokens_of_the_whole_text(tokenizer):
+    prompts = Prompts(tokenizer, TITLES, "story", "read")
+    history, candidates = [0, 3, 2], [4, 1, 0]
+    tokens, _ = prompts.write(history, candidates, behaviour=False)
+    whole = tokenizer(text_of(history, candidates), add_special_tokens=False).input_ids
+    assert tokens == [tokenizer.bos_token_id, *whole]
+
+
+def test_the_answer_continues_the_prompt_as_text_does(prompts):
+    whole = prompts.tokenizer(text_of([0, 1], [2, 3]) + f" {TITLES[3]}", add_special_tokens=False).input_ids
+    tokens, _ = prompts.write([0, 1], [2, 3], behaviour=False)
+    assert tokens[1:] + prompts.answers[3] == whole
+
+
+def test_a_prompt_reads_as_meant(prompts):
+    tokens, _ = prompts.write([0, 1], [2, 3], behaviour=True)
+    assert prompts.tokenizer.decode(tokens) == "<s>" + text_of([0, 1], [2, 3], mark=ITEM_TOKEN)
+
+
+def test_a_tokenizer_without_the_item_token_lends_its_unknown_or_end_token():
+    lent = Prompts(byte_level(), TITLES, "story", "read")
+    assert lent.item_token == lent.tokenizer.eos_token_id
+    unknown = Prompts(sentence_piece(), TITLES, "story", "read")
+    assert unknown.item_token == unknown.tokenizer.unk_token_id
+    own = Prompts(byte_level(ITEM_TOKEN), TITLES, "story", "read")
+    assert own.tokenizer.convert_ids_to_tokens(own.item_token) == ITEM_TOKEN
+
+
+def test_a_tokenizer_without_a_start_token_begins_with_the_text():
+    tokenizer = byte_level()
+    tokenizer.bos_token = None
+    tokens, _ = Prompts(tokenizer, TITLES, "story", "read").write([0], [1], behaviour=False)
+    assert tokens == tokenizer(text_of([0], [1]), add_special_tokens=False).input_ids
+
+
+# ---------------------------------------------------------------- owners
+
+
+def test_each_item_owns_the_token_right_behind_its_title(prompts):
+    history, candidates = [4, 0], [2, 1, 4]
+    tokens, owners = prompts.write(history, candidates, behaviour=True)
+    assert len(tokens) == len(owners)
+    owned = [place for place, owner in enumerate(owners) if owner != NO_ITEM]
+    assert [owners[place] for place in owned] == history + candidates
+    assert [place for place, token in enumerate(tokens) if token == prompts.item_token] == owned
+    for place in owned:
+        title = prompts.answers[owners[place]]
+        assert tokens[place - len(title) : place] == title
+
+
+def test_a_lent_token_elsewhere_is_nobodys():
+    prompts = Prompts(byte_level(), TITLES, "story", "read")  # lends </s>
+    batch = prompts.batch([[0]], [[1, 2]], [2])
+    lent = batch["input_ids"][0] == prompts.end
+    assert lent.sum() == 4 and (batch["owners"][0] != NO_ITEM).sum() == 3
+    assert batch["owners"][0, -1] == NO_ITEM and batch["input_ids"][0, -1] == prompts.end
+
+
+def test_a_text_only_prompt_has_no_behaviour_tokens(prompts):
+    tokens, owners = prompts.write([0, 1], [2, 3], behaviour=False)
+    assert set(owners) == {NO_ITEM} and prompts.item_token not in tokens
+
+
+# ---------------------------------------------------------------- batches
+
+
+def test_rows_are_padded_on_the_left(prompts):
+    histories, candidates = [[2], [0, 1, 3, 4], [2, 2]], [[0, 1], [1, 0], [4, 2]]
+    batch = prompts.batch(histories, candidates)
+    assert set(batch) == {"input_ids", "attention_mask", "owners"}
+    for row, (history, offered) in enumerate(zip(histories, candidates, strict=True)):
+        tokens, owners = prompts.write(history, offered, behaviour=True)
+        padding = batch["input_ids"].shape[1] - len(tokens)
+        assert batch["input_ids"][row].tolist() == [0] * padding + tokens
+        assert batch["owners"][row].tolist() == [NO_ITEM] * padding + owners
+        assert batch["attention_mask"][row].tolist() == [0] * padding + [1] * len(tokens)
+    assert (batch["attention_mask"].sum(1) == batch["input_ids"].shape[1]).sum() == 1
+
+
+@pytest.mark.parametrize("behaviour", [True, False])
+def test_labels_are_the_answer_and_the_end_and_nothing_else(prompts, behaviour):
+    targets = [1, 2]
+    batch = prompts.batch([[0], [3, 4, 1]], [[1, 2], [0, 2]], targets, behaviour)
+    for row, target in enumerate(targets):
+        answer = [*prompts.answers[target], prompts.end]
+        width = batch["labels"].shape[1]
+        assert batch["labels"][row].tolist() == [NO_LABEL] * (width - len(answer)) + answer
+        assert batch["input_ids"][row, -len(answer) :].tolist() == answer
+        assert (batch["owners"][row, -len(answer) :] == NO_ITEM).all()
+        assert batch["attention_mask"][row, -len(answer) :].all()
+    assert len({tuple(value.shape) for value in batch.values()}) == 1
+
+
+def test_batches_refuse_lists_of_unlike_number(prompts):
+    with pytest.raises(ValueError, match="zip"):
+        prompts.batch([[0], [1]], [[1, 2]])
+
+
+def test_length_grows_with_the_titles(prompts):
+    def tokens(history, offered):
+        return len(prompts.write(history, offered, behaviour=False)[0])
+
+    rows = [([0], [1, 2]), ([1], [1, 2]), ([3], [4, 2])]
+    differences = {tokens(*row) - prompts.length(*row) for row in rows}
+    assert len(differences) == 1
+
+
+def test_pad_left_alone():
+    padded = pad_left({"input_ids": [[5], [6, 7]], "owners": [[NO_ITEM], [3, NO_ITEM]]}, pad_token=9)
+    assert padded["input_ids"].tolist() == [[9, 5], [6, 7]]
+    assert padded["owners"].tolist() == [[NO_ITEM, NO_ITEM], [3, NO_ITEM]]
+    assert padded["attention_mask"].tolist() == [[0, 1], [1, 1]]
+    assert all(value.dtype == torch.int64 for value in padded.values())
+
+
+# ---------------------------------------------------------------- answers
+
+OFFERED = ["Alien", "Aliens", "The  Piano", "Oak"]
+
+
+@pytest.mark.parametrize(
+    ("text", "column"),
+    [
+        ("Alien", 0),
+        ("Aliens", 1),  # the first line is a title, though another one occurs in it
+        (" aliens \nAlien; Oak", 1),  # what follows the first line does not count then
+        ("the piano", 2),  # case and spacing aside
+        ("I think it is The Piano.", 2),
+        ("It is\nOak", 3),
+        ("Aliens!", None),  # both Alien and Aliens occur
+        ("Oak or The Piano", None),
+        ("Alie", None),
+        ("a story of my own", None),
+        ("", None),
+        (" \n ", None),
+        ("Croak", 3),  # the released code's rule is about substrings
+    ],
+)
+def test_read_answer(text, column):
+    assert read_answer(text, OFFERED) == column
+
+
+def test_every_offered_title_reads_as_itself():
+    assert [read_answer(title, OFFERED) for title in OFFERED] == [0, 1, 2, 3]

@@ -1,0 +1,327 @@
+import logging
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from ilora import runs, training
+from ilora.training import Batches, TrainingArguments, fit
+
+ARGUMENTS = TrainingArguments(epochs=3, batch_size=16, learning_rate=1e-2, weight_decay=0.1, save_every=3)
+ROWS = list(range(90))  # 6 batches an epoch, the last one of 10 rows
+BITS = {"rtol": 0, "atol": 0}
+
+
+class Toy(nn.Module):
+    """Regression on random inputs; a curriculum leaves `late` out of some steps, `frozen` never learns."""
+
+    def __init__(self, dropout=0.0, pause=0.0):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.early, self.late, self.frozen = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(4, 4)
+        for parameter in self.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator) / 2
+        self.frozen.requires_grad_(False)
+        self.dropout, self.pause = nn.Dropout(dropout), pause
+        self.x = torch.randn(len(ROWS), 4, generator=generator)
+
+    def collate(self, rows):
+        x = self.x[torch.tensor(rows)]
+        return {"x": x, "y": x.sum(1).sin()}
+
+    def forward(self, batch, progress, step_seed):
+        time.sleep(self.pause)
+        hidden = self.dropout(self.early(self.frozen(batch["x"])).relu())
+        if np.random.default_rng(step_seed).random() < progress:
+            hidden = self.late(hidden)
+        return ((hidden.sum(1) - batch["y"]) ** 2).mean()
+
+    def score(self):
+        with torch.no_grad():
+            return {"score": -float(self(self.collate(ROWS), 1.0, 0))}
+
+
+def weights(model):
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def trained(folder, dropout=0.1, **changes):
+    model = Toy(dropout)
+    history = fit(model, ROWS, training.replace(ARGUMENTS, **changes), folder)
+    return model, history
+
+
+def checkpoints(folder):
+    return sorted((folder / "checkpoints").iterdir())
+
+
+# ---------------------------------------------------------------- one process
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 5, 1])
+def test_fit_equals_a_plain_loop(tmp_path, micro_batch_size):
+    model, history = trained(tmp_path, dropout=0.0, micro_batch_size=micro_batch_size)
+    other, losses = Toy(), []
+    learned = [parameter for parameter in other.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=1e-2, weight_decay=0.1)
+    batches = Batches(ROWS, ARGUMENTS)
+    for step, rate in enumerate(history["learning_rate"]):
+        optimizer.param_groups[0]["lr"] = rate
+        loss = other(other.collate(batches.of(step)), step / 18, training._mix(0, step))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(learned, 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    np.testing.assert_allclose(history["loss"], losses, rtol=1e-5)
+    torch.testing.assert_close(weights(model), weights(other), rtol=1e-5, atol=1e-6)
+
+
+def test_history_has_one_row_a_step(tmp_path):
+    _, history = trained(tmp_path)
+    assert history["step"].tolist() == list(range(1, 19))
+    assert history["epoch"].tolist() == [1] * 6 + [2] * 6 + [3] * 6
+    assert history["examples"].iloc[-1] == 3 * len(ROWS)
+    assert history["loss"].iloc[-3:].mean() < history["loss"].iloc[:3].mean()
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "history.csv"), history)
+
+
+def test_schedule_warms_up_then_falls():
+    for name, end in (("cosine", 0.01), ("constant", 1.0)):
+        arguments = training.replace(ARGUMENTS, schedule=name, warmup=0.2)
+        optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=1.0)
+        schedule, rates = training._schedule(optimizer, arguments, 100), []
+        for _ in range(100):
+            rates.append(schedule.get_last_lr()[0])
+            optimizer.step()
+            schedule.step()
+        np.testing.assert_allclose([rates[0], max(rates), rates[-1]], [0.01, 1.0, end], rtol=1e-6)
+        np.testing.assert_allclose(np.diff(rates[:20]), 0.99 / 20, rtol=0.06)  # in 19 or 20 equal rises
+        assert np.ptp(np.diff(rates[:20])) < 1e-9
+
+
+def test_a_group_has_its_own_rate(tmp_path):
+    model = Toy()
+    model.parameter_groups = lambda decay: [
+        {"params": model.early.parameters(), "weight_decay": decay},
+        {"params": model.late.parameters(), "lr_scale": 0.0},
+    ]
+    late, early = model.late.weight.clone(), model.early.weight.clone()
+    fit(model, ROWS, ARGUMENTS, tmp_path)
+    torch.testing.assert_close(model.late.weight, late, **BITS)
+    assert not torch.equal(model.early.weight, early)
+
+
+def test_batches_hold_every_row_once_an_epoch():
+    batches = Batches(ROWS, ARGUMENTS)
+    epochs = [[batches.of(step) for step in range(first, first + 6)] for first in (0, 6)]
+    for epoch in epochs:
+        assert sorted(np.concatenate(epoch)) == ROWS
+    assert not np.array_equal(np.concatenate(epochs[0]), np.concatenate(epochs[1]))
+    assert np.array_equal(batches.of(5), epochs[0][5])
+
+
+def test_micro_batches_hold_rows_of_like_length(tmp_path):
+    model, seen = Toy(), []
+    model.length = lambda row: row % 10
+    model.collate = lambda rows: seen.append([row % 10 for row in rows]) or Toy.collate(model, rows)
+    fit(model, ROWS, training.replace(ARGUMENTS, micro_batch_size=4), tmp_path)
+    for step in range(0, len(seen), 4):
+        batch = np.concatenate(seen[step : step + 4]).tolist()
+        assert batch == sorted(batch)
+
+
+def test_train_hears_of_each_epoch(tmp_path):
+    class Rows(list):
+        heard = ()
+
+        def set_epoch(self, epoch):
+            self.heard += (epoch,)
+
+    rows = Rows(ROWS)
+    fit(Toy(), rows, ARGUMENTS, tmp_path)
+    assert rows.heard == (0, 1, 2)
+
+
+def test_the_best_state_on_validation_is_the_result(tmp_path):
+    model, scores, states = Toy(), iter([1.0, 3.0, 2.0]), []
+
+    def validate():
+        assert not model.training
+        assert not torch.is_grad_enabled()
+        states.append(weights(model).clone())
+        return {"score": next(scores)}
+
+    history = fit(model, ROWS, ARGUMENTS, tmp_path, validate, "score")
+    torch.testing.assert_close(weights(model), states[1], **BITS)
+    assert history["score"].dropna().tolist() == [1.0, 3.0, 2.0]
+    again = Toy()
+    fit(again, ROWS, ARGUMENTS, tmp_path, validate, "score")  # finished: nothing is trained or validated again
+    torch.testing.assert_close(weights(again), states[1], **BITS)
+    saved = training.safetensors.torch.load_file(tmp_path / "best.safetensors")
+    torch.testing.assert_close(saved["early.weight"], model.early.weight.detach(), **BITS)
+    assert not any(name.startswith("frozen") for name in saved)
+
+
+def test_validation_must_give_what_is_monitored(tmp_path):
+    with pytest.raises(ValueError, match="finite 'score'"):
+        fit(Toy(), ROWS, ARGUMENTS, tmp_path, lambda: {"loss": 1.0}, "score")
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"epochs": 0}, {"learning_rate": -1.0}, {"schedule": "linear"}, {"precision": "fp16"}]
+)
+def test_impossible_arguments_are_refused(wrong):
+    with pytest.raises(runs.UserError, match=next(iter(wrong))):
+        training.replace(ARGUMENTS, **wrong)
+
+
+def test_no_rows_are_refused(tmp_path):
+    with pytest.raises(runs.UserError, match="no rows"):
+        fit(Toy(), [], ARGUMENTS, tmp_path)
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def test_two_checkpoints_are_kept_and_hold_plain_tensors_only(tmp_path):
+    trained(tmp_path, device="cpu")
+    steps = [path.name[:13] for path in checkpoints(tmp_path)]
+    assert steps == ["step-00000015", "step-00000018"]
+    state = torch.load(checkpoints(tmp_path)[-1], weights_only=True)
+    assert state["history"][-1]["step"] == 18
+    assert set(state["model"]) == {"early.weight", "early.bias", "late.weight", "late.bias"}
+
+
+@pytest.mark.parametrize("damage", ["changed", "cut"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, caplog, damage):
+    whole, history = trained(tmp_path)
+    newest = checkpoints(tmp_path)[-1]
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content if damage == "changed" else content[:100])
+    with caplog.at_level(logging.WARNING):
+        resumed, again = trained(tmp_path)
+    assert str(newest) in caplog.text
+    torch.testing.assert_close(weights(resumed), weights(whole), **BITS)
+    pd.testing.assert_frame_equal(again.drop(columns="seconds"), history.drop(columns="seconds"))
+    assert [path.name[:13] for path in checkpoints(tmp_path)] == ["step-00000015", "step-00000018"]
+    assert newest not in checkpoints(tmp_path)
+
+
+def test_checkpoints_of_other_arguments_are_refused(tmp_path):
+    trained(tmp_path)
+    with pytest.raises(runs.UserError, match=r"'learning_rate': 0\.01.*choose another folder"):
+        trained(tmp_path, learning_rate=0.02)
+    trained(tmp_path, micro_batch_size=4, save_every=5)  # these may change
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, value):
+    model = Toy()
+    model.x[77] = value
+    bad = next(step for step in range(18) if 77 in Batches(ROWS, ARGUMENTS).of(step))
+    rows = Batches(ROWS, ARGUMENTS).of(bad).tolist()
+    with pytest.raises(runs.UserError) as error:
+        fit(model, ROWS, training.replace(ARGUMENTS, save_every=1), tmp_path)
+    assert f"at step {bad + 1}, learning rate " in str(error.value)
+    assert str(rows) in str(error.value)
+    assert torch.isfinite(weights(model)).all()
+    assert [int(path.name[5:13]) for path in checkpoints(tmp_path)] == [bad - 1, bad][-bad:]
+
+
+def test_a_full_disk_loses_nothing_that_is_written(tmp_path, monkeypatch):
+    whole, _ = trained(tmp_path / "whole")
+    synchronise, calls = os.fsync, []
+
+    def full_at_the_third(file):
+        calls.append(file)
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device")
+        synchronise(file)
+
+    monkeypatch.setattr(os, "fsync", full_at_the_third)
+    with pytest.raises(runs.UserError, match=r"step-00000009.*No space left.*make room"):
+        trained(tmp_path / "full")
+    assert [path.name[:13] for path in checkpoints(tmp_path / "full")] == ["step-00000003", "step-00000006"]
+    resumed, _ = trained(tmp_path / "full")
+    torch.testing.assert_close(weights(resumed), weights(whole), **BITS)
+
+
+# ---------------------------------------------------------------- several processes
+
+
+@pytest.fixture(scope="module")
+def server():
+    """Starts processes that have the imports behind them."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pytest", "ilora.training"])
+    return context
+
+
+LONG = training.replace(ARGUMENTS, epochs=30, save_every=2)  # 180 steps
+
+
+def train_slowly(folder, started):
+    model = Toy(dropout=0.1, pause=0.008)
+    collate = model.collate
+    model.collate = lambda rows: started.set() or collate(rows)
+    fit(model, ROWS, LONG, folder, model.score, "score")
+
+
+def test_a_run_killed_ten_times_ends_bit_equal(tmp_path, server):
+    chance, killed = random.Random(0), 0
+    while killed < 10:
+        started = server.Event()
+        process = server.Process(target=train_slowly, args=(tmp_path / "killed", started))
+        process.start()
+        assert started.wait(60)
+        time.sleep(chance.uniform(0, 0.12))  # the 180 steps take 1.4 s or more
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        killed += process.exitcode == -signal.SIGKILL
+    partly = [int(path.name[5:13]) for path in (tmp_path / "killed/checkpoints").glob("step-*.pt")]
+    assert 0 < max(partly) < 180
+    resumed, whole = Toy(dropout=0.1), Toy(dropout=0.1)
+    again = fit(resumed, ROWS, LONG, tmp_path / "killed", resumed.score, "score")
+    history = fit(whole, ROWS, LONG, tmp_path / "whole", whole.score, "score")
+    torch.testing.assert_close(weights(resumed), weights(whole), **BITS)
+    pd.testing.assert_frame_equal(again.drop(columns="seconds"), history.drop(columns="seconds"))
+    assert len(checkpoints(tmp_path / "killed")) == 2  # and no half-written file
+
+
+def train_together(rank, port, folder, micro_batch_size):
+    """What `accelerate launch` sets for each of two CPU processes."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    model, history = trained(folder, dropout=0.1 if micro_batch_size else 0.0, micro_batch_size=micro_batch_size)
+    torch.save({"weights": weights(model), "loss": history["loss"].tolist()}, folder / f"process{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 4])
+def test_two_processes_equal_one(tmp_path, server, micro_batch_size):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    together = [server.Process(target=train_together, args=(rank, port, tmp_path, micro_batch_size)) for rank in (0, 1)]
+    for process in together:
+        process.start()
+    for process in together:
+        process.join(60)
+        assert process.exitcode == 0
+    # With the same micro-batches even dropout is the same.
+    dropout = 0.1 if micro_batch_size else 0.0
+    one, history = trained(tmp_path / "one", dropout=dropout, micro_batch_size=micro_batch_size)
+    for rank in (0, 1):
+        two = torch.load(tmp_path / f"process{rank}.pt", weights_only=True)
+        np.testing.assert_allclose(two["loss"], history["loss"], rtol=1e-5)
+        torch.testing.assert_close(two["weights"], weights(one), rtol=1e-5, atol=1e-6)
