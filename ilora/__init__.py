@@ -1,3 +1,8 @@
 """Instance-wise LoRA for sequential recommendation: the method of Kong et al. (NeurIPS 2024), end to end."""
 
 __version__ = "0.1.0"
+
+from ilora.adapter import ILoraConfig, export_lora, gate_weights
+from ilora.model import LanguageRecommender
+
+__all__ = ["ILoraConfig", "LanguageRecommender", "export_lora", "gate_weights"]

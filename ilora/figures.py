@@ -7,14 +7,18 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000"]
 
 
 def style() -> None:
-    """Set the style; figures become SVG that is the same for the same data."""
-    set_matplotlib_formats("svg", metadata={"Date": None})
+    """Set the style; in a notebook figures become SVG, the same for the same data."""
+    from IPython import get_ipython  # not needed outside notebooks
+
+    if shell := get_ipython():
+        shell.run_line_magic("config", "InlineBackend.figure_formats = ['svg']")
+        kwargs = {"bbox_inches": "tight", "metadata": {"Date": None}}
+        shell.run_line_magic("config", f"InlineBackend.print_figure_kwargs = {kwargs}")
     plt.rcParams.update({
         "figure.figsize": (6.4, 3.4), "figure.constrained_layout.use": True, "figure.facecolor": "white",
         "axes.prop_cycle": plt.cycler(color=COLOURS), "axes.spines.top": False, "axes.spines.right": False,

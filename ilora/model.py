@@ -88,19 +88,18 @@ class LanguageRecommender(nn.Module):
         seed: int = 0,
     ):
         super().__init__()
-        torch.manual_seed(seed)
         self.prompts = prompts
         self.gated = isinstance(adapter, ILoraConfig)
         if self.gated and encoder is None:
             raise runs.UserError("iLoRA's gate reads the recommender's representation: give an encoder")
-        self.language_model = get_peft_model(language_model, adapter) if adapter else language_model
-        embedding = language_model.get_input_embeddings()
         self.encoder, self.projector = encoder, None
+        torch.manual_seed(seed)  # the projector first, so that LoRA and iLoRA start from the same one
         if encoder is not None:
             encoder.requires_grad_(False)
-            placeholder = embedding.weight[prompts.item_token].detach()
+            placeholder = language_model.get_input_embeddings().weight[prompts.item_token].detach()
             self.projector = Projector(encoder.item_embeddings.cpu(), placeholder.float().cpu()).to(placeholder.device)
             encoder.to(placeholder.device)
+        self.language_model = get_peft_model(language_model, adapter) if adapter else language_model
 
     @property
     def device(self) -> torch.device:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ilora import __version__, data, evaluation, language_model, runs
+from ilora import __version__, data, evaluation, language_model, pretraining, runs
 from ilora.model import LanguageRecommender, Questions, adapter_config
 from ilora.prompts import Prompts
 from ilora.recommenders import Popularity, SASRec
@@ -95,7 +95,8 @@ def tuned(
     adapter = {"rank": rank, "alpha": alpha, "dropout": dropout, "experts": experts}
     adapter |= {"gate": gate} if experts > 1 else {}
     parameters = {
-        "dataset": dataset.key, "base_model": base_model, "base": _fingerprint(base_model), **adapter,
+        "dataset": dataset.key, "base_model": base_model, **adapter,
+        "embedded": pretraining.fingerprint(), "recipe": pretraining.VERSION,
         "encoder": _digest(encoder), "train": len(train), "version": __version__, **arguments.identity(),
     }  # fmt: skip
 
@@ -124,10 +125,3 @@ def _digest(encoder: SASRec) -> str:
     for value in encoder.state_dict().values():
         digest.update(value.cpu().numpy().tobytes())
     return digest.hexdigest()[:12]
-
-
-def _fingerprint(base_model: str) -> str:
-    """Of the embedded weights, which may be made anew; other models are known by their name."""
-    if base_model != "embedded":
-        return base_model
-    return hashlib.sha256((language_model.EMBEDDED / "model.safetensors").read_bytes()).hexdigest()[:12]

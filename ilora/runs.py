@@ -80,7 +80,7 @@ PARAMETERS: dict[str, Parameter] = {
     "alpha": Parameter(float, "LoRA alpha", lambda value: 0 < value < float("inf"), "above 0"),
     "dropout": Parameter(float, "LoRA dropout, a share", lambda value: 0 <= value < 1, "from 0 to below 1"),
     "experts": _at_least(1, "number of experts K; a divisor of rank; 1 is LoRA"),
-    "gate": _one_of(("linear",), "how the sequence representation becomes expert weights"),
+    "gate": _one_of(("linear", "convolutional"), "how the sequence representation becomes expert weights"),
     "epochs": _at_least(1, "passes over the training sequences"),
     "learning_rate": Parameter(float, "peak learning rate", lambda value: 0 < value < 1, "above 0 and below 1"),
     "batch_size": _at_least(1, "sequences per optimiser step"),

@@ -185,7 +185,11 @@ def toc():
 
 
 def test_the_book_holds_every_notebook_and_its_own_configuration():
-    assert toc() == ["intro", *(path.stem for path in SOURCES)]
+    pages, notebooks = toc(), [path.stem for path in SOURCES]
+    assert pages[0] == "intro" and len(set(pages)) == len(pages)
+    assert [page for page in pages if page in notebooks] == notebooks
+    for page in set(pages) - set(notebooks):
+        assert (ROOT / "book" / f"{page}.md").is_file(), page
     for name in ("_toc.yml", "_config.yml"):
         link = ROOT / "book" / name
         assert link.is_symlink()

@@ -1,0 +1,290 @@
+"""The small base models: documents that teach a small Llama what Llama-2 brings along, and the training on them.
+
+A base has read much, knows the titles and what everybody reads after what, and answers a prompt with one of the
+offered titles, though an uninformed one. Four kinds of documents, with loss only where there is something to learn:
+
+    history    each story that a reader of the training split read     which title tends to follow which
+    about      title and further text, where the data have any         what the items are
+    list       a list of titles, then the same in another order        naming what is offered
+    choice     a whole prompt, answered with an offered title          answering; which title is left to chance
+
+`embedded` is made in two stages from the readers of a library without taste groups. A base for other data starts from
+its weights. Its tokens may span words, up to whole titles: a model this small learns to choose among thousands of
+titles, but not to spell them.
+"""
+
+import hashlib
+import shutil
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from ilora import runs
+from ilora.data import Dataset
+from ilora.prompts import ITEM_TOKEN, NO_LABEL, Prompts, wording
+from ilora.training import TrainingArguments, fit
+from ilora.world import make_world
+
+EMBEDDED = Path(__file__).parent / "embedded"
+VOCABULARY = 4096
+SPECIAL = ["<pad>", "<s>", "</s>", ITEM_TOKEN]
+PUBLIC_READERS = 20_000
+LONGEST_LIST = 22  # titles; prompts offer 20
+KINDS = ("history", "about", "list", "choice")
+VERSION = 2  # part of the key of a kept base: raise it when documents or training change; the recipe is in the key
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is read, and how it is learned."""
+
+    documents: int  # all together, each read once
+    batch_size: int
+    learning_rate: float
+    invented: str  # half the lists and choices hold invented titles: of any "tokens", of known "words", or "nothing"
+    shares: tuple[float, ...] = (0.32, 0.02, 0.33, 0.33)  # of KINDS; without texts, nothing is about one
+    grow: bool = False  # short lists first
+    epochs: int = 1  # parts of the reading, between which lists grow
+    spotted: float = 0.0  # share of choices that offer exactly one title that was read: it is the answer
+    vocabulary: int = VOCABULARY
+    across_spaces: bool = False  # tokens may span words
+
+
+FIRST = Recipe(448_000, 128, 3e-3, invented="tokens", grow=True, epochs=8)
+SECOND = Recipe(40_000, 64, 1.5e-3, invented="words")
+OTHER_DATA = Recipe(
+    64_000, 64, 2e-3, invented="nothing", shares=(0.28, 0.02, 0.2, 0.5), spotted=0.7, vocabulary=3 * VOCABULARY,
+    across_spaces=True,
+)  # fmt: skip
+
+
+def fingerprint() -> str:
+    """12 hex digits that change when the embedded model is made anew."""
+    return hashlib.sha256((EMBEDDED / "model.safetensors").read_bytes()).hexdigest()[:12]
+
+
+def base_for(dataset: Dataset, seed: int = 0, device: str = "auto", recipe: Recipe = OTHER_DATA) -> Path:
+    """Folder of the small base for a data set, from the embedded one; made once, kept under `runs.home()`."""
+    parameters = {"dataset": dataset.key, "seed": seed, "recipe": asdict(recipe), "start": fingerprint()}
+    parameters["version"] = VERSION
+    work = runs.home() / "training" / f"base-{runs.key(parameters)}"
+
+    def make(folder: Path) -> None:
+        pretrain(dataset, folder, work, recipe, seed, device, start=EMBEDDED)
+        shutil.rmtree(work)
+
+    return runs.cached("base", parameters, make, note=f"a small language model for {dataset.name}")
+
+
+def make_embedded(folder: Path, device: str = "auto") -> None:
+    """Make the embedded model anew: four minutes on one GPU, or an evening on two cores."""
+    with tempfile.TemporaryDirectory() as work:
+        first = Path(work, "first")
+        pretrain(public_library(), first, Path(work, "work-1"), FIRST, seed=0, device=device)
+        pretrain(public_library(), folder, Path(work, "work-2"), SECOND, seed=1, device=device, start=first)
+
+
+def pretrain(
+    dataset: Dataset, folder: Path, work: Path, recipe: Recipe, seed: int = 0, device: str = "auto",
+    start: Path | None = None,
+) -> None:  # fmt: skip
+    """Make a base from a data set's titles, further texts and training histories; save it to `folder` in bf16.
+
+    work: folder of the checkpoints; start: a base of the same shape whose weights are taken over.
+    """
+    texts = [" " + " ".join(text.split()) for column in ("title", "text") for text in dataset.items[column] if text]
+    tokenizer = train_tokenizer(list(wording(dataset.noun, dataset.verb)), texts, recipe)
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(_config(recipe.vocabulary))
+    if start is not None:
+        _take_over(model, tokenizer, start)
+    prompts = Prompts(tokenizer, list(dataset.items["title"]), dataset.noun, dataset.verb)
+    rows = Documents(dataset, prompts, recipe.documents // recipe.epochs, seed, recipe)
+    on_gpu = runs.pick_device(device).type == "cuda"
+    arguments = TrainingArguments(
+        recipe.epochs, recipe.batch_size, recipe.learning_rate, weight_decay=0.01, seed=seed, device=device,
+        precision="bf16" if on_gpu else "no", micro_batch_size=None if on_gpu else 32,
+    )  # fmt: skip
+    fit(Pretraining(model), rows, arguments, work)
+    model.to(torch.bfloat16).cpu().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def train_tokenizer(prompts: list[str], texts: list[str], recipe: Recipe) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with at most `recipe.vocabulary` tokens from the prompts and the items' texts.
+
+    Tokens that span words (Liu et al. 2025, SuperBPE) let a catalogue of thousands fit into short prompts.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not recipe.across_spaces)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=recipe.vocabulary,
+        special_tokens=SPECIAL,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(prompts * 1000 + texts, trainer)  # the prompts' words become whole tokens
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=SPECIAL[0], bos_token=SPECIAL[1], eos_token=SPECIAL[2]
+    )
+
+
+class Documents:
+    """Row i is document i of an epoch: token ids and labels, a function of (seed, epoch, i) alone.
+
+    It takes the documents of an epoch as `number`; `set_epoch` goes on to other ones, with longer lists if they grow.
+    """
+
+    def __init__(self, dataset: Dataset, prompts: Prompts, number: int, seed: int, recipe: Recipe):
+        self.prompts, self.number, self.seed, self.recipe = prompts, number, seed, recipe
+        events = dataset.events[dataset.events["user"].map(dataset.users["split"].eq("train"))]
+        self.histories = [items.to_numpy() for _, items in events.groupby("user")["item"]]
+        texts = {item: " ".join(text.split()) for item, text in enumerate(dataset.items["text"])}
+        self.about = [
+            (item, prompts.tokenizer(f" {text}", add_special_tokens=False).input_ids)
+            for item, text in texts.items()
+            if text
+        ]
+        self.words = np.unique([token for title in prompts.answers for token in title])
+        self.kinds = {
+            kind: share for kind, share in zip(KINDS, recipe.shares, strict=True) if kind != "about" or self.about
+        }
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch, self.longest = epoch, min(LONGEST_LIST, 6 + 4 * epoch) if self.recipe.grow else LONGEST_LIST
+
+    def __len__(self) -> int:
+        return self.number
+
+    def __getitem__(self, row: int) -> tuple[list[int], list[int]]:
+        rng = np.random.default_rng([self.seed, self.epoch, row])
+        shares = np.array(list(self.kinds.values()))
+        kind = rng.choice(list(self.kinds), p=shares / shares.sum())
+        read, learned = getattr(self, f"_{kind}")(rng)
+        return read + learned, [NO_LABEL] * len(read) + learned
+
+    def _history(self, rng) -> tuple[list[int], list[int]]:
+        items = self._some_history(rng, LONGEST_LIST)
+        listed, _ = self._listed(rng, [self.prompts.answers[item] for item in items])
+        return self.prompts.opening, listed
+
+    def _about(self, rng) -> tuple[list[int], list[int]]:
+        item, text = self.about[rng.integers(len(self.about))]
+        return self.prompts.opening[:1] + self.prompts.answers[item] + self.prompts.separator, text
+
+    def _list(self, rng) -> tuple[list[int], list[int]]:
+        titles = self._some_titles(rng, rng.integers(2, self.longest + 1))
+        order = rng.permutation(len(titles)) if rng.random() < 0.7 else range(len(titles))
+        listed, _ = self._listed(rng, titles)
+        again, _ = self.prompts.join([titles[place] for place in order])
+        prompt = self.prompts.opening[:1] + self.prompts.offer + listed + self.prompts.question
+        return prompt, [*again, self.prompts.end]
+
+    def _choice(self, rng) -> tuple[list[int], list[int]]:
+        history = [self.prompts.answers[item] for item in self._some_history(rng, 10)]
+        titles = self._some_titles(rng, rng.integers(2, self.longest + 1))
+        known = None
+        if self.recipe.spotted and rng.random() < self.recipe.spotted:  # one of the titles offered was read: find it
+            titles = [title for title in titles[1:] if title not in history]
+            known = rng.integers(len(titles) + 1)
+            titles.insert(known, history[rng.integers(len(history))])
+        marked = rng.random() < 0.5
+        read, _ = self.prompts.join(history, history if marked else None)
+        listed, _ = self.prompts.join(titles, titles if marked else None)
+        prompt = self.prompts.opening + read + self.prompts.offer + listed + self.prompts.question
+        answer = rng.integers(len(titles)) if known is None else known
+        return prompt, [*titles[answer], self.prompts.end]
+
+    def _listed(self, rng, titles: list[list[int]]) -> tuple[list[int], list[int]]:
+        """A list whose titles carry behaviour tokens in half the documents."""
+        return self.prompts.join(titles, titles if rng.random() < 0.5 else None)
+
+    def _some_history(self, rng, longest: int) -> np.ndarray:
+        items = self.histories[rng.integers(len(self.histories))]
+        length = min(len(items), rng.integers(3, longest + 1))
+        first = rng.integers(len(items) - length + 1)
+        return items[first : first + length]
+
+    def _some_titles(self, rng, number: int) -> list[list[int]]:
+        if self.recipe.invented == "nothing" or rng.random() < 0.5:
+            known = self.prompts.answers
+            return [known[item] for item in rng.choice(len(known), min(number, len(known)), replace=False)]
+        if self.recipe.invented == "words":
+            return [rng.choice(self.words, size=rng.integers(1, 4)).tolist() for _ in range(number)]
+        # A small pool makes titles share tokens, so that one token of context is not enough to copy.
+        pool = rng.integers(len(SPECIAL), self.recipe.vocabulary, size=rng.choice([16, 64, VOCABULARY]))
+        return [rng.choice(pool, size=rng.integers(1, 7)).tolist() for _ in range(number)]
+
+
+class Pretraining(nn.Module):
+    """Next-token loss at the labels, in the form that `fit` trains."""
+
+    def __init__(self, model: LlamaForCausalLM):
+        super().__init__()
+        self.model = model
+
+    def collate(self, rows: list[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
+        """Padded on the right, where a causal model needs no mask: input_ids and labels, (batch, longest)."""
+        tokens, labels = ([torch.tensor(row[part]) for row in rows] for part in (0, 1))
+        return {
+            "input_ids": pad_sequence(tokens, batch_first=True),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=NO_LABEL),
+        }
+
+    def length(self, row: tuple[list[int], list[int]]) -> int:
+        return len(row[0])
+
+    def parameter_groups(self, weight_decay: float) -> list[dict]:
+        return [{"params": list(self.parameters()), "weight_decay": weight_decay, "betas": (0.9, 0.95)}]
+
+    def forward(self, batch: dict[str, Tensor], progress: float = 0.0, step_seed: int = 0) -> Tensor:
+        states = self.model.model(input_ids=batch["input_ids"]).last_hidden_state[:, :-1]
+        learned = batch["labels"][:, 1:] != NO_LABEL
+        logits = self.model.lm_head(states[learned]).float()  # (labels, vocabulary): no logits elsewhere
+        return F.cross_entropy(logits, batch["labels"][:, 1:][learned])
+
+
+def _config(vocabulary: int) -> LlamaConfig:
+    """0.8 M parameters, and 128 for each token. Many narrow heads beat few wide ones at choosing from a list."""
+    return LlamaConfig(
+        vocab_size=vocabulary, hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=8,
+        num_key_value_heads=8, max_position_embeddings=2048, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def _take_over(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, start: Path) -> None:
+    """Weights of the base in `start`; tokens of both vocabularies keep their embeddings, others draw theirs alike."""
+    weights = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32).state_dict()
+    learned = weights.pop("model.embed_tokens.weight")
+    weights.pop("lm_head.weight")  # tied
+    model.load_state_dict(weights, strict=False)
+    embedding = model.get_input_embeddings().weight
+    embedding.normal_(std=learned.std().item())
+    old = AutoTokenizer.from_pretrained(start).get_vocab()
+    for token, row in tokenizer.get_vocab().items():
+        if token in old:
+            embedding[row] = learned[old[token]]
+
+
+def public_library() -> Dataset:
+    """What the embedded model has read: readers of a world without conflict, no one of whom is in any data set."""
+    world = make_world(users=PUBLIC_READERS, conflict=0.0, seed=1_000_000)
+    users = world.events[["user"]].drop_duplicates().assign(split="train").reset_index(drop=True)
+    return Dataset(world.items, world.events, users, name="public", key="public", noun="story", verb="read")
+
+
+if __name__ == "__main__":
+    make_embedded(Path(sys.argv[1]))

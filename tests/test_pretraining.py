@@ -1,0 +1,399 @@
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import stats
+from torch.nn import functional
+
+from ilora import pretraining
+from ilora.data import Dataset
+from ilora.language_model import load_language_model
+from ilora.pretraining import (
+    EMBEDDED,
+    FIRST,
+    LONGEST_LIST,
+    OTHER_DATA,
+    SECOND,
+    VOCABULARY,
+    Documents,
+    Pretraining,
+    train_tokenizer,
+)
+from ilora.prompts import ITEM_TOKEN, NO_LABEL, Prompts, wording
+from ilora.world import titles
+
+RECIPES = {"first": FIRST, "second": SECOND, "other data": OTHER_DATA}
+
+
+@pytest.fixture(scope="module")
+def base():
+    return load_language_model("embedded", device="cpu")
+
+
+def small_dataset(users=40, text=True):
+    """A world whose test and validation users read stories that no training user reads."""
+    library = titles().head(40)
+    items = library if text else library.assign(text="")
+    rng = np.random.default_rng(0)
+    split = np.where(np.arange(users) < users - 10, "train", "test")
+    split[users - 5 :] = "validation"
+    read = [rng.permutation(30)[:8] if part == "train" else 30 + rng.permutation(10)[:8] for part in split]
+    table = {"user": np.repeat(np.arange(users), 8), "item": np.concatenate(read), "time": np.tile(np.arange(8), users)}
+    people = pd.DataFrame({"user": range(users), "split": split})
+    return Dataset(items, pd.DataFrame(table), people, name="small", key="small", noun="tale", verb="heard")
+
+
+def documents_of(base, recipe, number=400, dataset=None):
+    dataset = dataset or small_dataset()
+    prompts = Prompts(base[1], list(dataset.items["title"]), dataset.noun, dataset.verb)
+    return Documents(dataset, prompts, number, seed=0, recipe=recipe)
+
+
+@pytest.fixture(scope="module", params=RECIPES.values(), ids=list(RECIPES))
+def documents(base, request):
+    return documents_of(base, request.param)
+
+
+# ---------------------------------------------------------------- documents
+
+
+def kind_of(documents, read, learned):
+    """Which kind a document is, told from its tokens."""
+    prompts = documents.prompts
+    if read == prompts.opening:
+        return "history"
+    if learned[-1:] != [prompts.end]:
+        return "about"
+    return "list" if read[1 : 1 + len(prompts.offer)] == prompts.offer else "choice"
+
+
+def parts(documents, row):
+    """Tokens without labels, tokens with labels."""
+    tokens, labels = documents[row]
+    read = sum(label == NO_LABEL for label in labels)
+    return tokens[:read], tokens[read:], labels[read:]
+
+
+def test_documents_are_of_four_kinds_of_which_three_are_common(documents):
+    kinds = Counter(kind_of(documents, *parts(documents, row)[:2]) for row in range(len(documents)))
+    assert sum(kinds.values()) == 400 and 1 <= kinds["about"] <= 25
+    assert all(60 <= kinds[kind] <= 240 for kind in ("history", "list", "choice"))
+
+
+def test_labels_are_the_last_tokens_themselves_and_never_the_question(documents):
+    for row in range(len(documents)):
+        tokens, labels = documents[row]
+        read, learned, theirs = parts(documents, row)
+        assert len(tokens) == len(labels) and theirs == learned and len(learned) > 0 and len(read) > 0
+        assert NO_LABEL not in theirs and read[0] == documents.prompts.tokenizer.bos_token_id
+
+
+def titles_in(documents, tokens):
+    """Titles of a list of real titles; None for made-up ones."""
+    known = {
+        tuple(answer): title for answer, title in zip(documents.prompts.answers, documents.prompts.titles, strict=True)
+    }
+    found, piece = [], []
+    for token in [*[t for t in tokens if t != documents.prompts.item_token], *documents.prompts.separator]:
+        if [token] == documents.prompts.separator:
+            found.append(known.get(tuple(piece)))
+            piece = []
+        else:
+            piece.append(token)
+    return None if None in found else found
+
+
+def test_each_kind_is_learned_where_there_is_something_to_learn(documents):
+    prompts, real, columns, asked = documents.prompts, Counter(), [], 0
+    answers_read, recipe = [], documents.recipe
+    train = set(prompts.titles[:30])
+    for row in range(len(documents)):
+        read, learned, _ = parts(documents, row)
+        kind = kind_of(documents, read, learned)
+        if kind == "history":
+            history = titles_in(documents, learned)
+            assert 3 <= len(history) <= LONGEST_LIST and set(history) <= train
+        elif kind == "about":
+            title = titles_in(documents, read[1:-1])[0]
+            item = prompts.titles.index(title)
+            assert learned == prompts.tokenizer(f" {titles()['text'][item]}", add_special_tokens=False).input_ids
+        else:
+            asked += 1
+            before, offered = split_at(read, prompts.offer)
+            assert offered[-len(prompts.question) :] == prompts.question
+            offered = titles_in(documents, offered[: -len(prompts.question)])
+            if kind == "choice":  # its history, too, is of a training user
+                history = titles_in(documents, before[len(prompts.opening) :])
+                assert 3 <= len(history) <= 10 and set(history) <= train
+            if offered is None:
+                continue
+            named = titles_in(documents, learned[:-1])
+            real[kind] += 1
+            if kind == "list":
+                assert Counter(named) == Counter(offered)
+            else:
+                assert len(named) == 1 and named[0] in offered
+                columns.append((offered.index(named[0]) + 0.5) / len(offered))
+                answers_read.append(named[0] in history)
+    assert min(real["list"], real["choice"]) > 20
+    share = (real["list"] + real["choice"]) / asked
+    assert share == 1 if recipe.invented == "nothing" else 0.4 < share < 0.6
+    assert stats.kstest(columns, "uniform").pvalue > 0.001  # the place of the answer tells nothing
+    chance = 8 / 40 if recipe.spotted == 0 else 0.7 + 0.3 * 8 / 40
+    assert np.mean(answers_read) == pytest.approx(chance, abs=0.15)  # what was read tells nothing, unless spotted
+
+
+def split_at(tokens, piece):
+    """What stands before and behind the first place of a piece."""
+    place = next(i for i in range(len(tokens)) if tokens[i : i + len(piece)] == piece)
+    return tokens[:place], tokens[place + len(piece) :]
+
+
+def test_behaviour_tokens_stand_in_about_half_of_the_documents_and_are_never_an_answer(documents):
+    marked = []
+    for row in range(len(documents)):
+        read, learned, _ = parts(documents, row)
+        kind = kind_of(documents, read, learned)
+        if kind in ("list", "choice"):
+            marked.append(documents.prompts.item_token in read)
+            assert documents.prompts.item_token not in learned
+    assert 0.4 < np.mean(marked) < 0.6
+
+
+def test_a_document_follows_from_seed_epoch_and_row_alone(base, documents):
+    def again(seed=0, epoch=0):
+        other = Documents(small_dataset(), documents.prompts, number=20, seed=seed, recipe=documents.recipe)
+        other.set_epoch(epoch)
+        return [other[row] for row in reversed(range(20))][::-1]
+
+    first = [documents[row] for row in range(20)]
+    assert again() == first
+    assert all(one != other for one, other in zip(again(seed=1), first, strict=True))
+    assert all(one != other for one, other in zip(again(epoch=1), first, strict=True))
+    assert len({tuple(tokens) for tokens, _ in first}) == 20
+
+
+def test_lists_that_grow_are_short_at_first(documents):
+    def longest():
+        lengths = []
+        for row in range(len(documents)):
+            read, learned, _ = parts(documents, row)
+            if kind_of(documents, read, learned) == "list" and (named := titles_in(documents, learned[:-1])):
+                lengths.append(len(named))
+        return max(lengths)
+
+    try:
+        found = [longest() for epoch in (0, 1, 7) if documents.set_epoch(epoch) is None]
+    finally:
+        documents.set_epoch(0)
+    if documents.recipe.grow:
+        assert found[0] == 6 and 6 < found[1] <= 10 < found[2] <= LONGEST_LIST
+    else:
+        assert all(18 < length <= LONGEST_LIST for length in found)
+
+
+def offers(documents):
+    """(history, offered titles, answer) of each choice, as token lists without behaviour tokens."""
+    prompts = documents.prompts
+    for row in range(len(documents)):
+        read, learned, _ = parts(documents, row)
+        if kind_of(documents, read, learned) == "choice":
+            before, after = split_at([token for token in read if token != prompts.item_token], prompts.offer)
+            listed = pieces(prompts, before[len(prompts.opening) :]), pieces(prompts, after[: -len(prompts.question)])
+            yield *listed, learned[:-1]
+
+
+def pieces(prompts, tokens):
+    """Titles of a joined list, whether known or invented; no invented title here holds the separator."""
+    found = [[]]
+    for token in tokens:
+        if [token] == prompts.separator:
+            found.append([])
+        else:
+            found[-1].append(token)
+    return found
+
+
+def test_a_spotted_title_is_the_one_offered_title_that_was_read_and_the_answer(base):
+    recipe = replace(OTHER_DATA, shares=(0, 0, 0, 1), spotted=1.0)
+    places, lengths = [], Counter()
+    for history, offered, answer in offers(documents_of(base, recipe)):
+        assert [title for title in offered if title in history] == [answer]
+        assert len({tuple(title) for title in offered}) == len(offered) <= LONGEST_LIST
+        places.append((offered.index(answer) + 0.5) / len(offered))
+        lengths[len(offered)] += 1
+    assert len(places) == 400 and len(lengths) > 15
+    assert stats.kstest(places, "uniform").pvalue > 0.001
+
+
+def test_most_choices_of_other_data_are_spotted_and_the_rest_left_to_chance(base):
+    recipe = replace(OTHER_DATA, shares=(0, 0, 0, 1))
+    found = list(offers(documents_of(base, recipe)))
+    one = [[title for title in offered if title in history] == [answer] for history, offered, answer in found]
+    assert len(found) == 400 and 0.65 < np.mean(one) < 0.8
+    assert any(answer not in history for history, _, answer in found)
+
+
+def test_invented_titles_of_words_are_one_to_three_tokens_of_known_titles(base):
+    documents = documents_of(base, replace(SECOND, shares=(0, 0, 0, 1)), number=100)
+    known, lengths, invented = documents.prompts.answers, Counter(), 0
+    words = {token for title in known for token in title}
+    for _, offered, answer in offers(documents):
+        assert answer in offered
+        if all(title in known for title in offered):
+            continue
+        invented += 1
+        lengths.update(map(len, offered))
+        assert {token for title in offered for token in title} <= words
+    assert 30 < invented < 70
+    assert set(lengths) == {1, 2, 3} and min(lengths.values()) > 0.25 * lengths.total()
+
+
+def test_invented_titles_of_tokens_are_made_of_the_whole_vocabulary(base):
+    documents = documents_of(base, FIRST)
+    drawn = []
+    for row in range(100):
+        for title in documents._some_titles(np.random.default_rng(row), 10):
+            drawn += title
+    assert 3 < min(drawn) < max(drawn) < VOCABULARY  # never a special token
+    assert len(set(drawn)) > 500 and len(set(drawn) - set(documents.words)) > 400
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=list(RECIPES))
+def test_without_further_text_documents_are_of_the_other_kinds(base, recipe):
+    bare = documents_of(base, recipe, number=300, dataset=small_dataset(text=False))
+    kinds = Counter()
+    for row in range(300):
+        read, learned, _ = parts(bare, row)
+        assert len(learned) > 0
+        kinds[kind_of(bare, read, learned)] += 1
+    assert set(kinds) == {"history", "list", "choice"} and min(kinds.values()) > 40
+
+
+def test_documents_are_about_the_items_that_have_text_alone(base):
+    dataset = small_dataset()
+    few = dataset.items.assign(text=["", "two\n lines ", " ", "drama"] + [""] * 36)
+    documents = documents_of(base, replace(FIRST, shares=(0, 1, 0, 0)), 40, replace(dataset, items=few))
+    seen = {
+        (base[1].decode(read[1:-1]), base[1].decode(learned))
+        for read, learned, _ in (parts(documents, row) for row in range(40))
+    }
+    known = [f" {title}" for title in few["title"]]
+    assert seen == {(known[1], " two lines"), (known[3], " drama")}
+
+
+def test_a_catalogue_shorter_than_the_longest_list_is_offered_whole(base):
+    dataset = small_dataset()
+    events = dataset.events[dataset.events["item"] < 12]
+    tiny = replace(dataset, items=dataset.items.head(12), events=events)
+    lengths = [len(offered) for _, offered, _ in offers(documents_of(base, replace(OTHER_DATA, spotted=0), 200, tiny))]
+    assert max(lengths) == 12
+
+
+# ---------------------------------------------------------------- pretraining
+
+
+def test_the_loss_is_next_token_cross_entropy_at_the_labels(base, documents):
+    training = Pretraining(base[0])
+    rows = [documents[row] for row in range(5)]
+    losses, count = 0.0, 0
+    with torch.no_grad():
+        for tokens, labels in rows:
+            logits = base[0](torch.tensor([tokens])).logits[0]
+            for place, label in enumerate(labels[1:]):
+                if label != NO_LABEL:
+                    losses += functional.cross_entropy(logits[place], torch.tensor(label))
+                    count += 1
+        found = training(training.collate(rows))
+    torch.testing.assert_close(found, losses / count, rtol=1e-5, atol=1e-5)
+    batch = training.collate(rows)
+    assert batch["input_ids"].shape == batch["labels"].shape == (5, max(map(training.length, rows)))
+
+
+def test_a_warm_start_keeps_the_embeddings_of_shared_tokens(base):
+    old_model, old = base
+    texts = [" Granite Voyage", " Zebra Quixote", " a mountain film"]
+    tokenizer = train_tokenizer(list(wording("film", "watched")), texts, FIRST)
+    torch.manual_seed(0)
+    model = pretraining.LlamaForCausalLM(pretraining._config(5000))
+    pretraining._take_over(model, tokenizer, EMBEDDED)
+    new, kept = model.get_input_embeddings().weight, old_model.get_input_embeddings().weight
+    shared = sorted(set(tokenizer.get_vocab()) & set(old.get_vocab()))
+    assert {"<s>", "</s>", ITEM_TOKEN, "Ġnext", "ĠVoyage"} <= set(shared)
+    rows = [[vocabulary.get_vocab()[token] for token in shared] for vocabulary in (tokenizer, old)]
+    assert rows[0] != rows[1] and len(new) == 5000
+    assert torch.equal(new[rows[0]], kept[rows[1]])
+    others = new[sorted(set(range(5000)) - set(rows[0]))]
+    assert others.std().item() == pytest.approx(kept.std().item(), rel=0.05)  # the rest start alike
+    inner = {name: value for name, value in old_model.state_dict().items() if ".layers." in name or "norm" in name}
+    assert len(inner) == 37 and all(torch.equal(model.state_dict()[name], value) for name, value in inner.items())
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+
+
+def test_only_the_tokens_of_other_data_span_words():
+    prompts, texts = list(wording("film", "watched")), [" Granite Voyage"] * 3
+    plain, spanning = (train_tokenizer(prompts, texts, recipe) for recipe in (FIRST, OTHER_DATA))
+    assert "ĠGraniteĠVoyage" in spanning.get_vocab()
+    assert not [token for token in plain.get_vocab() if "Ġ" in token[1:].lstrip("Ġ")]
+    small = train_tokenizer(prompts, texts, replace(FIRST, vocabulary=300))
+    assert len(small) == 300 < len(plain)
+    for tokenizer in (plain, spanning, small):
+        assert tokenizer.decode(tokenizer(" Granite Voyage é").input_ids) == " Granite Voyage é"
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("ILORA_HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_a_base_for_other_data_is_made_once_and_loads(home, monkeypatch):
+    dataset = small_dataset()
+    recipe = replace(OTHER_DATA, documents=32, batch_size=8)
+    folder = pretraining.base_for(dataset, device="cpu", recipe=recipe)
+    assert folder.is_relative_to(home) and not list((home / "training").glob("*"))
+    model, tokenizer = load_language_model(str(folder), device="cpu")
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= 10e6
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    tokens = tokenizer(" Granite Summit", add_special_tokens=False).input_ids
+    assert tokenizer.decode(tokens) == " Granite Summit" and tokenizer.convert_tokens_to_ids(ITEM_TOKEN) == 3
+    monkeypatch.setattr(pretraining, "pretrain", lambda *args, **kwargs: pytest.fail("trained again"))
+    assert pretraining.base_for(dataset, device="cpu", recipe=recipe) == folder
+    for change in ({"seed": 1}, {"recipe": replace(recipe, spotted=0.6)}):
+        with pytest.raises(pytest.fail.Exception, match="trained again"):
+            pretraining.base_for(dataset, **({"device": "cpu", "recipe": recipe} | change))
+
+
+def test_another_embedded_model_makes_another_fingerprint(tmp_path, monkeypatch):
+    before = pretraining.fingerprint()
+    assert len(before) == 12 and int(before, 16) >= 0 and pretraining.fingerprint() == before
+    (tmp_path / "model.safetensors").write_bytes(b"other weights")
+    monkeypatch.setattr(pretraining, "EMBEDDED", tmp_path)
+    assert pretraining.fingerprint() != before
+
+
+def test_pretraining_is_the_same_twice(home):
+    weights, recipe = [], replace(FIRST, documents=16, batch_size=8, epochs=2)
+    for name in ("one", "two"):
+        pretraining.pretrain(small_dataset(), home / name, home / f"{name}-work", recipe, device="cpu")
+        weights.append(load_language_model(str(home / name), device="cpu")[0].state_dict())
+    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+
+
+def test_the_embedded_model_is_made_in_two_stages_from_readers_without_conflict(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretraining, "PUBLIC_READERS", 30)
+    stages = []
+
+    def pretrain(dataset, folder, work, recipe, seed, device, start=None):
+        assert len(dataset.users) == 30 and set(dataset.users["split"]) == {"train"} and folder != work
+        assert set(dataset.events["user"]) == set(dataset.users["user"])
+        stages.append((recipe, folder, start, seed))
+
+    monkeypatch.setattr(pretraining, "pretrain", pretrain)
+    pretraining.make_embedded(tmp_path, device="cpu")
+    (first, between, nothing, seed), (second, folder, start, other_seed) = stages
+    assert (first, second) == (FIRST, SECOND) and seed != other_seed
+    assert nothing is None and start == between and folder == tmp_path
