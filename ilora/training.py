@@ -10,8 +10,8 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Sized
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sized
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -299,10 +299,22 @@ def fit_recommender(
             return {"hit_ratio": hit_ratios(model, validation).mean()}
 
         work = runs.home() / "training" / runs.key(parameters)
-        history = fit(model, pieces, arguments, work, validate, "hit_ratio")
+        with _one_thread():
+            history = fit(model, pieces, arguments, work, validate, "hit_ratio")
         history.to_csv(folder / "history.csv", index=False)
         model.save_pretrained(folder)
         shutil.rmtree(work)
 
     folder = runs.cached("recommenders", parameters, make, note=f"SASRec on {dataset.name}")
     return SASRec.from_pretrained(folder), pd.read_csv(folder / "history.csv")
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """SASRec's matrices are so small that CPU threads wait for each other longer than they work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
