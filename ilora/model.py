@@ -275,6 +275,6 @@ class LanguageRecommender(nn.Module):
         if encoder is not None:
             model.projector.load_state_dict(safetensors.torch.load_file(folder / "projector.safetensors"))
         if (folder / "adapter").is_dir():
-            model.language_model = PeftModel.from_pretrained(language_model, folder / "adapter")
+            model.language_model = PeftModel.from_pretrained(language_model, folder / "adapter", is_trainable=True)
             model.gated = isinstance(model.language_model.active_peft_config, ILoraConfig)
         return model.to(model.device).eval()
