@@ -24,10 +24,10 @@ def base():
 
 def test_the_embedded_base_is_small_and_plain():
     assert sum(file.stat().st_size for file in EMBEDDED.iterdir()) <= 10e6
-    assert {file.suffix for file in EMBEDDED.iterdir()} <= {".json", ".safetensors"}
+    assert {file.suffix for file in EMBEDDED.iterdir()} <= {".json", ".safetensors", ".md"}
     for file in EMBEDDED.glob("*.json"):
         text = file.read_text("utf-8")
-        assert "auto_map" not in text and "/work/" not in text and "/home/" not in text
+        assert "auto_map" not in text  # no code to load; tests/test_project.py looks for machines' folders
         json.loads(text)
 
 
