@@ -86,7 +86,7 @@ def base_for(dataset: Dataset, seed: int = 0, device: str = "auto", recipe: Reci
 
 
 def make_embedded(folder: Path, device: str = "auto") -> None:
-    """Make the embedded model anew: four minutes on one GPU, or an evening on two cores."""
+    """Make the embedded model anew, in its two stages; ilora/embedded/README.md says how the shipped one was made."""
     with tempfile.TemporaryDirectory() as work:
         first = Path(work, "first")
         pretrain(public_library(), first, Path(work, "work-1"), FIRST, seed=0, device=device)
@@ -287,4 +287,6 @@ def public_library() -> Dataset:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m ilora.pretraining FOLDER")
     make_embedded(Path(sys.argv[1]))
