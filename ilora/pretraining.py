@@ -6,10 +6,13 @@ offered titles, though an uninformed one. Four kinds of documents, with loss onl
     history    each story that a reader of the training split read     which title tends to follow which
     about      title and further text, where the data have any         what the items are
     list       a list of titles, then the same in another order        naming what is offered
-    choice     a whole prompt, answered with an offered title          answering; which title is left to chance
+    choice     a whole prompt, answered with an offered title          answering, and looking for what was read
 
-`embedded` is made in two stages from the readers of a library without taste groups. A base for other data starts from
-its weights. Its tokens may span words, up to whole titles: a model this small learns to choose among thousands of
+A choice is "spotted" when one title alone is both offered and read: it is the answer. So the base learns to weigh the
+offered titles by what was read, which tuning then needs. Prompts offer nothing that was read, so that this tells nothing
+of the answer, and the other choices are left to chance: the base answers validly, but uninformed.
+
+`embedded` is made from the readers of a library without taste groups. A base for other data starts from its weights. Its tokens may span words, up to whole titles: a model this small learns to choose among thousands of
 titles, but not to spell them.
 """
 
@@ -39,8 +42,9 @@ VOCABULARY = 4096
 SPECIAL = ["<pad>", "<s>", "</s>", ITEM_TOKEN]
 PUBLIC_READERS = 20_000
 LONGEST_LIST = 22  # titles; prompts offer 20
+HISTORY = 10  # longest history of a choice, titles
 KINDS = ("history", "about", "list", "choice")
-VERSION = 2  # part of the key of a kept base: raise it when documents or training change; the recipe is in the key
+VERSION = 3  # part of the key of a kept base: raise it when documents or training change; the recipe is in the key
 
 
 @dataclass(frozen=True)
@@ -50,21 +54,19 @@ class Recipe:
     documents: int  # all together, each read once
     batch_size: int
     learning_rate: float
-    invented: str  # half the lists and choices hold invented titles: of any "tokens", of known "words", or "nothing"
-    shares: tuple[float, ...] = (0.32, 0.02, 0.33, 0.33)  # of KINDS; without texts, nothing is about one
+    shares: tuple[float, ...]  # of KINDS; without texts, nothing is about one
+    spotted: float  # share of choices that offer exactly one title that was read
+    invented: bool = False  # half the lists and choices hold invented titles, made of any tokens
     grow: bool = False  # short lists first
     epochs: int = 1  # parts of the reading, between which lists grow
-    spotted: float = 0.0  # share of choices that offer exactly one title that was read: it is the answer
     vocabulary: int = VOCABULARY
     across_spaces: bool = False  # tokens may span words
 
 
-FIRST = Recipe(448_000, 128, 3e-3, invented="tokens", grow=True, epochs=8)
-SECOND = Recipe(40_000, 64, 1.5e-3, invented="words")
+PUBLIC = Recipe(448_000, 128, 3e-3, shares=(0.2, 0.02, 0.28, 0.5), spotted=0.5, invented=True, grow=True, epochs=8)
 OTHER_DATA = Recipe(
-    64_000, 64, 2e-3, invented="nothing", shares=(0.28, 0.02, 0.2, 0.5), spotted=0.7, vocabulary=3 * VOCABULARY,
-    across_spaces=True,
-)  # fmt: skip
+    128_000, 64, 2e-3, shares=(0.28, 0.02, 0.2, 0.5), spotted=0.7, vocabulary=3 * VOCABULARY, across_spaces=True
+)
 
 
 def fingerprint() -> str:
@@ -86,11 +88,9 @@ def base_for(dataset: Dataset, seed: int = 0, device: str = "auto", recipe: Reci
 
 
 def make_embedded(folder: Path, device: str = "auto") -> None:
-    """Make the embedded model anew, in its two stages; ilora/embedded/README.md says how the shipped one was made."""
+    """Make the embedded model anew; ilora/embedded/README.md says how the shipped one was made."""
     with tempfile.TemporaryDirectory() as work:
-        first = Path(work, "first")
-        pretrain(public_library(), first, Path(work, "work-1"), FIRST, seed=0, device=device)
-        pretrain(public_library(), folder, Path(work, "work-2"), SECOND, seed=1, device=device, start=first)
+        pretrain(public_library(), folder, Path(work), PUBLIC, device=device)
 
 
 def pretrain(
@@ -155,7 +155,6 @@ class Documents:
             for item, text in texts.items()
             if text
         ]
-        self.words = np.unique([token for title in prompts.answers for token in title])
         self.kinds = {
             kind: share for kind, share in zip(KINDS, recipe.shares, strict=True) if kind != "about" or self.about
         }
@@ -184,7 +183,7 @@ class Documents:
         return self.prompts.opening[:1] + self.prompts.answers[item] + self.prompts.separator, text
 
     def _list(self, rng) -> tuple[list[int], list[int]]:
-        titles = self._some_titles(rng, rng.integers(2, self.longest + 1))
+        titles, _ = self._some_titles(rng, rng.integers(2, self.longest + 1))
         order = rng.permutation(len(titles)) if rng.random() < 0.7 else range(len(titles))
         listed, _ = self._listed(rng, titles)
         again, _ = self.prompts.join([titles[place] for place in order])
@@ -192,19 +191,22 @@ class Documents:
         return prompt, [*again, self.prompts.end]
 
     def _choice(self, rng) -> tuple[list[int], list[int]]:
-        history = [self.prompts.answers[item] for item in self._some_history(rng, 10)]
-        titles = self._some_titles(rng, rng.integers(2, self.longest + 1))
-        known = None
-        if self.recipe.spotted and rng.random() < self.recipe.spotted:  # one of the titles offered was read: find it
-            titles = [title for title in titles[1:] if title not in history]
-            known = rng.integers(len(titles) + 1)
-            titles.insert(known, history[rng.integers(len(history))])
+        number = rng.integers(2, self.longest + 1)
+        titles, invented = self._some_titles(rng, HISTORY + number)
+        history, offered = titles[:HISTORY], titles[-number:]
+        if not invented:
+            history = [self.prompts.answers[item] for item in self._some_history(rng, HISTORY)]
+        answer = None
+        if rng.random() < self.recipe.spotted:
+            offered = [title for title in offered[1:] if title not in history]
+            answer = rng.integers(len(offered) + 1)
+            offered.insert(answer, history[rng.integers(len(history))])
         marked = rng.random() < 0.5
         read, _ = self.prompts.join(history, history if marked else None)
-        listed, _ = self.prompts.join(titles, titles if marked else None)
+        listed, _ = self.prompts.join(offered, offered if marked else None)
         prompt = self.prompts.opening + read + self.prompts.offer + listed + self.prompts.question
-        answer = rng.integers(len(titles)) if known is None else known
-        return prompt, [*titles[answer], self.prompts.end]
+        answer = rng.integers(len(offered)) if answer is None else answer
+        return prompt, [*offered[answer], self.prompts.end]
 
     def _listed(self, rng, titles: list[list[int]]) -> tuple[list[int], list[int]]:
         """A list whose titles carry behaviour tokens in half the documents."""
@@ -216,15 +218,14 @@ class Documents:
         first = rng.integers(len(items) - length + 1)
         return items[first : first + length]
 
-    def _some_titles(self, rng, number: int) -> list[list[int]]:
-        if self.recipe.invented == "nothing" or rng.random() < 0.5:
+    def _some_titles(self, rng, number: int) -> tuple[list[list[int]], bool]:
+        """Titles, and whether they are invented."""
+        if not self.recipe.invented or rng.random() < 0.5:
             known = self.prompts.answers
-            return [known[item] for item in rng.choice(len(known), min(number, len(known)), replace=False)]
-        if self.recipe.invented == "words":
-            return [rng.choice(self.words, size=rng.integers(1, 4)).tolist() for _ in range(number)]
+            return [known[item] for item in rng.choice(len(known), min(number, len(known)), replace=False)], False
         # A small pool makes titles share tokens, so that one token of context is not enough to copy.
         pool = rng.integers(len(SPECIAL), self.recipe.vocabulary, size=rng.choice([16, 64, VOCABULARY]))
-        return [rng.choice(pool, size=rng.integers(1, 7)).tolist() for _ in range(number)]
+        return [rng.choice(pool, size=rng.integers(1, 7)).tolist() for _ in range(number)], True
 
 
 class Pretraining(nn.Module):

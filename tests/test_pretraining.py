@@ -13,10 +13,9 @@ from ilora.data import Dataset
 from ilora.language_model import load_language_model
 from ilora.pretraining import (
     EMBEDDED,
-    FIRST,
     LONGEST_LIST,
     OTHER_DATA,
-    SECOND,
+    PUBLIC,
     VOCABULARY,
     Documents,
     Pretraining,
@@ -25,7 +24,7 @@ from ilora.pretraining import (
 from ilora.prompts import ITEM_TOKEN, NO_LABEL, Prompts, wording
 from ilora.world import titles
 
-RECIPES = {"first": FIRST, "second": SECOND, "other data": OTHER_DATA}
+RECIPES = {"public": PUBLIC, "other data": OTHER_DATA}
 
 
 @pytest.fixture(scope="module")
@@ -125,9 +124,9 @@ def test_each_kind_is_learned_where_there_is_something_to_learn(documents):
             before, offered = split_at(read, prompts.offer)
             assert offered[-len(prompts.question) :] == prompts.question
             offered = titles_in(documents, offered[: -len(prompts.question)])
-            if kind == "choice":  # its history, too, is of a training user
+            if kind == "choice":  # its history is invented, too, or of a training user
                 history = titles_in(documents, before[len(prompts.opening) :])
-                assert 3 <= len(history) <= 10 and set(history) <= train
+                assert history is None if offered is None else 3 <= len(history) <= 10 and set(history) <= train
             if offered is None:
                 continue
             named = titles_in(documents, learned[:-1])
@@ -140,10 +139,10 @@ def test_each_kind_is_learned_where_there_is_something_to_learn(documents):
                 answers_read.append(named[0] in history)
     assert min(real["list"], real["choice"]) > 20
     share = (real["list"] + real["choice"]) / asked
-    assert share == 1 if recipe.invented == "nothing" else 0.4 < share < 0.6
+    assert 0.4 < share < 0.6 if recipe.invented else share == 1
     assert stats.kstest(columns, "uniform").pvalue > 0.001  # the place of the answer tells nothing
-    chance = 8 / 40 if recipe.spotted == 0 else 0.7 + 0.3 * 8 / 40
-    assert np.mean(answers_read) == pytest.approx(chance, abs=0.15)  # what was read tells nothing, unless spotted
+    spotted = recipe.spotted + (1 - recipe.spotted) * 8 / 40
+    assert np.mean(answers_read) == pytest.approx(spotted, abs=0.15)  # where it is not spotted, reading tells nothing
 
 
 def split_at(tokens, piece):
@@ -217,49 +216,45 @@ def pieces(prompts, tokens):
     return found
 
 
-def test_a_spotted_title_is_the_one_offered_title_that_was_read_and_the_answer(base):
-    recipe = replace(OTHER_DATA, shares=(0, 0, 0, 1), spotted=1.0)
-    places, lengths = [], Counter()
-    for history, offered, answer in offers(documents_of(base, recipe)):
-        assert [title for title in offered if title in history] == [answer]
-        assert len({tuple(title) for title in offered}) == len(offered) <= LONGEST_LIST
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=list(RECIPES))
+def test_a_spotted_title_is_the_one_offered_title_that_was_read_and_the_answer(base, recipe):
+    documents = documents_of(base, replace(recipe, shares=(0, 0, 0, 1), spotted=1.0, grow=False))
+    known, places, lengths, invented = documents.prompts.answers, [], Counter(), 0
+    for history, offered, answer in offers(documents):
+        assert {tuple(title) for title in offered if title in history} == {tuple(answer)}
         places.append((offered.index(answer) + 0.5) / len(offered))
         lengths[len(offered)] += 1
-    assert len(places) == 400 and len(lengths) > 15
+        invented += answer not in known
+    assert len(places) == 400 and len(lengths) > 15 and max(lengths) <= LONGEST_LIST
     assert stats.kstest(places, "uniform").pvalue > 0.001
+    assert 150 < invented < 250 if recipe.invented else invented == 0
 
 
-def test_most_choices_of_other_data_are_spotted_and_the_rest_left_to_chance(base):
-    recipe = replace(OTHER_DATA, shares=(0, 0, 0, 1))
-    found = list(offers(documents_of(base, recipe)))
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=list(RECIPES))
+def test_a_share_of_choices_is_spotted_and_the_rest_left_to_chance(base, recipe):
+    documents = documents_of(base, replace(recipe, shares=(0, 0, 0, 1), invented=False))
+    found = list(offers(documents))
     one = [[title for title in offered if title in history] == [answer] for history, offered, answer in found]
-    assert len(found) == 400 and 0.65 < np.mean(one) < 0.8
+    assert len(found) == 400 and recipe.spotted - 0.07 < np.mean(one) < recipe.spotted + 0.12
     assert any(answer not in history for history, _, answer in found)
 
 
-def test_invented_titles_of_words_are_one_to_three_tokens_of_known_titles(base):
-    documents = documents_of(base, replace(SECOND, shares=(0, 0, 0, 1)), number=100)
-    known, lengths, invented = documents.prompts.answers, Counter(), 0
-    words = {token for title in known for token in title}
-    for _, offered, answer in offers(documents):
-        assert answer in offered
-        if all(title in known for title in offered):
-            continue
-        invented += 1
-        lengths.update(map(len, offered))
-        assert {token for title in offered for token in title} <= words
-    assert 30 < invented < 70
-    assert set(lengths) == {1, 2, 3} and min(lengths.values()) > 0.25 * lengths.total()
+def test_a_small_catalogue_is_offered_whole(base):
+    few = small_dataset()
+    recipe = replace(OTHER_DATA, shares=(0, 0, 0, 1), spotted=0.0)
+    few = replace(few, items=few.items.head(20), events=few.events[few.events["item"] < 20])
+    longest = max(len(offered) for _, offered, _ in offers(documents_of(base, recipe, dataset=few)))
+    assert longest == 20
 
 
-def test_invented_titles_of_tokens_are_made_of_the_whole_vocabulary(base):
-    documents = documents_of(base, FIRST)
-    drawn = []
+def test_invented_titles_are_made_of_the_whole_vocabulary(base):
+    documents = documents_of(base, PUBLIC)
+    drawn, known = [], {token for title in documents.prompts.answers for token in title}
     for row in range(100):
-        for title in documents._some_titles(np.random.default_rng(row), 10):
+        for title in documents._some_titles(np.random.default_rng(row), 10)[0]:
             drawn += title
     assert 3 < min(drawn) < max(drawn) < VOCABULARY  # never a special token
-    assert len(set(drawn)) > 500 and len(set(drawn) - set(documents.words)) > 400
+    assert len(set(drawn)) > 500 and len(set(drawn) - known) > 400
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=list(RECIPES))
@@ -276,7 +271,7 @@ def test_without_further_text_documents_are_of_the_other_kinds(base, recipe):
 def test_documents_are_about_the_items_that_have_text_alone(base):
     dataset = small_dataset()
     few = dataset.items.assign(text=["", "two\n lines ", " ", "drama"] + [""] * 36)
-    documents = documents_of(base, replace(FIRST, shares=(0, 1, 0, 0)), 40, replace(dataset, items=few))
+    documents = documents_of(base, replace(PUBLIC, shares=(0, 1, 0, 0)), 40, replace(dataset, items=few))
     seen = {
         (base[1].decode(read[1:-1]), base[1].decode(learned))
         for read, learned, _ in (parts(documents, row) for row in range(40))
@@ -316,7 +311,7 @@ def test_the_loss_is_next_token_cross_entropy_at_the_labels(base, documents):
 def test_a_warm_start_keeps_the_embeddings_of_shared_tokens(base):
     old_model, old = base
     texts = [" Granite Voyage", " Zebra Quixote", " a mountain film"]
-    tokenizer = train_tokenizer(list(wording("film", "watched")), texts, FIRST)
+    tokenizer = train_tokenizer(list(wording("film", "watched")), texts, PUBLIC)
     torch.manual_seed(0)
     model = pretraining.LlamaForCausalLM(pretraining._config(5000))
     pretraining._take_over(model, tokenizer, EMBEDDED)
@@ -335,10 +330,10 @@ def test_a_warm_start_keeps_the_embeddings_of_shared_tokens(base):
 
 def test_only_the_tokens_of_other_data_span_words():
     prompts, texts = list(wording("film", "watched")), [" Granite Voyage"] * 3
-    plain, spanning = (train_tokenizer(prompts, texts, recipe) for recipe in (FIRST, OTHER_DATA))
+    plain, spanning = (train_tokenizer(prompts, texts, recipe) for recipe in (PUBLIC, OTHER_DATA))
     assert "ĠGraniteĠVoyage" in spanning.get_vocab()
     assert not [token for token in plain.get_vocab() if "Ġ" in token[1:].lstrip("Ġ")]
-    small = train_tokenizer(prompts, texts, replace(FIRST, vocabulary=300))
+    small = train_tokenizer(prompts, texts, replace(PUBLIC, vocabulary=300))
     assert len(small) == 300 < len(plain)
     for tokenizer in (plain, spanning, small):
         assert tokenizer.decode(tokenizer(" Granite Voyage é").input_ids) == " Granite Voyage é"
@@ -376,24 +371,22 @@ def test_another_embedded_model_makes_another_fingerprint(tmp_path, monkeypatch)
 
 
 def test_pretraining_is_the_same_twice(home):
-    weights, recipe = [], replace(FIRST, documents=16, batch_size=8, epochs=2)
+    weights, recipe = [], replace(PUBLIC, documents=16, batch_size=8, epochs=2)
     for name in ("one", "two"):
         pretraining.pretrain(small_dataset(), home / name, home / f"{name}-work", recipe, device="cpu")
         weights.append(load_language_model(str(home / name), device="cpu")[0].state_dict())
     assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
 
 
-def test_the_embedded_model_is_made_in_two_stages_from_readers_without_conflict(tmp_path, monkeypatch):
+def test_the_embedded_model_is_made_from_readers_without_conflict(tmp_path, monkeypatch):
     monkeypatch.setattr(pretraining, "PUBLIC_READERS", 30)
-    stages = []
+    made = []
 
-    def pretrain(dataset, folder, work, recipe, seed, device, start=None):
+    def pretrain(dataset, folder, work, recipe, device):
         assert len(dataset.users) == 30 and set(dataset.users["split"]) == {"train"} and folder != work
         assert set(dataset.events["user"]) == set(dataset.users["user"])
-        stages.append((recipe, folder, start, seed))
+        made.append((folder, recipe, device))
 
     monkeypatch.setattr(pretraining, "pretrain", pretrain)
     pretraining.make_embedded(tmp_path, device="cpu")
-    (first, between, nothing, seed), (second, folder, start, other_seed) = stages
-    assert (first, second) == (FIRST, SECOND) and seed != other_seed
-    assert nothing is None and start == between and folder == tmp_path
+    assert made == [(tmp_path, PUBLIC, "cpu")]
