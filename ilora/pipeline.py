@@ -17,7 +17,7 @@ from ilora.recommenders import Popularity, SASRec
 from ilora.training import TrainingArguments, fit
 from ilora.world import make_world
 
-VALIDATION_LIMIT = 200  # questions asked after each epoch
+VALIDATION_LIMIT = 1000  # questions asked after each epoch
 
 
 def questions(
@@ -97,7 +97,8 @@ def tuned(
     parameters = {
         "dataset": dataset.key, "base_model": base_model, **adapter,
         "embedded": pretraining.fingerprint(), "recipe": pretraining.VERSION,
-        "encoder": _digest(encoder), "train": len(train), "version": __version__, **arguments.identity(),
+        "encoder": _digest(encoder), "train": len(train), "validation": len(validation),
+        "version": __version__, **arguments.identity(),
     }  # fmt: skip
 
     def make(folder: Path) -> None:

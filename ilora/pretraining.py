@@ -9,11 +9,12 @@ offered titles, though an uninformed one. Four kinds of documents, with loss onl
     choice     a whole prompt, answered with an offered title          answering, and looking for what was read
 
 A choice is "spotted" when one title alone is both offered and read: it is the answer. So the base learns to weigh the
-offered titles by what was read, which tuning then needs. Prompts offer nothing that was read, so that this tells nothing
-of the answer, and the other choices are left to chance: the base answers validly, but uninformed.
+offered titles by what was read, which tuning then needs. Prompts offer nothing that was read, so this tells nothing of
+their answers, and the other choices are left to chance: the base answers validly, but uninformed.
 
-`embedded` is made from the readers of a library without taste groups. A base for other data starts from its weights. Its tokens may span words, up to whole titles: a model this small learns to choose among thousands of
-titles, but not to spell them.
+`embedded` is made from the readers of a library without taste groups. A base for other data starts from its weights.
+Its tokens may span words, up to whole titles: a model this small learns to choose among thousands of titles, but not
+to spell them.
 """
 
 import hashlib
