@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 
 log = logging.getLogger(__name__)
 
@@ -292,15 +293,19 @@ def cached(kind: str, parameters: Mapping[str, Any], make: Callable[[Path], None
     """The folder `home()/kind/key(parameters)`; made by `make(folder)` unless it is there.
 
     A folder appears complete or not at all; `parameters.json` in it says what it was made from.  What must
-    outlive an interrupted `make`, such as checkpoints, belongs elsewhere under home().
+    outlive an interrupted `make`, such as checkpoints, belongs elsewhere under home().  Runs at the same time
+    make it once, the others wait; the processes of one distributed run, told apart by RANK, make it together.
     """
     folder = home() / kind / key(parameters)
-    if (folder / "parameters.json").is_file():
-        return folder
-    log.info("making %s/%s%s", kind, folder.name, f" ({note})" if note else "")
-    with atomic_folder(folder) as temporary:
-        make(temporary)
-        write_json(temporary / "parameters.json", parameters)
+    locks = home() / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    with FileLock(locks / f"{kind}-{folder.name}-{os.environ.get('RANK', '0')}"):
+        if (folder / "parameters.json").is_file():
+            return folder
+        log.info("making %s/%s%s", kind, folder.name, f" ({note})" if note else "")
+        with atomic_folder(folder) as temporary:
+            make(temporary)
+            write_json(temporary / "parameters.json", parameters)
     return folder
 
 

@@ -5,6 +5,8 @@ import os
 import random
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
@@ -240,6 +242,18 @@ def test_atomic_folder_appears_whole_or_not_at_all(tmp_path):
         (folder / "three").write_text("3")
     assert [file.name for file in path.rglob("*")] == ["three"]
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_runs_at_the_same_time_make_it_once(home):
+    made = []
+
+    def make(folder):
+        time.sleep(0.2)
+        made.append(folder)
+
+    with ThreadPoolExecutor(4) as pool:
+        folders = set(pool.map(lambda _: runs.cached("data", {"seed": 1}, make), range(4)))
+    assert len(made) == 1 and len(folders) == 1
 
 
 def test_cached_makes_once_and_again_after_a_failure(home):

@@ -1,0 +1,76 @@
+import pytest
+
+from ilora import runs, sweep
+from ilora.__main__ import Job
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("ILORA_HOME", str(tmp_path / "artifacts"))
+    return tmp_path
+
+
+@pytest.fixture
+def fake(monkeypatch, home):
+    """Runs write a result at once; those with seed 1 fail."""
+    ran = []
+
+    def execute(job: Job) -> str:
+        ran.append(job.parameters["seed"])
+        if job.parameters["seed"] == 1:
+            return "UserError: seed 1 is unlucky"
+        runs.save_result(job.source.stem, job.parameters, {"LoRA": {"hit_ratio": {"value": 0.5, "n": 10}}})
+        return ""
+
+    monkeypatch.setattr(sweep, "execute", execute)
+    return ran
+
+
+def test_a_sweep_runs_the_grid_skips_what_is_there_and_names_what_failed(fake, capsys, tmp_path):
+    command = ["02", "--over", "conflict", "0", "1", "--over", "seed", "0", "1", "2", "-p", "users", "50"]
+    assert sweep.main([*command, "--jobs", "2", "--to", str(tmp_path / "out")]) == 1
+    assert sorted(fake) == [0, 0, 1, 1, 2, 2]
+    error = capsys.readouterr().err
+    assert "02_sasrec -p users 50 -p conflict 0.0 -p seed 1 failed: UserError: seed 1 is unlucky" in error
+    assert len(list((tmp_path / "out").glob("*.json"))) == 4
+    fake.clear()
+    assert sweep.main(command) == 1 and fake == [1, 1]  # what is there is not run again
+
+
+def test_results_are_read_as_one_table(fake, tmp_path):
+    sweep.main(["02", "--over", "seed", "0", "2", "--over", "conflict", "0", "0.5", "--to", str(tmp_path)])
+    table = sweep.read(tmp_path)
+    assert sorted(zip(table["conflict"], table["seed"], strict=True)) == [(0, 0), (0, 2), (0.5, 0), (0.5, 2)]
+    assert table["LoRA.hit_ratio"].tolist() == [0.5] * 4 and "LoRA.hit_ratio.n" not in table
+    with pytest.raises(runs.UserError, match="holds no results"):
+        sweep.read(tmp_path / "empty")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["02", "--over", "seed", "0", "-p", "seed", "1"], "given twice"),
+        (["02", "--over", "seed"], "names no values"),
+        (["02", "--over", "sed", "0"], "did you mean 'seed'"),
+        (["02", "--over", "seed", "one"], "must be a whole number"),
+        (["99", "--over", "seed", "1"], "no notebook '99'"),
+    ],
+)
+def test_a_grid_that_cannot_run_is_refused_in_one_line_before_any_run(fake, capsys, arguments, message):
+    assert sweep.main(arguments) == 1 and fake == []
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_a_point_runs_as_a_command_of_its_own_and_says_why_it_failed(home):
+    job = sweep.points("02", {"dataset": "csv", "data_dir": str(home)}, [["seed", "0"]])[0]
+    assert "events.csv" in sweep.execute(job)
+    assert not job.result.is_file()
+
+
+def test_published_results_name_no_folder_of_this_machine(home, tmp_path):
+    (home / "artifacts").mkdir()
+    job = sweep.points("02", {"dataset": "csv", "data_dir": str(home / "artifacts")}, [["seed", "0"]])[0]
+    runs.save_result(job.source.stem, job.parameters, {})
+    sweep.publish([job], tmp_path)
+    assert str(home) not in next(tmp_path.glob("*.json")).read_text()
