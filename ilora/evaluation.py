@@ -116,15 +116,13 @@ def written(found: dict[str, float]) -> str:
 
 
 def verdict(systems: dict[str, pd.DataFrame], one: str, other: str) -> str:
-    """What the paired difference in HitRatio@1 says of two systems, in words and numbers; titles a figure."""
+    """Which of two systems has the higher HitRatio@1, by their paired difference; titles a figure."""
     found = difference(systems[one], systems[other])
-    if found["low"] > 0:
-        says = f"{one} is above {other}"
-    elif found["high"] < 0:
-        says = f"{one} is below {other}"
-    else:
-        says = f"{one} and {other} cannot be told apart"
-    return f"{says}: difference {written(found)}"
+    if found["low"] <= 0 <= found["high"]:
+        return f"{one} and {other} cannot be told apart: {written(found)}"
+    if found["high"] < 0:
+        return verdict(systems, other, one)
+    return f"{one} is above {other} by {written(found)}"
 
 
 def interval(values: np.ndarray, users: np.ndarray, seed: int = 0) -> dict[str, float]:

@@ -104,14 +104,14 @@ def state_map(points: np.ndarray, labels: np.ndarray, what: str, ax: Axes | None
 def gate_bars(weights: np.ndarray, names: list[str], ax: Axes | None = None) -> Axes:
     """Gate weights (n, K) as stacked horizontal bars, one a sequence (the paper's Fig. 3c)."""
     ax = ax or plt.subplots(figsize=(6.4, 0.9 + 0.32 * len(weights)))[1]
-    left = np.zeros(len(weights))
+    place, left = np.arange(len(weights)), np.zeros(len(weights))
     for expert, width in enumerate(weights.T):
         colour = COLOURS[expert % len(COLOURS)]
-        bars = ax.barh(names, width, left=left, label=f"expert {expert + 1}", color=colour, edgecolor="white")
+        bars = ax.barh(place, width, left=left, label=f"expert {expert + 1}", color=colour, edgecolor="white")
         shares = [f"{value:.0%}" if value >= 0.08 else "" for value in width]
         ax.bar_label(bars, shares, label_type="center", fontsize=8, color=_ink(colour))
         left += width
-    ax.set(xlim=(0, 1), xlabel="gate weight")
+    ax.set(xlim=(0, 1), xlabel="gate weight", yticks=place, yticklabels=names)
     ax.invert_yaxis()
     ax.grid(visible=False)
     ax.figure.legend(loc="outside upper center", ncols=weights.shape[1])

@@ -54,8 +54,10 @@ def test_intervals_stand_in_the_order_of_the_table_with_the_first_on_top():
 
 
 def test_bars_are_the_gates_weights():
-    widths = [[bar.get_width() for bar in bars] for bars in DRAW["gate_bars"]().containers]
+    ax = figures.gate_bars(GATES, ["user 7"] * 12)  # of one user, and still a bar each
+    widths = [[bar.get_width() for bar in bars] for bars in ax.containers]
     np.testing.assert_allclose(np.array(widths).T, GATES)
+    assert len({bar.get_y() for bar in ax.containers[0]}) == 12
     heights = [[bar.get_height() for bar in bars] for bars in DRAW["gate_by_label"]().containers]
     np.testing.assert_allclose(np.array(heights).T, [GATES[group == GROUPS].mean(0) for group in range(3)])
 
