@@ -48,10 +48,9 @@ def ask(
 def score(recommender: Recommender, questions: Questions) -> pd.DataFrame:
     """Outcomes of a recommender without language: the answer is the candidate with the highest score."""
     recommender.eval()
-    device = next(iter(recommender.state_dict().values())).device
-    history = torch.from_numpy(questions.sequences.history).to(device)
-    scores = recommender.score(history, torch.from_numpy(questions.candidates).to(device)).cpu().numpy()
-    return choose(questions, scores)
+    asked = (questions.sequences.history, questions.candidates)
+    scores = recommender.score(*(torch.from_numpy(ids).to(recommender.device) for ids in asked))
+    return choose(questions, scores.cpu().numpy())
 
 
 def choose(questions: Questions, scores: np.ndarray) -> pd.DataFrame:
