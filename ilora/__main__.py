@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ilora import runs
+from ilora.parameters import PARAMETERS, check_parameters, parse_parameters
 
 ROOT = Path(__file__).resolve().parents[1]
 JUPYTER_BOOK = Path(sys.executable).with_name("jupyter-book")
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments`; return the exit code."""
     options = parse(arguments)
     try:
-        given = local_paths(runs.parse_parameters(options.parameters))
+        given = local_paths(parse_parameters(options.parameters))
         jobs = plan(given, options.only)
         book = book_folder(options, given, jobs)
         fresh = run_all(jobs)
@@ -80,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; usage errors exit with code 2."""
-    known = "\n".join(f"  {name:15s}{parameter.meaning}" for name, parameter in runs.PARAMETERS.items())
+    known = "\n".join(f"  {name:15s}{parameter.meaning}" for name, parameter in PARAMETERS.items())
     parser = argparse.ArgumentParser(
         "python -m ilora",
         description=HELP,
@@ -133,7 +134,7 @@ def plan(given: dict[str, Any], only: Sequence[str] | None) -> list[Job]:
     for source in chosen:
         defaults = parameters_of(source)
         own = {name: value for name, value in given.items() if name in defaults}
-        jobs.append(Job(source, own, runs.check_parameters(defaults | own)))
+        jobs.append(Job(source, own, check_parameters(defaults | own)))
     for name in given:
         if not any(name in job.given for job in jobs):
             names = ", ".join(job.source.stem for job in jobs)

@@ -15,6 +15,7 @@ from ilora.model import LanguageRecommender, Questions
 from ilora.recommenders import Recommender
 
 NO_ANSWER = -1
+QUESTION = ["user", "position", "target", "candidates"]  # the columns that say what was asked
 RESAMPLES = 2000
 
 
@@ -23,8 +24,9 @@ def ask(
 ) -> pd.DataFrame:
     """Outcomes of a language recommender, one row a question in the order of `questions`.
 
-    user, position, target; answer: the item named, NO_ANSWER if invalid; valid, hit; rank: the target's place
-    among the candidates by likelihood, from 1. With `write=False` the first-ranked candidate is the answer.
+    user, position, target, candidates (a digest of them): what was asked; answer: the item named, NO_ANSWER if
+    invalid; valid, hit; rank: the target's place among the candidates by likelihood, from 1. With `write=False`
+    the first-ranked candidate is the answer.
     """
     recommender.eval()
     rows = [questions[i] for i in range(len(questions))]
@@ -46,10 +48,9 @@ def ask(
 def score(recommender: Recommender, questions: Questions) -> pd.DataFrame:
     """Outcomes of a recommender without language: the answer is the candidate with the highest score."""
     recommender.eval()
-    device = next(iter(recommender.state_dict().values())).device
-    history = torch.from_numpy(questions.sequences.history).to(device)
-    scores = recommender.score(history, torch.from_numpy(questions.candidates).to(device)).cpu().numpy()
-    return choose(questions, scores)
+    asked = (questions.sequences.history, questions.candidates)
+    scores = recommender.score(*(torch.from_numpy(ids).to(recommender.device) for ids in asked))
+    return choose(questions, scores.cpu().numpy())
 
 
 def choose(questions: Questions, scores: np.ndarray) -> pd.DataFrame:
@@ -67,10 +68,11 @@ def _rank(scores: np.ndarray, is_target: np.ndarray) -> np.ndarray:
 
 
 def _outcomes(questions: Questions, answer: np.ndarray, rank: np.ndarray) -> pd.DataFrame:
-    sequences = questions.sequences
-    table = {"user": sequences.user, "position": sequences.position, "target": sequences.target, "answer": answer}
-    outcomes = pd.DataFrame(table)
-    return outcomes.assign(valid=answer != NO_ANSWER, hit=answer == sequences.target, rank=rank)
+    asked = questions.sequences
+    digest = pd.util.hash_pandas_object(pd.DataFrame(questions.candidates), index=False) % 2**16  # of each row: small
+    columns = (asked.user, asked.position, asked.target, digest.astype(np.int64))
+    outcomes = pd.DataFrame(dict(zip(QUESTION, columns, strict=True)))
+    return outcomes.assign(answer=answer, valid=answer != NO_ANSWER, hit=answer == asked.target, rank=rank)
 
 
 def metrics(outcomes: pd.DataFrame, seed: int = 0) -> dict[str, dict[str, float]]:
@@ -93,22 +95,33 @@ def metrics(outcomes: pd.DataFrame, seed: int = 0) -> dict[str, dict[str, float]
 
 
 def table(systems: dict[str, pd.DataFrame], metric: str = "hit_ratio") -> pd.DataFrame:
-    """One row a system: value, low and high of a metric, and n; in the order given."""
-    rows = {name: metrics(outcomes).get(metric) for name, outcomes in systems.items()}
-    return pd.DataFrame({name: row for name, row in rows.items() if row}).T[["value", "low", "high", "n"]]
+    """One row a system that has the metric: its value, low and high, and n; in the order given."""
+    rows = {name: metrics(outcomes) for name, outcomes in systems.items()}
+    rows = {name: row[metric] for name, row in rows.items() if metric in row}
+    return pd.DataFrame(list(rows.values()), index=list(rows), columns=["value", "low", "high", "n"])
 
 
 def summary(systems: dict[str, pd.DataFrame]) -> pd.DataFrame:
     """The table that pages show: for each system its main metrics as "value [low, high]"."""
     names = ["hit_ratio", "valid_ratio", "hit_ratio_of_valid", "rank_hit_ratio@1", "rank_ndcg@10"]
     rows = {system: metrics(outcomes) for system, outcomes in systems.items()}
-    written = {
-        system: {
-            name: "{value:.3f} [{low:.3f}, {high:.3f}]".format(**row[name]) if name in row else "-" for name in names
-        }
-        for system, row in rows.items()
-    }
-    return pd.DataFrame(written).T[names]
+    table = [[written(row[name]) if name in row else "-" for name in names] for row in rows.values()]
+    return pd.DataFrame(table, index=list(rows), columns=names)
+
+
+def written(found: dict[str, float]) -> str:
+    """An interval, or a difference with one, for a reader: "0.523 [0.491, 0.552]"."""
+    return "{value:.3f} [{low:.3f}, {high:.3f}]".format(**found)
+
+
+def verdict(systems: dict[str, pd.DataFrame], one: str, other: str) -> str:
+    """Which of two systems has the higher HitRatio@1, by their paired difference; titles a figure."""
+    found = difference(systems[one], systems[other])
+    if found["low"] <= 0 <= found["high"]:
+        return f"{one} and {other} cannot be told apart: {written(found)}"
+    if found["high"] < 0:
+        return verdict(systems, other, one)
+    return f"{one} is above {other} by {written(found)}"
 
 
 def interval(values: np.ndarray, users: np.ndarray, seed: int = 0) -> dict[str, float]:
@@ -129,9 +142,12 @@ def interval(values: np.ndarray, users: np.ndarray, seed: int = 0) -> dict[str, 
 
 
 def difference(one: pd.DataFrame, other: pd.DataFrame, column: str = "hit", seed: int = 0) -> dict[str, float]:
-    """Mean difference `one` - `other` of a column on the same questions, with a 95 % interval by users."""
-    same = ["user", "position", "target"]
-    if not one[same].reset_index(drop=True).equals(other[same].reset_index(drop=True)):
+    """Mean difference `one` - `other` of a column on the same questions, with a 95 % interval by users.
+
+    Raises ValueError if the questions differ: users, targets and, where the tables hold them, candidates.
+    """
+    asked = [table[table.columns.intersection(QUESTION)].reset_index(drop=True) for table in (one, other)]
+    if not asked[0].equals(asked[1]):
         raise ValueError("the two outcomes answer different questions: ask both with the same Questions")
     change = one[column].to_numpy(float) - other[column].to_numpy(float)
     low, high = np.quantile(_resampled_means(change, one["user"].to_numpy(), seed), (0.025, 0.975))

@@ -1,13 +1,19 @@
 """Figures: arrays and frames to axes, in one style. No torch, no files.
 
-Colours are Okabe and Ito's, which colour-blind readers tell apart; every function returns the axes it drew on.
+Colours are Okabe and Ito's, which colour-blind readers tell apart; for a print without colour a marker, a line style,
+a hatch or the order says the same. Every function returns the axes it drew on, for a title among others.
 """
+
+import itertools
+import textwrap
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 
+DASHES, HATCHES, MARKERS = ["-", "--", "-.", ":"], ["", "//", "..", "xx"], "os^Dvx*P"
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000"]
 
 
@@ -23,6 +29,7 @@ def style() -> None:
         "figure.figsize": (6.4, 3.4), "figure.constrained_layout.use": True, "figure.facecolor": "white",
         "axes.prop_cycle": plt.cycler(color=COLOURS), "axes.spines.top": False, "axes.spines.right": False,
         "axes.grid": True, "grid.alpha": 0.25, "axes.axisbelow": True, "legend.frameon": False, "font.size": 10,
+        "axes.titlesize": "medium", "axes.titlelocation": "left", "hatch.linewidth": 0.6,
         "svg.hashsalt": "ilora", "svg.fonttype": "path",
     })  # fmt: skip
 
@@ -43,8 +50,9 @@ def intervals(table: pd.DataFrame, label: str, chance: float | None = None, ax: 
 def losses(histories: dict[str, pd.DataFrame], span: int = 20, ax: Axes | None = None) -> Axes:
     """Training loss against sequences seen, one line a run: the mean of the last `span` steps."""
     ax = ax or plt.subplots()[1]
-    for name, history in histories.items():
-        ax.plot(history["examples"], history["loss"].rolling(span, min_periods=1).mean(), label=name)
+    for index, (name, history) in enumerate(histories.items()):
+        smooth = history["loss"].rolling(span, min_periods=1).mean()
+        ax.plot(history["examples"], smooth, DASHES[index % len(DASHES)], label=name)
     ax.set(xlabel="training sequences seen", ylabel="loss, nats per title")
     if len(histories) > 1:
         ax.legend()
@@ -54,7 +62,7 @@ def losses(histories: dict[str, pd.DataFrame], span: int = 20, ax: Axes | None =
 def lines(table: pd.DataFrame, x: str, y: str, ax: Axes | None = None) -> Axes:
     """One labelled line for each column of a frame, against its index."""
     ax = ax or plt.subplots()[1]
-    for column, marker in zip(table.columns, "os^Dvx*", strict=False):
+    for column, marker in zip(table.columns, itertools.cycle(MARKERS), strict=False):
         ax.plot(table.index, table[column], marker=marker, label=column)
     ax.set(xlabel=x, ylabel=y)
     ax.legend()
@@ -71,14 +79,13 @@ def long_tail(counts: np.ndarray, what: str, ax: Axes | None = None) -> Axes:
 
 def agreement(matrix: np.ndarray, what: str, ax: Axes | None = None) -> Axes:
     """A square matrix of shares between 0 and 1, each written into its cell."""
-    ax = ax or plt.subplots(figsize=(3.8, 3.2))[1]
+    ax = ax or plt.subplots(figsize=(4.4, 3.6))[1]
     ax.grid(visible=False)
     image = ax.imshow(matrix, vmin=0, vmax=1, cmap="cividis")
     for (row, column), value in np.ndenumerate(matrix):
-        ink = "white" if value < 0.5 else "black"
-        ax.text(column, row, f"{value:.2f}", ha="center", va="center", color=ink)
+        ax.text(column, row, f"{value:.2f}", ha="center", va="center", color=_ink(image.to_rgba(value)))
     ax.set(xticks=range(len(matrix)), yticks=range(len(matrix)), xlabel="group", ylabel="group")
-    ax.figure.colorbar(image, label=what)
+    ax.figure.colorbar(image, label=textwrap.fill(what, 30))
     return ax
 
 
@@ -87,7 +94,7 @@ def state_map(points: np.ndarray, labels: np.ndarray, what: str, ax: Axes | None
     ax = ax or plt.subplots(figsize=(5, 4))[1]
     for index, label in enumerate(np.unique(labels)):
         chosen = labels == label
-        marker, colour = "os^Dvx*P"[index % 8], COLOURS[index % len(COLOURS)]
+        marker, colour = MARKERS[index % len(MARKERS)], COLOURS[index % len(COLOURS)]
         ax.scatter(*points[chosen].T, s=12, marker=marker, alpha=0.7, color=colour, label=f"{what} {label}")
     ax.set(xlabel="first principal component", ylabel="second principal component")
     ax.legend(markerscale=1.5)
@@ -97,13 +104,14 @@ def state_map(points: np.ndarray, labels: np.ndarray, what: str, ax: Axes | None
 def gate_bars(weights: np.ndarray, names: list[str], ax: Axes | None = None) -> Axes:
     """Gate weights (n, K) as stacked horizontal bars, one a sequence (the paper's Fig. 3c)."""
     ax = ax or plt.subplots(figsize=(6.4, 0.9 + 0.32 * len(weights)))[1]
-    left = np.zeros(len(weights))
+    place, left = np.arange(len(weights)), np.zeros(len(weights))
     for expert, width in enumerate(weights.T):
-        bars = ax.barh(names, width, left=left, label=f"expert {expert + 1}", color=COLOURS[expert % len(COLOURS)])
-        bars_text = [f"{value:.0%}" if value >= 0.08 else "" for value in width]
-        ax.bar_label(bars, bars_text, label_type="center", fontsize=8)
+        colour = COLOURS[expert % len(COLOURS)]
+        bars = ax.barh(place, width, left=left, label=f"expert {expert + 1}", color=colour, edgecolor="white")
+        shares = [f"{value:.0%}" if value >= 0.08 else "" for value in width]
+        ax.bar_label(bars, shares, label_type="center", fontsize=8, color=_ink(colour))
         left += width
-    ax.set(xlim=(0, 1), xlabel="gate weight")
+    ax.set(xlim=(0, 1), xlabel="gate weight", yticks=place, yticklabels=names)
     ax.invert_yaxis()
     ax.grid(visible=False)
     ax.figure.legend(loc="outside upper center", ncols=weights.shape[1])
@@ -117,8 +125,15 @@ def gate_by_label(weights: np.ndarray, labels: np.ndarray, what: str, ax: Axes |
     for expert in range(experts):
         means = [weights[labels == kind, expert].mean() for kind in kinds]
         place = np.arange(len(kinds)) + (expert - (experts - 1) / 2) * 0.8 / experts
-        ax.bar(place, means, 0.8 / experts, label=f"expert {expert + 1}", color=COLOURS[expert % len(COLOURS)])
-    ax.axhline(1 / experts, color="0.4", linestyle="--", linewidth=1)
+        look = {"color": COLOURS[expert % len(COLOURS)], "hatch": HATCHES[expert % len(HATCHES)], "edgecolor": "white"}
+        ax.bar(place, means, 0.8 / experts, label=f"expert {expert + 1}", **look)
+    ax.axhline(1 / experts, color="0.4", linestyle="--", linewidth=1, label="uniform")
     ax.set(xticks=range(len(kinds)), xticklabels=[f"{what} {kind}" for kind in kinds], ylabel="mean gate weight")
-    ax.legend(ncols=experts, loc="lower right", framealpha=0.9, frameon=True)
+    ax.figure.legend(loc="outside upper center", ncols=min(experts + 1, 5))
     return ax
+
+
+def _ink(colour: str | tuple[float, ...]) -> str:
+    """Black or white, whichever is easier to read on a colour (the luminance that gives both equal contrast)."""
+    red, green, blue = (np.array(to_rgb(colour)) ** 2.2).tolist()
+    return "black" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.18 else "white"

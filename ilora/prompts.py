@@ -70,7 +70,13 @@ class Prompts:
             owners += theirs + [NO_ITEM] * len(closing)
         return tokens, owners
 
-    def batch(self, histories, candidates, targets=None, behaviour: bool = True) -> dict[str, Tensor]:
+    def batch(
+        self,
+        histories: Sequence[Sequence[int]],
+        candidates: Sequence[Sequence[int]],
+        targets: Sequence[int] | None = None,
+        behaviour: bool = True,
+    ) -> dict[str, Tensor]:
         """Prompts padded on the left, each (batch, tokens): input_ids, attention_mask, owners.
 
         histories: item ids, oldest first, without padding. With `targets` the answers and `labels` are added:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ilora import runs
-from ilora.data import Dataset, Sequences
+from ilora.data import CANDIDATES, Dataset, Sequences
 
 
 class Recommender(nn.Module):
@@ -24,6 +24,11 @@ class Recommender(nn.Module):
         super().__init__()
         self.config = config  # the arguments that make it anew
         self.n_items = config["n_items"]
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights, or its counts, are."""
+        return next(iter(self.state_dict().values())).device
 
     def score_all(self, history: Tensor) -> Tensor:
         """Scores of all items as the next one: (batch, window) item ids -> (batch, n_items)."""
@@ -170,7 +175,9 @@ class Pieces:
         return np.append(self.sequences.history[row], self.sequences.target[row])
 
 
-def expected_hit_ratio(scores: np.ndarray, history: np.ndarray, target: np.ndarray, size: int = 20) -> np.ndarray:
+def expected_hit_ratio(
+    scores: np.ndarray, history: np.ndarray, target: np.ndarray, size: int = CANDIDATES
+) -> np.ndarray:
     """Each row's HitRatio@1 over all draws of candidates: how probably the target scores highest of `size`.
 
     scores (rows, n_items), history (rows, window), target (rows,) -> (rows,). The others are drawn as in
@@ -197,13 +204,14 @@ def expected_hit_ratio(scores: np.ndarray, history: np.ndarray, target: np.ndarr
 
 
 @torch.no_grad()
-def hit_ratios(recommender: Recommender, sequences: Sequences, size: int = 20, batch_size: int = 512) -> np.ndarray:
+def hit_ratios(
+    recommender: Recommender, sequences: Sequences, size: int = CANDIDATES, batch_size: int = 512
+) -> np.ndarray:
     """`expected_hit_ratio` of a recommender for each sequence, (n,)."""
     recommender.eval()
-    device = next(iter(recommender.state_dict().values())).device
     parts = []
     for start in range(0, len(sequences), batch_size):
         part = sequences.take(slice(start, start + batch_size))
-        scores = recommender.score_all(torch.from_numpy(part.history).to(device)).cpu().numpy()
+        scores = recommender.score_all(torch.from_numpy(part.history).to(recommender.device)).cpu().numpy()
         parts.append(expected_hit_ratio(scores, part.history, part.target, size))
     return np.concatenate(parts)

@@ -19,7 +19,7 @@ from pathlib import Path
 import pandas as pd
 from tqdm import tqdm
 
-from ilora import runs
+from ilora import parameters, runs
 from ilora.__main__ import ROOT, Job, local_paths, plan, portable
 
 
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments`; return the exit code: 1 if a point failed."""
     options = parse(arguments)
     try:
-        given = local_paths(runs.parse_parameters(options.parameters))
+        given = local_paths(parameters.parse_parameters(options.parameters))
         jobs = points(options.notebook, given, options.over)
         failed = run(jobs, options.jobs)
         if options.to:
@@ -66,7 +66,7 @@ def points(notebook: str, given: dict, over: Sequence[Sequence[str]]) -> list[Jo
         if names.count(name) > 1 or name in given:
             raise runs.UserError(f"parameter {name!r} is given twice: name it once, in --over or in -p")
     grid = itertools.product(*(values for _, *values in over))
-    chosen = (runs.parse_parameters(list(zip(names, point, strict=True))) for point in grid)
+    chosen = (parameters.parse_parameters(list(zip(names, point, strict=True))) for point in grid)
     return [job for point in chosen for job in plan(given | point, [notebook])]
 
 

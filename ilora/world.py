@@ -169,7 +169,9 @@ def _browse(rng: np.random.Generator, items: pd.DataFrame) -> np.ndarray:
     return weight / weight.sum(1, keepdims=True)
 
 
-def _simulate(rng, groups, followers, browse, events_per_user) -> pd.DataFrame:
+def _simulate(
+    rng: np.random.Generator, groups: np.ndarray, followers: np.ndarray, browse: np.ndarray, events_per_user: int
+) -> pd.DataFrame:
     """All readers take their steps together; a story of the last `WINDOW` steps is not read again."""
     n_items, users = browse.shape[1], len(groups)
     cumulative = np.cumsum(browse, 1)

@@ -31,6 +31,7 @@ def outcomes(hit, valid=None, rank=None, user=None):
         "user": np.arange(len(hit)) if user is None else user,
         "position": 3,
         "target": target,
+        "candidates": 5,
         "answer": np.where(hit, target, np.where(valid, target + 1000, NO_ANSWER)),
         "valid": valid,
         "hit": hit,
@@ -171,7 +172,7 @@ def test_a_difference_of_another_column():
     assert difference(one, other, "rank")["value"] == -1
 
 
-@pytest.mark.parametrize("column", ["user", "position", "target"])
+@pytest.mark.parametrize("column", ["user", "position", "target", "candidates"])
 def test_a_difference_refuses_other_questions(column):
     one = outcomes([True, False, True])
     with pytest.raises(ValueError, match="different questions"):
@@ -181,6 +182,49 @@ def test_a_difference_refuses_other_questions(column):
     with pytest.raises(ValueError, match="different questions"):
         difference(one, one.iloc[::-1])
     assert difference(one, one.set_index(pd.Index([5, 6, 7])))["value"] == 0  # an index is no content
+
+
+def test_a_difference_refuses_other_candidates():
+    asked, again = questions(), questions()
+    one = choose(asked, np.zeros((40, 20)))
+    assert difference(one, choose(again, np.ones((40, 20))))["value"] == 0
+    again.set_epoch(1)
+    with pytest.raises(ValueError, match="different questions"):
+        difference(one, choose(again, np.ones((40, 20))))
+    again.set_epoch(0)
+    again.candidates = again.candidates[:, ::-1]  # another order breaks ties otherwise
+    with pytest.raises(ValueError, match="different questions"):
+        difference(one, choose(again, np.ones((40, 20))))
+    with pytest.raises(ValueError, match="different questions"):  # one of them does not say what was offered
+        difference(one, one.drop(columns="candidates"))
+
+
+# ---------------------------------------------------------------- what a page shows
+
+
+def test_a_table_counts_in_whole_numbers_and_leaves_out_who_lacks_the_metric():
+    systems = {"a": outcomes([1, 0, 1]), "mute": outcomes([0, 0], valid=[0, 0])}
+    assert evaluation.table(systems)["n"].tolist() == [3, 2]
+    assert evaluation.table(systems)["n"].dtype.kind == "i"
+    found = evaluation.table(systems, "hit_ratio_of_valid")
+    assert list(found.index) == ["a"] and list(found.columns) == ["value", "low", "high", "n"]
+    assert found.loc["a", "value"] == pytest.approx(2 / 3)
+
+
+def test_a_summary_writes_intervals_and_a_dash_where_there_is_none():
+    systems = {"a": outcomes([1, 0, 1]), "mute": outcomes([0, 0], valid=[0, 0])}
+    found = evaluation.summary(systems)
+    assert found.loc["a", "hit_ratio"] == evaluation.written(metrics(systems["a"])["hit_ratio"])
+    assert found.loc["mute", "hit_ratio_of_valid"] == "-"
+    assert evaluation.written({"value": 0.5234, "low": -0.1, "high": 1, "n": 3}) == "0.523 [-0.100, 1.000]"
+
+
+def test_a_verdict_says_who_is_ahead_or_that_nobody_is():
+    hit = np.arange(300) % 3 == 0
+    systems = {"weak": outcomes(hit), "strong": outcomes(hit | (np.arange(300) % 3 == 1)), "same": outcomes(hit)}
+    for pair in (("strong", "weak"), ("weak", "strong")):
+        assert evaluation.verdict(systems, *pair).startswith("strong is above weak by 0.333 [0.")
+    assert evaluation.verdict(systems, "same", "weak").startswith("same and weak cannot be told apart: 0.000 [")
 
 
 # ---------------------------------------------------------------- ranks and answers

@@ -10,6 +10,7 @@ import pytest
 
 from ilora import __main__ as runner
 from ilora import runs
+from ilora.parameters import PARAMETERS
 
 DEFAULTS = {"seed": 0, "rank": 8, "experts": 4}
 PARAMETERS_CELL = "seed = 0  # a seed\nrank = 8  # r\nexperts = 4  # K"
@@ -111,7 +112,7 @@ def test_help_names_every_parameter(capsys):
         runner.main(["--help"])
     assert exit_.value.code == 0
     printed = capsys.readouterr().out
-    assert all(f"\n  {name} " in printed for name in runs.PARAMETERS)
+    assert all(f"\n  {name} " in printed for name in PARAMETERS)
 
 
 def test_folders_are_named_from_where_the_notebooks_run(repository, tmp_path):

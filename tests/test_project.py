@@ -15,7 +15,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from ilora import runs
+from ilora import parameters
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -145,13 +145,13 @@ def test_a_source_notebook_carries_no_outputs(source):
 def test_the_parameters_come_first_and_are_checked_next(source):
     first, second, *_ = code(source)
     assert "parameters" in first.metadata.get("tags", [])
-    given = runs._assigned(first.source)
+    given = parameters._assigned(first.source)
     assert given, "the parameters cell has nothing but `name = value  # meaning` lines"
     assert "#" in first.source
     values = {name: ast.literal_eval(value) for name, value in re.findall(r"^(\w+) = (.*)$", first.source, re.M)}
     assert list(values) == given
-    runs.check_parameters(values)
-    assert f'runs.start("{source.stem}", globals())' in second.source
+    parameters.check_parameters(values)
+    assert f'parameters.start("{source.stem}", globals())' in second.source
 
 
 @names
@@ -229,7 +229,7 @@ def test_the_commands_in_the_readme_exist():
     assert all((ROOT / path).is_file() for path in re.findall(r"notebooks/\w+\.ipynb", commands))
     given = re.findall(r"-p (\w+) (\S+)", commands)
     assert given
-    runs.parse_parameters(given)
+    parameters.parse_parameters(given)
 
 
 def test_continuous_integration_runs_make_test():

@@ -19,7 +19,7 @@ def fake(monkeypatch, home):
         ran.append(job.parameters["seed"])
         if job.parameters["seed"] == 1:
             return "UserError: seed 1 is unlucky"
-        runs.save_result(job.source.stem, job.parameters, {"LoRA": {"hit_ratio": {"value": 0.5, "n": 10}}})
+        runs.Run(job.source.stem, job.parameters).save({"LoRA": {"hit_ratio": {"value": 0.5, "n": 10}}})
         return ""
 
     monkeypatch.setattr(sweep, "execute", execute)
@@ -71,6 +71,6 @@ def test_a_point_runs_as_a_command_of_its_own_and_says_why_it_failed(home):
 def test_published_results_name_no_folder_of_this_machine(home, tmp_path):
     (home / "artifacts").mkdir()
     job = sweep.points("02", {"dataset": "csv", "data_dir": str(home / "artifacts")}, [["seed", "0"]])[0]
-    runs.save_result(job.source.stem, job.parameters, {})
+    runs.Run(job.source.stem, job.parameters).save({})
     sweep.publish([job], tmp_path)
     assert str(home) not in next(tmp_path.glob("*.json")).read_text()

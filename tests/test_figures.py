@@ -1,0 +1,73 @@
+"""Figures show what they are given, and nothing is cut off."""
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+
+from ilora import figures
+
+RNG = np.random.default_rng(0)
+TABLE = pd.DataFrame({"value": [0.5, 0.1], "low": [0.4, 0.0], "high": [0.7, 0.2], "n": [9, 9]}, index=["a", "b"])
+HISTORY = pd.DataFrame({"examples": np.arange(50) * 8, "loss": np.linspace(3, 1, 50)})
+GATES, GROUPS = RNG.dirichlet([1, 1, 1, 1], size=12), np.arange(12) % 3
+
+
+@pytest.fixture(autouse=True)
+def style():
+    with mpl.rc_context():
+        mpl.use("agg")
+        figures.style()
+        yield
+    plt.close("all")
+
+
+DRAW = {
+    "intervals": lambda: figures.intervals(TABLE, "HitRatio@1", chance=0.05),
+    "losses": lambda: figures.losses({"LoRA": HISTORY, "iLoRA": HISTORY}),
+    "lines": lambda: figures.lines(pd.DataFrame(RNG.random((5, 10))), "knob", "share"),
+    "long_tail": lambda: figures.long_tail(np.array([5, 1, 3]), "items"),
+    "agreement": lambda: figures.agreement(np.eye(4), "share of stories with the same first follower"),
+    "state_map": lambda: figures.state_map(RNG.normal(size=(30, 2)), np.arange(30) % 10, "group"),
+    "gate_bars": lambda: figures.gate_bars(GATES, [f"user {n}" for n in range(12)]),
+    "gate_by_label": lambda: figures.gate_by_label(GATES, GROUPS, "group"),
+}
+
+
+@pytest.mark.parametrize("name", DRAW)
+def test_nothing_is_cut_off_even_with_a_title(name):
+    figure = DRAW[name]().figure
+    figure.axes[0].set_title("iLoRA and LoRA cannot be told apart")
+    figure.canvas.draw()
+    inside = figure.get_tightbbox()
+    width, height = figure.get_size_inches()
+    assert inside.x0 >= 0 and inside.y0 >= 0 and inside.x1 <= width and inside.y1 <= height
+
+
+def test_intervals_stand_in_the_order_of_the_table_with_the_first_on_top():
+    ax = DRAW["intervals"]()
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b"]
+    assert list(ax.lines[0].get_xdata()) == [0.5, 0.1] and list(ax.lines[0].get_ydata()) == [1, 0]
+    (bars,) = ax.containers[0].lines[2]
+    np.testing.assert_allclose([bar[:, 0] for bar in bars.get_segments()], [[0.4, 0.7], [0.0, 0.2]])
+
+
+def test_bars_are_the_gates_weights():
+    ax = figures.gate_bars(GATES, ["user 7"] * 12)  # of one user, and still a bar each
+    widths = [[bar.get_width() for bar in bars] for bars in ax.containers]
+    np.testing.assert_allclose(np.array(widths).T, GATES)
+    assert len({bar.get_y() for bar in ax.containers[0]}) == 12
+    heights = [[bar.get_height() for bar in bars] for bars in DRAW["gate_by_label"]().containers]
+    np.testing.assert_allclose(np.array(heights).T, [GATES[group == GROUPS].mean(0) for group in range(3)])
+
+
+@pytest.mark.parametrize(("colour", "ink"), [("#0072B2", "white"), ("#E69F00", "black"), ("white", "black")])
+def test_ink_can_be_read_on_its_ground(colour, ink):
+    assert figures._ink(colour) == ink
+
+
+def test_lines_and_bars_differ_in_more_than_colour():
+    assert len({line.get_linestyle() for line in DRAW["losses"]().lines}) == 2
+    assert len({line.get_marker() for line in DRAW["lines"]().lines[:8]}) == 8
+    assert len({bars[0].get_hatch() for bars in DRAW["gate_by_label"]().containers}) == 4

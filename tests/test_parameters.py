@@ -1,0 +1,156 @@
+"""Parameters of notebooks and the errors of wrong ones."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from ilora import parameters
+from ilora.parameters import PARAMETERS, check_parameters, parse_parameters, start
+from ilora.runs import UserError
+
+PARAMETERS_CELL = 'dataset = "world"  # which\nseed = 0\nrank = 8\nalpha = 32\nexperts = 4\ndata_dir = ""'
+START_CELL = 'from ilora import parameters\nrun = parameters.start("04_ilora", globals())\nprint(run.parameters)'
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("ILORA_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def notebook_globals(*cells):
+    """What a notebook's globals hold when the cell that calls start runs, after `cells`."""
+    namespace = {}
+    for cell in cells:
+        exec(cell, namespace)
+    return namespace | {"In": ["", *cells, START_CELL]}
+
+
+REFUSED = [
+    ({"expert": 4}, "there is no parameter 'expert': did you mean 'experts'?"),
+    ({"zzz": 4}, "there is no parameter 'zzz': the parameters are dataset, data_dir"),
+    ({"experts": 4.0}, "'experts' must be a whole number, not 4.0 (float)"),
+    ({"experts": "4.0"}, "'experts' must be a whole number, not '4.0' (str)"),
+    ({"epochs": True}, "'epochs' must be a whole number, not True (bool)"),
+    ({"alpha": False}, "'alpha' must be a number, not False (bool)"),
+    ({"data_dir": 2024}, "'data_dir' must be text, not 2024 (int) (papermill: -r data_dir 2024"),
+    ({"seed": None}, "'seed' must be a whole number, not None (NoneType)"),
+    ({"epochs": -1}, "'epochs' must be at least 1, not -1"),
+    ({"users": 39}, "'users' must be at least 40, not 39"),
+    ({"conflict": 1.5}, "'conflict' must be from 0 to 1, not 1.5"),
+    ({"conflict": float("nan")}, "'conflict' must be from 0 to 1, not nan"),
+    ({"learning_rate": 0}, "'learning_rate' must be above 0 and below 1, not 0.0"),
+    ({"dropout": 1}, "'dropout' must be from 0 to below 1, not 1.0"),
+    ({"alpha": float("inf")}, "'alpha' must be above 0, not inf"),
+    ({"dataset": "wrold"}, "must be one of world, movielens, lastfm, steam, llara, csv, not 'wrold'"),
+    ({"eval_windows": "some"}, "'eval_windows' must be one of last, all, not 'some'"),
+    ({"data_dir": "/no/such/folder"}, "'data_dir' must be empty or a folder that exists"),
+    ({"base_model": " "}, "'base_model' must be 'embedded' or the name"),
+    (
+        {"experts": 3, "rank": 8},
+        "experts = 3 does not divide rank = 8: choose experts among 1, 2, 4, 8",
+    ),
+    ({"dataset": "csv", "data_dir": ""}, "dataset = 'csv' needs data_dir"),
+    ({"device": "gpu"}, "device must be auto, cpu, cuda, cuda:N or mps, not 'gpu'"),
+    ({"device": "cuda:x"}, "device must be auto, cpu, cuda, cuda:N or mps, not 'cuda:x'"),
+    ({"device": "cuda:99"}, "device 'cuda:99' is not on this machine"),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), REFUSED, ids=[str(given) for given, _ in REFUSED])
+def test_a_wrong_parameter_is_refused_in_one_line(given, message):
+    with pytest.raises(UserError) as error:
+        check_parameters(given)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_whole_number_is_accepted_where_a_number_is_meant_and_becomes_one():
+    values = check_parameters({"alpha": 32, "rank": 8})
+    assert values == {"alpha": 32.0, "rank": 8}
+    assert type(values["alpha"]) is float
+
+
+def test_every_parameter_says_what_it_means():
+    for name, parameter in PARAMETERS.items():
+        assert name.isidentifier()
+        assert parameter.meaning
+        assert parameter.must
+
+
+def test_command_line_pairs_are_read_by_type():
+    pairs = [("experts", "2"), ("alpha", "16"), ("data_dir", ""), ("dataset", "world")]
+    assert parse_parameters(pairs) == {"experts": 2, "alpha": 16.0, "data_dir": "", "dataset": "world"}
+    for pair, message in [(("experts", "4.0"), "a whole number, not '4.0'"), (("expert", "4"), "'experts'?")]:
+        with pytest.raises(UserError, match=message):
+            parse_parameters([pair])
+
+
+def test_start_returns_checked_parameters_and_puts_them_in_the_notebook():
+    namespace = notebook_globals(PARAMETERS_CELL, "# Parameters\nexperts = 2\n")
+    run = start("04_ilora", namespace)
+    assert run.parameters == {
+        "dataset": "world", "data_dir": "", "seed": 0, "rank": 8, "alpha": 32.0, "experts": 2
+    }  # fmt: skip
+    assert type(namespace["alpha"]) is float
+
+
+@pytest.mark.parametrize(
+    ("injected", "message"),
+    [
+        ("expert = 4", "there is no parameter 'expert' in 04_ilora: did you mean 'experts'?"),
+        (
+            "window = 5",
+            "there is no parameter 'window' in 04_ilora: the parameters are dataset, seed, rank",
+        ),
+        ("experts = 3", "experts = 3 does not divide rank = 8"),
+    ],
+)
+def test_start_refuses_what_papermill_injects_wrongly(injected, message):
+    with pytest.raises(UserError, match=message.replace("?", r"\?")):
+        start("04_ilora", notebook_globals(PARAMETERS_CELL, f"# Parameters\n{injected}\n"))
+
+
+def test_start_sees_a_name_misspelt_in_the_parameters_cell():
+    with pytest.raises(UserError, match="did you mean 'rank'"):
+        start("04_ilora", notebook_globals("seed = 0\nrnak = 8"))
+
+
+@pytest.mark.parametrize("other", ["answer = 42", "import json", "%matplotlib inline", "experts = 8"])
+def test_start_can_be_run_again_in_a_live_notebook(other):
+    """Other cells have run since the parameters cell; their variables are no parameters."""
+    namespace = notebook_globals(PARAMETERS_CELL) | {"answer": 42}
+    namespace["In"] = ["", PARAMETERS_CELL, START_CELL, other, START_CELL]
+    assert set(start("04_ilora", namespace).parameters) >= {"experts", "rank", "seed"}
+
+
+def papermill(folder, *arguments):
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook = nbformat.v4.new_notebook(metadata={"kernelspec": kernel})
+    notebook.cells = [
+        nbformat.v4.new_code_cell(PARAMETERS_CELL, metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell(START_CELL),
+    ]
+    nbformat.write(notebook, folder / "source.ipynb")
+    command = [sys.executable, "-m", "papermill", "source.ipynb", "out.ipynb", "-k", "python3", *arguments]
+    path = os.pathsep.join([str(Path(parameters.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_papermill_ends_in_one_clear_last_line(tmp_path):
+    done = papermill(tmp_path, "-p", "expert", "4")
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last == "UserError: there is no parameter 'expert' in 04_ilora: did you mean 'experts'?"
+    assert "parameters.py" not in done.stderr  # no stack of ours above it
+
+
+def test_papermill_runs_with_right_parameters(tmp_path):
+    done = papermill(tmp_path, "-p", "experts", "2")
+    assert done.returncode == 0, done.stderr
+    assert "'experts': 2" in (tmp_path / "out.ipynb").read_text()

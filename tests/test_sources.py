@@ -1,0 +1,374 @@
+"""Readers of a user's own CSV and of publishers' archives, in small; and of the real files where they lie beside."""
+
+import functools
+import hashlib
+import http.server
+import os
+import threading
+import zipfile
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from ilora import llara, sources
+from ilora.data import Sequences, load, sequences
+from ilora.runs import UserError
+
+REAL = Path(os.environ.get("ILORA_DATA") or Path(__file__).parents[1] / ".." / "shared" / "data").resolve()
+real = pytest.mark.skipif(not REAL.is_dir(), reason="no real data: set ILORA_DATA to the folder that holds it")
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("ILORA_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+# ---------------------------------------------------------------- a user's own CSV files
+
+
+def own(folder: Path, items: str | None = None, events: str | None = None) -> Path:
+    """Thirty items and twelve users of six events; either file may be replaced."""
+    if items is None:
+        items = "id,title\n" + "".join(f"i{n},Title {n}\n" for n in range(30))
+    if events is None:
+        events = "user,item,time\n" + "".join(
+            f"u{user},i{(user + n) % 30},{100 * user + n}\n" for n in reversed(range(6)) for user in range(12)
+        )
+    folder.mkdir(exist_ok=True)
+    (folder / "items.csv").write_text(items)
+    (folder / "events.csv").write_text(events)
+    return folder
+
+
+def test_own_csv(tmp_path):
+    dataset = load("csv", str(own(tmp_path / "own")))
+    assert list(dataset.users["split"]) == ["train"] * 9 + ["validation"] + ["test"] * 2
+    assert list(dataset.users["source_id"]) == [f"u{n}" for n in range(12)]
+    assert list(dataset.events["item"][dataset.events["user"] == 3]) == [3, 4, 5, 6, 7, 8]
+    assert dataset.items.loc[4].to_dict() == {"id": 4, "title": "Title 4", "text": "", "source_id": "i4"}
+
+
+def test_saved_files_are_themselves_readable_as_csv(tmp_path):
+    world = load(users=50)
+    world.save(tmp_path / "copy")
+    again = load("csv", str(tmp_path / "copy"))
+    pd.testing.assert_frame_equal(again.events, world.events)
+    assert list(again.items["title"]) == list(world.items["title"])
+
+
+def test_ids_are_text(tmp_path):
+    items = "id,title\n" + "".join(f"{n},A {n}\n0{n},B {n}\n" for n in range(20))
+    events = "user,item,time\n" + "".join(f"{u},{u % 2 * '0'}{n},{n}\n" for u in range(12) for n in range(5))
+    dataset = load("csv", str(own(tmp_path / "own", items, events)))
+    assert list(dataset.items["title"][dataset.events["item"][4:6]]) == ["A 4", "B 0"]
+
+
+def test_iso_dates_order_events(tmp_path):
+    dates = ["2024-01-03", "2024-01-01T12:00:00", "2024-01-01T12:00:00+02:00", "2024-01-02 08:00"]
+    events = "user,item,time\n" + "".join(
+        f"u{user},i{n},{date}\n" for user in range(12) for n, date in enumerate(dates)
+    )
+    dataset = load("csv", str(own(tmp_path / "own", events=events)))
+    assert list(dataset.events["item"][:4]) == [2, 1, 3, 0]
+    assert dataset.events["time"][1] - dataset.events["time"][0] == 2 * 3600 * 10**6
+
+
+HEAD = "id,title\n" + "".join(f"i{n},Title {n}\n" for n in range(30))  # lines 1 to 31
+EVENTS = "user,item,time\n" + "".join(f"u{u},i{n},{n}\n" for u in range(12) for n in range(6))  # lines 1 to 73
+
+
+@pytest.mark.parametrize(
+    ("items", "events", "says"),
+    [
+        ("id,name\n1,A\n", None, r"items.csv has no column 'title' but id, name"),
+        (None, "user,item\nu1,i1\n", r"events.csv has no column 'time' but user, item"),
+        (HEAD + "i3,Another\n", None, r"items.csv, line 32: id 'i3' is on line 5 too"),
+        (HEAD + ",Another\n", None, r"items.csv, line 32: the id is empty"),
+        (HEAD + "i99, \n", None, r"items.csv, line 32: the title of item 'i99' is empty; give it one"),
+        (
+            HEAD + "i99,title  4\n",
+            None,
+            r"items.csv, line 32: title 'title  4' is on line 6 too .* make them differ",
+        ),
+        (None, EVENTS + "u1,i77,5\n", r"events.csv, line 74: item 'i77' is not in items.csv; add it"),
+        (None, EVENTS + ",i7,5\n", r"events.csv, line 74: the user is empty"),
+        (
+            None,
+            EVENTS + "u1,i7,yesterday\n",
+            r"events.csv, line 74: time 'yesterday' is neither .* write it as",
+        ),
+        (None, EVENTS + "u1,i7,\n", r"events.csv, line 74: time '' is neither"),
+        (None, EVENTS + "u1,i7,2.5\nu1,i8,1.5\n", r"events.csv, line 74: time '2.5' .*\(2 such lines\)"),
+        (None, EVENTS.replace(",0\n", ",2024-01-01\n"), r"events.csv, line 3: time '1' is neither"),
+        (None, EVENTS + 'u1,"i7,5\n', r"events.csv is not a CSV file"),
+        ("", None, r"items.csv is not a CSV file"),
+        (None, "user,item,time\n", r"csv has 0 users, 0 of them .* none of these in its train split"),
+        (
+            None,
+            EVENTS.split("u4")[0],
+            r"csv has 4 users, 4 of them .* none of these in its validation",
+        ),
+        (
+            None,
+            "user,item,time\n" + "".join(f"u{u},i{n},{n}\n" for u in range(40) for n in range(3)),
+            r"csv has 40 users, 0 of them with at least 4 events \(3 of history and a target\)",
+        ),
+        (
+            "id,title\n" + "".join(f"i{n},T{n}\n" for n in range(19)),
+            None,
+            r"csv has 19 items, .* offers 20: add items",
+        ),
+    ],
+)
+def test_bad_csv_is_refused_with_line_and_remedy(tmp_path, home, items, events, says):
+    folder = own(tmp_path / "own", items, events)
+    if items and "T18" in items:
+        own(folder, items, EVENTS)
+    with pytest.raises(UserError, match=says) as refused:
+        load("csv", str(folder))
+    assert "\n" not in str(refused.value)
+    assert not list(home.glob("data/*"))  # nothing half made is left
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("mvielens",), "there is no data set 'mvielens': choose among world, movielens, lastfm"),
+        (("movielens", "nowhere/at/all"), "data_dir 'nowhere/at/all' is not a folder"),
+        (("csv",), "data set 'csv' needs data_dir"),
+        (("steam",), "needs data_dir, the folder with its files; LLaRA's are at https"),
+    ],
+)
+def test_bad_arguments(arguments, says):
+    with pytest.raises(UserError, match=says):
+        load(*arguments)
+
+
+@pytest.mark.parametrize("name", ["movielens", "lastfm", "steam", "llara", "csv"])
+def test_an_empty_folder_says_what_is_missing(tmp_path, name):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"is missing|has no .*: name the folder"):
+        load(name, str(tmp_path / "empty"))
+
+
+def test_text_in_another_encoding(tmp_path):
+    folder = own(tmp_path / "own")
+    (folder / "items.csv").write_bytes(HEAD.encode() + "i99,Café\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r"items.csv is not a CSV file in UTF-8 .*mend or export it again"):
+        load("csv", str(folder))
+
+
+# ---------------------------------------------------------------- MovieLens and HetRec 2011 in small
+
+
+def test_titles_of_films(tmp_path):
+    raw = ["Toy Story (1995)", "Ice Storm, The (1997)", "Affair to Remember, An (1957)", "Cape Fear (1991)"]
+    raw += ["Cape Fear (1962)", "Chasing Amy (1997)", "Chasing Amy (1997)", "unknown", "Land III (1995) (V)"]
+    raw += ["Horseman on the Roof, The (Hussard sur le toit, Le) (1995)", "Misérables, Les (1995)"]
+    flags = "|0|0|0|1|1|1" + "|0" * 13
+    lines = [f"{n}|{title}|01-Jan-1995||url{flags}" for n, title in enumerate(raw, start=1)]
+    (tmp_path / "u.item").write_text("\n".join(lines) + "\n", encoding="latin-1")
+    items = sources._read_u_item(tmp_path / "u.item")
+    assert list(items["title"]) == [
+        *("Toy Story", "The Ice Storm", "An Affair to Remember", "Cape Fear (1991)", "Cape Fear (1962)"),
+        *("Chasing Amy", "Chasing Amy (2)", "unknown", "Land III"),
+        *("The Horseman on the Roof (Hussard sur le toit, Le)", "Misérables, Les"),
+    ]
+    assert items["text"][0] == "1995; Animation, Children's, Comedy" and items["text"][7] == ""
+
+
+def archive_files(folder: Path) -> dict[str, str]:
+    """A tiny MovieLens: 30 films, 20 users of six ratings, one of them too low."""
+    flags = "|0" * 19
+    films = "".join(f"{n}|Film {n} (1990)|01-Jan-1990||{flags}\n" for n in range(1, 31)).replace("||" + "|", "|||")
+    ratings = "".join(
+        f"{user}\t{1 + (user + n) % 30}\t{2 if n == 5 else 4}\t{1000 * user + n}\n"
+        for user in range(1, 21)
+        for n in range(6)
+    )
+    return {"u.item": films, "u.data": ratings}
+
+
+def write(folder: Path, files: dict[str, str]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="latin-1")
+    return folder
+
+
+def test_movielens_keeps_ratings_of_three_and_more(tmp_path):
+    dataset = load("movielens", str(write(tmp_path / "ml-100k", archive_files(tmp_path)).parent))
+    assert len(dataset.events) == 20 * 5
+    assert list(dataset.users["split"]) == ["train"] * 16 + ["validation"] * 2 + ["test"] * 2
+    assert dataset.notes == ("u.data has 120 ratings, as published it has 100000",)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "says"),
+    [
+        ("u.data", lambda text: text[:-7] + "x\n", r"u.data is damaged .*: fetch it again"),
+        (
+            "u.data",
+            lambda text: text + "1\t31\t4\t5\n",
+            r"u.data, line 121: no film 31 in u.item; use one archive",
+        ),
+        ("u.item", lambda text: text.replace("\n7|", "\n8|"), r"u.item, line 7: not film 7 in 24 fields"),
+        ("u.item", lambda text: text[:-30], r"u.item, line 30: not film 30 in 24 fields"),
+    ],
+)
+def test_damaged_movielens(tmp_path, name, change, says):
+    files = archive_files(tmp_path)
+    with pytest.raises(UserError, match=says):
+        load("movielens", str(write(tmp_path / "ml", files | {name: change(files[name])})))
+
+
+def test_hetrec_orders_artists_by_first_tagging(tmp_path):
+    artists = "id\tname\turl\tpictureURL\n" + "".join(f"{n}\tArtist {n}\tu\tp\n" for n in range(10, 40))
+    artists = artists.replace("Artist 38", "Artist 37")  # two artists of one name
+    tags = "userID\tartistID\ttagID\ttimestamp\n" + "".join(
+        f"{user}\t{artist}\t{tag}\t{5000 - 100 * artist + tag + user}\n"
+        for user in range(2, 14)
+        for artist in range(10, 39)
+        for tag in (2, 1)
+    )
+    tags += "2\t39\t1\t1\n99\t10\t1\t1\n2\t777\t1\t1\n"  # a rare artist, a user with one, one without a name
+    folder = write(tmp_path / "lastfm", {"artists.dat": artists, sources._TAGS: tags})
+    dataset = load("lastfm", str(folder))
+    assert len(dataset.items) == 29 and len(dataset.users) == 12
+    assert list(dataset.items["title"][-2:]) == ["Artist 37", "Artist 37 (2)"]
+    assert list(dataset.events["item"][:29]) == list(range(28, -1, -1)) and dataset.events["time"][0] == 1203
+
+
+@pytest.fixture
+def publisher(tmp_path, monkeypatch):
+    """A server that stands in for GroupLens; returns a function that publishes an archive and damages it."""
+    site = tmp_path / "site"
+    site.mkdir()
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=site)
+    monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, "log_message", lambda *_: None)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+
+    def publish(damage: bool = False) -> None:
+        archive = site / "ml-100k.zip"
+        with zipfile.ZipFile(archive, "w") as file:
+            for name, text in archive_files(tmp_path).items():
+                file.writestr(f"ml-100k/{name}", text.encode("latin-1"))
+        checksum = "md5:" + hashlib.md5(archive.read_bytes()).hexdigest()
+        if damage:
+            archive.write_bytes(archive.read_bytes()[:-100])
+        url = f"http://127.0.0.1:{server.server_port}/ml-100k.zip"
+        monkeypatch.setitem(sources._ARCHIVES, "movielens", (url, checksum, "LICENCE TEXT"))
+
+    yield publish
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_download_shows_the_licence_and_happens_once(publisher, capsys):
+    publisher()
+    first = load("movielens")
+    assert "LICENCE TEXT" in capsys.readouterr().out
+    assert load("movielens").key == first.key and len(first.users) == 20
+    assert "LICENCE TEXT" not in capsys.readouterr().out
+
+
+def test_damaged_download_is_refused(publisher, home):
+    publisher(damage=True)
+    with pytest.raises(UserError, match=r"ml-100k.zip arrived damaged .* try again, or unpack http.* by hand"):
+        load("movielens")
+    assert not (home / "downloads" / "ml-100k.zip").exists()
+
+
+def test_no_network(monkeypatch):
+    url = "http://127.0.0.1:9/ml-100k.zip"  # the discard port: nobody listens
+    monkeypatch.setitem(sources._ARCHIVES, "movielens", (url, "md5:0", "LICENCE TEXT"))
+    with pytest.raises(UserError, match=r"could not be downloaded \(ConnectionError\): try again, or unpack"):
+        load("movielens")
+
+
+# ---------------------------------------------------------------- the real files
+
+
+def rows(file: Path, padding: int) -> list[tuple]:
+    """LLaRA's rows with three items of history or more, as (history..., target)."""
+    history, target = llara.read_windows(file, padding)
+    cut = [tuple(int(item) for item in row if item != padding) for row in history]
+    return [(*row, int(last)) for row, last in zip(cut, target, strict=True) if len(row) >= 3]
+
+
+def as_rows(windows: Sequences) -> list[tuple]:
+    return [
+        (*(int(item) for item in history[10 - n :]), int(target))
+        for history, n, target in zip(windows.history, windows.length, windows.target, strict=True)
+    ]
+
+
+@real
+def test_real_movielens_gives_llaras_rows():
+    dataset = load("movielens", str(REAL))
+    assert len(dataset.items) == 1682 and dataset.items["title"].is_unique
+    assert dataset.users["split"].value_counts().to_dict() == {"train": 754, "test": 95, "validation": 94}
+    for split, name in (("validation", "Val_data.df"), ("test", "Test_data.df")):
+        published = rows(REAL / "llara" / "movielens" / name, 1682)
+        assert sorted(as_rows(sequences(dataset, split, windows="last"))) == sorted(published)
+
+
+@real
+def test_real_movielens_rule_alone_finds_the_users_behind_llaras_rows():
+    """u.data alone: a row's items are, equal times aside, the last events of one user of its split."""
+    dataset = load("movielens", str(REAL / "ml-100k"))
+    histories = {
+        split: [group for _, group in dataset.events[dataset.events["user"].isin(ids)].groupby("user")]
+        for split, ids in dataset.users.groupby("split")["user"]
+    }
+    for split, name, n in (("validation", "Val_data.df", 94), ("test", "Test_data.df", 95)):
+        found = set()
+        for row in rows(REAL / "llara" / "movielens" / name, 1682):
+            for history in histories[split]:
+                mine = history[history["item"].isin(row)] if set(row) <= set(history["item"]) else []
+                if len(mine) == len(row) and list(mine["time"]) == list(history["time"])[-len(row) :]:
+                    found.add(int(history["user"].iat[0]))
+        assert len(found) == n
+
+
+@real
+def test_real_lastfm_windows_are_the_files_windows():
+    dataset = load("lastfm", str(REAL))
+    folder = REAL / "llara" / "lastfm"
+    assert dataset.users["split"].value_counts().to_dict() == {"train": 976, "validation": 122, "test": 122}
+    assert sorted(as_rows(sequences(dataset, "train"))) == sorted(rows(folder / "train_data.df", 4606))
+    assert as_rows(sequences(dataset, "validation", windows="last")) == rows(folder / "Val_data.df", 4606)
+    assert as_rows(sequences(dataset, "test", windows="last")) == rows(folder / "Test_data.df", 4606)
+
+
+@real
+def test_real_lastfm_is_in_one_global_order():
+    """The ground for what ilora.sources says about LLaRA's LastFM: no two of its histories disagree."""
+    events = load("lastfm", str(REAL)).events
+    following = pd.DataFrame({"a": events["item"], "b": events["item"].shift(-1)})[
+        events["user"] == events["user"].shift(-1)
+    ]
+    remaining = following.drop_duplicates()
+    while len(remaining):  # Kahn's algorithm: peel artists that nobody precedes
+        keep = remaining["a"].isin(remaining["b"])
+        assert not keep.all(), "the order has a cycle"
+        remaining = remaining[keep]
+
+
+@real
+def test_real_steam():
+    dataset = load("steam", str(REAL))
+    folder = REAL / "llara" / "steam"
+    assert len(dataset.items) == 3581 and "train_sample_1000.df" in dataset.notes[0]
+    assert not dataset.items["title"].str.contains("&amp;").any()
+    for split, name in (
+        ("train", "train_sample_1000.df"),
+        ("validation", "Val_data.df"),
+        ("test", "Test_data.df"),
+    ):
+        assert as_rows(sequences(dataset, split, windows="last")) == rows(folder / name, 3581)
