@@ -69,6 +69,22 @@ def lines(table: pd.DataFrame, x: str, y: str, ax: Axes | None = None) -> Axes:
     return ax
 
 
+def trend(table: pd.DataFrame, x: str, y: str, ax: Axes | None = None) -> Axes:
+    """Means with 95 % intervals against `x`, one line a system; a table of `sweep.over_seeds`."""
+    ax = ax or plt.subplots()[1]
+    systems = table["system"].unique()
+    step = 0.006 * np.ptp(table[x])  # beside each other, so that no interval hides another
+    for index, (system, marker, dash) in enumerate(zip(systems, itertools.cycle(MARKERS), itertools.cycle(DASHES))):
+        own = table[table["system"] == system]
+        error = [own["value"] - own["low"], own["high"] - own["value"]]
+        place = own[x] + (index - (len(systems) - 1) / 2) * step
+        ax.errorbar(place, own["value"], yerr=error, marker=marker, linestyle=dash, capsize=3, label=system)
+    ax.set(xticks=sorted(table[x].unique()), ylabel=f"{y}, mean with 95 % interval")
+    if len(systems) > 1:
+        ax.figure.legend(loc="outside upper center", ncols=min(len(systems), 3))
+    return ax
+
+
 def long_tail(counts: np.ndarray, what: str, ax: Axes | None = None) -> Axes:
     """Events of each item, most popular first."""
     ax = ax or plt.subplots()[1]

@@ -41,6 +41,9 @@ PARAMETERS: dict[str, Parameter] = {
         lambda value: value == "" or Path(value).expanduser().is_dir(),
         "empty or a folder that exists",
     ),
+    "results": Parameter(
+        str, "folder with the results of sweeps", lambda value: Path(value).is_dir(), "a folder that exists"
+    ),
     "conflict": Parameter(
         float, "world: how far taste groups disagree, 0 to 1", lambda value: 0 <= value <= 1, "from 0 to 1"
     ),

@@ -12,11 +12,12 @@ import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import pandas as pd
+from scipy import stats
 from tqdm import tqdm
 
 from ilora import parameters, runs
@@ -124,6 +125,20 @@ def read(folder: str | Path) -> pd.DataFrame:
         values = pd.json_normalize(result["metrics"]).filter(regex=r"\.value$").iloc[0]
         measured = {name.removesuffix(".value"): value for name, value in values.items()}
         rows.append(result["parameters"] | measured | {"device": result["device"]["name"], "commit": result["commit"]})
+    return pd.DataFrame(rows)
+
+
+def over_seeds(table: pd.DataFrame, by: str, columns: Mapping[str, str]) -> pd.DataFrame:
+    """Means over the runs of each value of `by`, with 95 % intervals (Student's t: runs are few).
+
+    columns: system -> column of `table`. Long form: system, `by`, value, low, high, n; by system, then by value.
+    """
+    rows = []
+    for (system, column), (at, runs_of) in itertools.product(columns.items(), table.groupby(by)):
+        values = runs_of[column].dropna()
+        mean, n = values.mean(), len(values)
+        half = stats.t.ppf(0.975, n - 1) * values.sem() if n > 1 else float("nan")
+        rows.append({"system": system, by: at, "value": mean, "low": mean - half, "high": mean + half, "n": n})
     return pd.DataFrame(rows)
 
 

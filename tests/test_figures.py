@@ -11,6 +11,7 @@ from ilora import figures
 RNG = np.random.default_rng(0)
 TABLE = pd.DataFrame({"value": [0.5, 0.1], "low": [0.4, 0.0], "high": [0.7, 0.2], "n": [9, 9]}, index=["a", "b"])
 HISTORY = pd.DataFrame({"examples": np.arange(50) * 8, "loss": np.linspace(3, 1, 50)})
+TREND = pd.DataFrame({"system": list("aabb"), "conflict": [0, 1, 0, 1], "value": 0.5, "low": 0.4, "high": 0.7})
 GATES, GROUPS = RNG.dirichlet([1, 1, 1, 1], size=12), np.arange(12) % 3
 
 
@@ -27,6 +28,7 @@ DRAW = {
     "intervals": lambda: figures.intervals(TABLE, "HitRatio@1", chance=0.05),
     "losses": lambda: figures.losses({"LoRA": HISTORY, "iLoRA": HISTORY}),
     "lines": lambda: figures.lines(pd.DataFrame(RNG.random((5, 10))), "knob", "share"),
+    "trend": lambda: figures.trend(TREND, "conflict", "HitRatio@1"),
     "long_tail": lambda: figures.long_tail(np.array([5, 1, 3]), "items"),
     "agreement": lambda: figures.agreement(np.eye(4), "share of stories with the same first follower"),
     "state_map": lambda: figures.state_map(RNG.normal(size=(30, 2)), np.arange(30) % 10, "group"),
@@ -51,6 +53,13 @@ def test_intervals_stand_in_the_order_of_the_table_with_the_first_on_top():
     assert list(ax.lines[0].get_xdata()) == [0.5, 0.1] and list(ax.lines[0].get_ydata()) == [1, 0]
     (bars,) = ax.containers[0].lines[2]
     np.testing.assert_allclose([bar[:, 0] for bar in bars.get_segments()], [[0.4, 0.7], [0.0, 0.2]])
+
+
+def test_a_trend_has_a_line_with_intervals_for_each_system():
+    ax = DRAW["trend"]()
+    assert len(ax.containers) == 2
+    (bars,) = ax.containers[0].lines[2]
+    np.testing.assert_allclose([bar[:, 1] for bar in bars.get_segments()], [[0.4, 0.7]] * 2)
 
 
 def test_bars_are_the_gates_weights():

@@ -1,4 +1,6 @@
+import pandas as pd
 import pytest
+from scipy import stats
 
 from ilora import runs, sweep
 from ilora.__main__ import Job
@@ -74,3 +76,12 @@ def test_published_results_name_no_folder_of_this_machine(home, tmp_path):
     runs.Run(job.source.stem, job.parameters).save({})
     sweep.publish([job], tmp_path)
     assert str(home) not in next(tmp_path.glob("*.json")).read_text()
+
+
+def test_means_over_seeds_have_students_interval():
+    table = pd.DataFrame({"k": [1, 1, 1, 2], "a": [0.1, 0.2, 0.3, 0.5], "b": [1.0, 1.0, float("nan"), 1.0]})
+    found = sweep.over_seeds(table, "k", {"A": "a", "B": "b"}).set_index(["system", "k"])
+    low, high = stats.ttest_1samp([0.1, 0.2, 0.3], 0).confidence_interval()
+    assert found.loc[("A", 1)].tolist() == pytest.approx([0.2, low, high, 3])
+    assert found.loc[("B", 1)].tolist() == pytest.approx([1, 1, 1, 2])
+    assert found.loc[("A", 2), "value"] == 0.5 and found.loc[("A", 2), ["low", "high"]].isna().all()  # one run
