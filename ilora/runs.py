@@ -340,9 +340,11 @@ class Run:
         unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes on macOS, KiB on Linux
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
-    def save(self, metrics: Mapping[str, Any], outcomes: Mapping[str, Any] | None = None) -> Path:
+    def save(
+        self, metrics: Mapping[str, Any], outcomes: Mapping[str, Any] | None = None, path: Path | None = None
+    ) -> Path:
         """Write this run's result; see save_result."""
-        return save_result(self.name, self.parameters, metrics, outcomes, self)
+        return save_result(self.name, self.parameters, metrics, outcomes, self, path)
 
 
 def save_result(
@@ -351,14 +353,15 @@ def save_result(
     metrics: Mapping[str, Any],
     outcomes: Mapping[str, Any] | None = None,
     run: Run | None = None,
+    path: Path | None = None,
 ) -> Path:
-    """Write `home()/results/<name>-<key>.json` and return its path.
+    """Write `path`, by default `home()/results/<name>-<key>.json`, and return it.
 
     `metrics` hold counts and intervals beside values; `outcomes` (name -> one value a sequence; a DataFrame
     will do) are what a paired test needs; seconds and peak memory are `run`'s, and null without one.
     """
     device = run.device if run else pick_device(parameters.get("device", "auto"))
-    path = home() / "results" / f"{name}-{key(parameters)}.json"
+    path = path or home() / "results" / f"{name}-{key(parameters)}.json"
     result = {
         "name": name,
         "parameters": dict(parameters),
