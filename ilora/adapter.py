@@ -28,7 +28,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -38,9 +38,9 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.lora.layer import LoraVariant
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import GenerationConfig
 
+from ilora.gates import Gate, make_gate
 from ilora.runs import UserError
 
 # PEFT's LoRA layers that ask their variant; others (AWQ, EETQ, AQLM, embeddings, ...) would ignore the gate.
@@ -66,7 +66,7 @@ class ILoraConfig(LoraConfig):
         task_type: None for a model that does not generate text.
         num_experts: K, the experts that the rank is split into; divides r.
         gate_dim: d, the width of the sequence representations.
-        gate: kind of gate, "linear" (Eq. 11) or "convolutional" (the released code's).
+        gate: kind of gate, see gates.py: "linear" (Eq. 11), "convolutional" (the released code's) or your own.
         gate_per_layer: one gate for each adapted layer instead of one that all share.
         gate_top_k: keep only the k largest weights of a row, renormalised; None keeps all.
 
@@ -93,8 +93,8 @@ class ILoraConfig(LoraConfig):
                     f"rank {rank} is not divisible by num_experts={self.num_experts}: "
                     "choose r as a multiple of num_experts, so that each expert has r / num_experts ranks."
                 )
-        if self.gate not in _gate_kinds():
-            raise UserError(f"unknown gate {self.gate!r}: choose one of {', '.join(_gate_kinds())}.")
+        if self.gate not in Gate.kinds:
+            raise UserError(f"unknown gate {self.gate!r}: choose one of {', '.join(Gate.kinds)}.")
         if self.gate_top_k is not None and not 2 <= self.gate_top_k <= self.num_experts:
             raise UserError(
                 f"gate_top_k={self.gate_top_k}: keep 2 to num_experts={self.num_experts} experts, or None "
@@ -113,105 +113,6 @@ class ILoraConfig(LoraConfig):
                 f"iLoRA does not start from init_lora_weights={self.init_lora_weights!r}: "
                 "use True (A random, B zero) or 'gaussian'."
             )
-
-
-class Gate(nn.Module):
-    """z (b, d) -> w (b, K), non-negative, each row summing to 1 (Eq. 11).
-
-    A new kind is a direct subclass with a `kind` and `logits`; `ILoraConfig(gate=kind)` finds it. Runs in
-    float32 (float64 for a float64 gate) whatever the autocast. With top_k the softmax is over the k largest
-    logits, and the other experts get 0.
-    """
-
-    kind: ClassVar[str]
-
-    def __init__(self, config: ILoraConfig) -> None:
-        super().__init__()
-        self.gate_dim, self.top_k = config.gate_dim, config.gate_top_k
-
-    def logits(self, z: Tensor) -> Tensor:
-        """z (b, d) -> (b, K), before the softmax."""
-        raise NotImplementedError
-
-    def forward(self, z: Tensor) -> Tensor:
-        if z.dim() != 2 or z.shape[1] != self.gate_dim:
-            raise UserError(
-                f"sequence_embeds has shape {tuple(z.shape)} but the gate wants (batch, {self.gate_dim}): "
-                "pass one representation of gate_dim values per row."
-            )
-        parameter = next(self.parameters())
-        with torch.autocast(parameter.device.type, enabled=False):
-            logits = self.logits(z.to(parameter))
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if self.top_k is not None:
-            kept = logits.topk(self.top_k, dim=-1)
-            logits = torch.full_like(logits, -torch.inf).scatter(-1, kept.indices, kept.values)
-        return logits.softmax(dim=-1)
-
-
-class LinearGate(Gate):
-    """The paper's gate, softmax(W_g z) with W_g (K, d) and no bias (Eq. 11).
-
-    W_g starts like any nn.Linear, uniform in +-1/sqrt(d), as the paper's code does. (Zeros would make the
-    first step exactly LoRA's; B = 0 makes the first output the base model's either way.) Mind the norm of z:
-    for d = 64 the logits start with a standard deviation of 0.07 |z|, so 0.6 for |z| = 8 but 3.6 for
-    |z| = 50, where the softmax is nearly one-hot and learns slowly.
-    """
-
-    kind = "linear"
-
-    def __init__(self, config: ILoraConfig) -> None:
-        super().__init__(config)
-        self.W_g = nn.Linear(config.gate_dim, config.num_experts, bias=False)
-
-    def logits(self, z: Tensor) -> Tensor:
-        return self.W_g(z)
-
-
-class _ResidualBlock(nn.Module):
-    """(b, c_in, length) -> (b, c_out, length / 2): two normed convolutions beside a strided shortcut."""
-
-    def __init__(self, c_in: int, c_out: int) -> None:
-        super().__init__()
-        self.branch = nn.Sequential(
-            nn.Conv1d(c_in, c_out, 3, stride=2, padding=1, bias=False), nn.BatchNorm1d(c_out), nn.ReLU(),
-            nn.Conv1d(c_out, c_out, 3, padding=1, bias=False), nn.BatchNorm1d(c_out),
-        )  # fmt: skip
-        self.shortcut = nn.Conv1d(c_in, c_out, 1, stride=2, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.branch(x) + self.shortcut(x))
-
-
-class ConvolutionalGate(Gate):
-    """The released code's gate: a 1-D ResNet of three stages with batch norm along z, linear, softmax.
-
-    The widths are ours. In training mode batch norm mixes the rows of a batch, so a user's weights depend
-    on the others; in evaluation mode they do not.
-    """
-
-    kind = "convolutional"
-    widths = (1, 16, 32, 64)
-
-    def __init__(self, config: ILoraConfig) -> None:
-        super().__init__(config)
-        self.stages = nn.Sequential(*map(_ResidualBlock, self.widths[:-1], self.widths[1:]))
-        self.head = nn.Linear(self.widths[-1], config.num_experts)
-
-    def logits(self, z: Tensor) -> Tensor:
-        return self.head(self.stages(z.unsqueeze(1)).mean(dim=-1))
-
-
-def _gate_kinds() -> dict[str, type[Gate]]:
-    return {gate.kind: gate for gate in Gate.__subclasses__()}
-
-
-def _make_gate(config: ILoraConfig, like: Tensor) -> Gate:
-    """A gate beside the tensor `like`, in float32 or better (on meta while PEFT builds an empty model)."""
-    gate = _gate_kinds()[config.gate](config)
-    if next(gate.parameters()).is_meta:
-        return gate
-    return gate.to(like.device, torch.promote_types(like.dtype, torch.float32))
 
 
 @dataclass(eq=False)
@@ -436,7 +337,7 @@ class ILoraModel(LoraModel):
         if not config.gate_per_layer:
             first = next(layer for layer in self._layers() if adapter_name in layer.lora_A)
             with init_empty_weights() if kwargs.get("low_cpu_mem_usage") else nullcontext():
-                self.lora_gate[adapter_name] = _make_gate(config, like=first.lora_A[adapter_name].weight)
+                self.lora_gate[adapter_name] = make_gate(config, like=first.lora_A[adapter_name].weight)
         self._gates_follow_adapters()
 
     @staticmethod
@@ -459,7 +360,7 @@ class ILoraModel(LoraModel):
             if not hasattr(layer, "lora_gate"):
                 layer.lora_gate = nn.ModuleDict()
                 layer.adapter_layer_names = (*layer.adapter_layer_names, "lora_gate")
-            layer.lora_gate[adapter_name] = _make_gate(config, like=layer.lora_A[adapter_name].weight)
+            layer.lora_gate[adapter_name] = make_gate(config, like=layer.lora_A[adapter_name].weight)
 
     def _gates_follow_adapters(self) -> None:
         """A shared gate lives and is trainable as its adapter is; PEFT itself looks after layers only."""

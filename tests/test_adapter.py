@@ -28,7 +28,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from ilora.adapter import Gate, ILoraConfig, ILoraModel, export_lora, gate_weights
+from ilora.adapter import ILoraConfig, ILoraModel, export_lora, gate_weights
+from ilora.gates import Gate, LinearGate
 from ilora.runs import UserError
 
 D, K, R, ALPHA = 6, 4, 8, 32  # gate_dim, experts, rank, alpha
@@ -605,23 +606,36 @@ def test_gate_weights_sum_to_one(options):
     assert (w >= 0).all()
 
 
-def test_a_new_gate_is_one_class():
-    class Norm(Gate):
-        kind = "norm"
+def test_a_new_gate_is_one_class(monkeypatch, tmp_path):
+    """Defined anywhere, here below another gate, it is trained, saved and loaded with its adapter."""
+    monkeypatch.setattr(Gate, "kinds", dict(Gate.kinds))
+
+    class Scaled(LinearGate):
+        kind = "scaled"
 
         def __init__(self, config):
             super().__init__(config)
             self.scale = nn.Parameter(torch.ones(config.num_experts))
 
         def logits(self, z):
-            return z.norm(dim=-1, keepdim=True) * self.scale
+            return self.scale * super().logits(z)
 
-    try:
-        model = adapted(gate="norm")
-        assert gate_weights(model, users()).shape == (BATCH, K)
-        assert "base_model.lora_gate.default.scale" in gradients(model, users())
-    finally:
-        del Norm  # Gate.__subclasses__ holds classes weakly
+    model = adapted(gate="scaled").train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    before, losses = copy.deepcopy(model.base_model.lora_gate["default"].state_dict()), []
+    for _ in range(5):
+        losses.append(model(tokens(), labels=tokens(), sequence_embeds=users()).loss)
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0]
+    after = model.base_model.lora_gate["default"].state_dict()
+    assert set(after) == {"scale", "W_g.weight"}
+    assert not any(torch.equal(after[name], before[name]) for name in after)
+    model.eval().save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base(), tmp_path).eval()
+    assert isinstance(loaded.base_model.lora_gate["default"], Scaled)
+    assert torch.equal(gate_weights(loaded, users()), gate_weights(model, users()))
 
 
 # ---- what is refused, each in one sentence with the remedy
