@@ -116,16 +116,16 @@ class ILoraConfig(LoraConfig):
 
 
 @dataclass(eq=False)
-class _Guidance:
+class _Condition:
     """What running code is conditioned on: z, and the w of the shared gates by adapter once computed."""
 
     z: Tensor | None
     weights: dict[str, Tensor]
-    outer: "_Guidance | None"
+    outer: "_Condition | None"
     of_forward: bool = False
 
 
-# id of a tuner -> its guidance. A context variable, so that threads that serve different users stay apart.
+# id of a tuner -> its condition. A context variable, so that threads that serve different users stay apart.
 _RUNNING: ContextVar[MappingProxyType] = ContextVar("ilora_running", default=MappingProxyType({}))
 
 
@@ -142,15 +142,15 @@ class _CarryingCheckpoint:
     def __call__(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
         if self.tuner.current_z() is None or torch.compiler.is_compiling():
             return self.checkpoint(function, *args, **kwargs)
-        guidance = self.tuner.guidance()
-        adapters = tuple(guidance.weights)
+        condition = self.tuner.condition()
+        adapters = tuple(condition.weights)
 
         def run(z: Tensor, *rest: Any) -> Any:
             weights = dict(zip(adapters, rest, strict=False))
-            with self.tuner.guided(z, weights):
+            with self.tuner.conditioned(z, weights):
                 return function(*rest[len(adapters) :])
 
-        return self.checkpoint(run, guidance.z, *guidance.weights.values(), *args, **kwargs)
+        return self.checkpoint(run, condition.z, *condition.weights.values(), *args, **kwargs)
 
 
 class ILoraVariant(LoraVariant):
@@ -207,60 +207,62 @@ class ILoraModel(LoraModel):
 
     uses_shared_state = True
 
-    # ---- guidance: the representations that the running forward is conditioned on
+    # ---- the representations that the running forward is conditioned on
 
-    def guidance(self) -> _Guidance | None:
+    def condition(self) -> _Condition | None:
         if torch.compiler.is_compiling():  # which cannot read a context variable
             return self._traced
         return _RUNNING.get().get(id(self))
 
-    def _set_guidance(self, guidance: _Guidance | None) -> None:
-        self._traced = guidance
+    def _set_condition(self, condition: _Condition | None) -> None:
+        self._traced = condition
         if not torch.compiler.is_compiling():
-            _RUNNING.set(MappingProxyType({**_RUNNING.get(), id(self): guidance}))
+            _RUNNING.set(MappingProxyType({**_RUNNING.get(), id(self): condition}))
 
     def current_z(self) -> Tensor | None:
-        guidance = self.guidance()
-        return None if guidance is None else guidance.z
+        condition = self.condition()
+        return None if condition is None else condition.z
 
-    def _enclosing(self) -> _Guidance | None:
-        """The context around a starting forward; a guidance of a forward is left from an interrupted one."""
-        guidance = self.guidance()
-        return guidance.outer if guidance is not None and guidance.of_forward else guidance
+    def _enclosing(self) -> _Condition | None:
+        """The context around a starting call; a condition of a forward is left from an interrupted one."""
+        condition = self.condition()
+        return condition.outer if condition is not None and condition.of_forward else condition
+
+    def _given_or_enclosing(self, z: Tensor | None) -> Tensor | None:
+        outer = self._enclosing()
+        return outer.z if z is None and outer is not None else z
 
     @contextmanager
-    def guided(self, z: Tensor, weights: dict[str, Tensor]) -> Iterator[None]:
-        before = self.guidance()
-        self._set_guidance(_Guidance(z, weights, outer=before))
+    def conditioned(self, z: Tensor, weights: dict[str, Tensor]) -> Iterator[None]:
+        before = self.condition()
+        self._set_condition(_Condition(z, weights, outer=before))
         try:
             yield
         finally:
-            self._set_guidance(before)
+            self._set_condition(before)
 
     def sequence_embeds(self, z: Tensor) -> AbstractContextManager[None]:
         """Condition every forward in the context on z (b, d), for callers that cannot pass the keyword."""
-        return self.guided(z, {})
+        return self.conditioned(z, {})
 
     def _before_forward(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        outer = self._enclosing()
-        z = kwargs.pop("sequence_embeds", None)
-        if z is not None and next(self._layers()).merged:
+        given = kwargs.pop("sequence_embeds", None)
+        if given is not None and next(self._layers()).merged:
             raise UserError("the adapter is merged for one user: unmerge it before passing sequence_embeds.")
-        if z is None and outer is not None:
-            z = outer.z
-        guidance = _Guidance(z, {}, outer, of_forward=True)
-        self._set_guidance(guidance)
+        z = self._given_or_enclosing(given)
+        condition = _Condition(z, {}, self._enclosing(), of_forward=True)
+        self._set_condition(condition)
         if z is not None:
             active = [name for name in self.active_adapters if name in self.lora_gate]
-            guidance.weights = {name: self.lora_gate[name](z) for name in active}
+            condition.weights = {name: self.lora_gate[name](z) for name in active}
         if not torch.compiler.is_compiling():
             self._carry_through_checkpoints()
         return args, kwargs
 
     def _after_forward(self, model: nn.Module, args: tuple, output: Any) -> None:
-        guidance = self.guidance()
-        if guidance is not None and guidance.of_forward:
-            self._set_guidance(guidance.outer)
+        condition = self.condition()
+        if condition is not None and condition.of_forward:
+            self._set_condition(condition.outer)
 
     def _carry_through_checkpoints(self) -> None:
         for module in self._checkpointed:
@@ -276,7 +278,7 @@ class ILoraModel(LoraModel):
                 "call inside `with model.sequence_embeds(z):` (and give transformers.Trainer "
                 "remove_unused_columns=False, or it drops the column)."
             )
-        if adapter in (weights := self.guidance().weights):
+        if adapter in (weights := self.condition().weights):
             return weights[adapter]
         return self.gate_of(layer, adapter)(z)  # a layer's own gate, or a call below the whole model
 
@@ -294,10 +296,7 @@ class ILoraModel(LoraModel):
 
     def generate(self, *args: Any, sequence_embeds: Tensor | None = None, **kwargs: Any) -> Any:
         """The model's `generate`; a row of sequence_embeds serves all beams or samples of its prompt."""
-        z, outer = sequence_embeds, self._enclosing()
-        if z is None and outer is not None:
-            z = outer.z
-        if z is None:
+        if (z := self._given_or_enclosing(sequence_embeds)) is None:
             return self.model.generate(*args, **kwargs)
         with self.sequence_embeds(z.repeat_interleave(self._rows_per_prompt(args, kwargs), dim=0)):
             return self.model.generate(*args, **kwargs)
@@ -324,7 +323,7 @@ class ILoraModel(LoraModel):
             raise UserError("PEFT hands sequence_embeds to generate only with task_type='CAUSAL_LM': set it.")
         self.least_dim = 3 if generates else 2  # of what a layer may get: (b, s, d_in) or (b, d_in)
         self.lora_gate = nn.ModuleDict()
-        self._traced: _Guidance | None = None
+        self._traced: _Condition | None = None
         self._checkpointed = [part for part in model.modules() if hasattr(part, "gradient_checkpointing")]
         self._hooks = (
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
