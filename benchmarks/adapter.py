@@ -130,7 +130,7 @@ class Bench:
         """Operations for each second of a square matrix product on random data, and those of LoRA's step."""
         a, b = torch.randn(2, self.side, self.side, device=self.device, dtype=self.dtype)
         product = partial(torch.mm, a, b)
-        seconds = np.median([self.timed(product) for _ in range(self.rounds + 3)][3:])
+        seconds = float(np.median([self.timed(product) for _ in range(self.rounds + 3)][3:]))
         self.matrix_rate = 2 * self.side**3 / seconds
         step = self.step(self.rows, experts=1)
         with FlopCounterMode(display=False) as counter:
