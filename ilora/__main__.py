@@ -247,7 +247,7 @@ def refresh(book: Path, jobs: list[Job], fresh: set[Path]) -> None:
         if job.result in fresh:
             runs.write_json(result, portable(json.loads(job.result.read_text(encoding="utf-8"))))
     stems = {path.stem for path in sources()}
-    for path in [*book.glob("[0-9][0-9]_*.ipynb"), *book.glob("results/*.json")]:
+    for path in [*book.glob("[0-9][0-9]_*.ipynb"), *book.glob("results/[0-9][0-9]_*.json")]:
         if path.stem not in stems:
             path.unlink()
 

@@ -28,7 +28,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -38,9 +38,9 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.lora.layer import LoraVariant
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import GenerationConfig
 
+from ilora.gates import Gate, make_gate
 from ilora.runs import UserError
 
 # PEFT's LoRA layers that ask their variant; others (AWQ, EETQ, AQLM, embeddings, ...) would ignore the gate.
@@ -66,7 +66,7 @@ class ILoraConfig(LoraConfig):
         task_type: None for a model that does not generate text.
         num_experts: K, the experts that the rank is split into; divides r.
         gate_dim: d, the width of the sequence representations.
-        gate: kind of gate, "linear" (Eq. 11) or "convolutional" (the released code's).
+        gate: kind of gate, see gates.py: "linear" (Eq. 11), "convolutional" (the released code's) or your own.
         gate_per_layer: one gate for each adapted layer instead of one that all share.
         gate_top_k: keep only the k largest weights of a row, renormalised; None keeps all.
 
@@ -93,8 +93,8 @@ class ILoraConfig(LoraConfig):
                     f"rank {rank} is not divisible by num_experts={self.num_experts}: "
                     "choose r as a multiple of num_experts, so that each expert has r / num_experts ranks."
                 )
-        if self.gate not in _gate_kinds():
-            raise UserError(f"unknown gate {self.gate!r}: choose one of {', '.join(_gate_kinds())}.")
+        if self.gate not in Gate.kinds:
+            raise UserError(f"unknown gate {self.gate!r}: choose one of {', '.join(Gate.kinds)}.")
         if self.gate_top_k is not None and not 2 <= self.gate_top_k <= self.num_experts:
             raise UserError(
                 f"gate_top_k={self.gate_top_k}: keep 2 to num_experts={self.num_experts} experts, or None "
@@ -115,116 +115,17 @@ class ILoraConfig(LoraConfig):
             )
 
 
-class Gate(nn.Module):
-    """z (b, d) -> w (b, K), non-negative, each row summing to 1 (Eq. 11).
-
-    A new kind is a direct subclass with a `kind` and `logits`; `ILoraConfig(gate=kind)` finds it. Runs in
-    float32 (float64 for a float64 gate) whatever the autocast. With top_k the softmax is over the k largest
-    logits, and the other experts get 0.
-    """
-
-    kind: ClassVar[str]
-
-    def __init__(self, config: ILoraConfig) -> None:
-        super().__init__()
-        self.gate_dim, self.top_k = config.gate_dim, config.gate_top_k
-
-    def logits(self, z: Tensor) -> Tensor:
-        """z (b, d) -> (b, K), before the softmax."""
-        raise NotImplementedError
-
-    def forward(self, z: Tensor) -> Tensor:
-        if z.dim() != 2 or z.shape[1] != self.gate_dim:
-            raise UserError(
-                f"sequence_embeds has shape {tuple(z.shape)} but the gate wants (batch, {self.gate_dim}): "
-                "pass one representation of gate_dim values per row."
-            )
-        parameter = next(self.parameters())
-        with torch.autocast(parameter.device.type, enabled=False):
-            logits = self.logits(z.to(parameter))
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if self.top_k is not None:
-            kept = logits.topk(self.top_k, dim=-1)
-            logits = torch.full_like(logits, -torch.inf).scatter(-1, kept.indices, kept.values)
-        return logits.softmax(dim=-1)
-
-
-class LinearGate(Gate):
-    """The paper's gate, softmax(W_g z) with W_g (K, d) and no bias (Eq. 11).
-
-    W_g starts like any nn.Linear, uniform in +-1/sqrt(d), as the paper's code does. (Zeros would make the
-    first step exactly LoRA's; B = 0 makes the first output the base model's either way.) Mind the norm of z:
-    for d = 64 the logits start with a standard deviation of 0.07 |z|, so 0.6 for |z| = 8 but 3.6 for
-    |z| = 50, where the softmax is nearly one-hot and learns slowly.
-    """
-
-    kind = "linear"
-
-    def __init__(self, config: ILoraConfig) -> None:
-        super().__init__(config)
-        self.W_g = nn.Linear(config.gate_dim, config.num_experts, bias=False)
-
-    def logits(self, z: Tensor) -> Tensor:
-        return self.W_g(z)
-
-
-class _ResidualBlock(nn.Module):
-    """(b, c_in, length) -> (b, c_out, length / 2): two normed convolutions beside a strided shortcut."""
-
-    def __init__(self, c_in: int, c_out: int) -> None:
-        super().__init__()
-        self.branch = nn.Sequential(
-            nn.Conv1d(c_in, c_out, 3, stride=2, padding=1, bias=False), nn.BatchNorm1d(c_out), nn.ReLU(),
-            nn.Conv1d(c_out, c_out, 3, padding=1, bias=False), nn.BatchNorm1d(c_out),
-        )  # fmt: skip
-        self.shortcut = nn.Conv1d(c_in, c_out, 1, stride=2, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.branch(x) + self.shortcut(x))
-
-
-class ConvolutionalGate(Gate):
-    """The released code's gate: a 1-D ResNet of three stages with batch norm along z, linear, softmax.
-
-    The widths are ours. In training mode batch norm mixes the rows of a batch, so a user's weights depend
-    on the others; in evaluation mode they do not.
-    """
-
-    kind = "convolutional"
-    widths = (1, 16, 32, 64)
-
-    def __init__(self, config: ILoraConfig) -> None:
-        super().__init__(config)
-        self.stages = nn.Sequential(*map(_ResidualBlock, self.widths[:-1], self.widths[1:]))
-        self.head = nn.Linear(self.widths[-1], config.num_experts)
-
-    def logits(self, z: Tensor) -> Tensor:
-        return self.head(self.stages(z.unsqueeze(1)).mean(dim=-1))
-
-
-def _gate_kinds() -> dict[str, type[Gate]]:
-    return {gate.kind: gate for gate in Gate.__subclasses__()}
-
-
-def _make_gate(config: ILoraConfig, like: Tensor) -> Gate:
-    """A gate beside the tensor `like`, in float32 or better (on meta while PEFT builds an empty model)."""
-    gate = _gate_kinds()[config.gate](config)
-    if next(gate.parameters()).is_meta:
-        return gate
-    return gate.to(like.device, torch.promote_types(like.dtype, torch.float32))
-
-
 @dataclass(eq=False)
-class _Guidance:
+class _Condition:
     """What running code is conditioned on: z, and the w of the shared gates by adapter once computed."""
 
     z: Tensor | None
     weights: dict[str, Tensor]
-    outer: "_Guidance | None"
+    outer: "_Condition | None"
     of_forward: bool = False
 
 
-# id of a tuner -> its guidance. A context variable, so that threads that serve different users stay apart.
+# id of a tuner -> its condition. A context variable, so that threads that serve different users stay apart.
 _RUNNING: ContextVar[MappingProxyType] = ContextVar("ilora_running", default=MappingProxyType({}))
 
 
@@ -241,15 +142,15 @@ class _CarryingCheckpoint:
     def __call__(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
         if self.tuner.current_z() is None or torch.compiler.is_compiling():
             return self.checkpoint(function, *args, **kwargs)
-        guidance = self.tuner.guidance()
-        adapters = tuple(guidance.weights)
+        condition = self.tuner.condition()
+        adapters = tuple(condition.weights)
 
         def run(z: Tensor, *rest: Any) -> Any:
             weights = dict(zip(adapters, rest, strict=False))
-            with self.tuner.guided(z, weights):
+            with self.tuner.conditioned(z, weights):
                 return function(*rest[len(adapters) :])
 
-        return self.checkpoint(run, guidance.z, *guidance.weights.values(), *args, **kwargs)
+        return self.checkpoint(run, condition.z, *condition.weights.values(), *args, **kwargs)
 
 
 class ILoraVariant(LoraVariant):
@@ -306,60 +207,62 @@ class ILoraModel(LoraModel):
 
     uses_shared_state = True
 
-    # ---- guidance: the representations that the running forward is conditioned on
+    # ---- the representations that the running forward is conditioned on
 
-    def guidance(self) -> _Guidance | None:
+    def condition(self) -> _Condition | None:
         if torch.compiler.is_compiling():  # which cannot read a context variable
             return self._traced
         return _RUNNING.get().get(id(self))
 
-    def _set_guidance(self, guidance: _Guidance | None) -> None:
-        self._traced = guidance
+    def _set_condition(self, condition: _Condition | None) -> None:
+        self._traced = condition
         if not torch.compiler.is_compiling():
-            _RUNNING.set(MappingProxyType({**_RUNNING.get(), id(self): guidance}))
+            _RUNNING.set(MappingProxyType({**_RUNNING.get(), id(self): condition}))
 
     def current_z(self) -> Tensor | None:
-        guidance = self.guidance()
-        return None if guidance is None else guidance.z
+        condition = self.condition()
+        return None if condition is None else condition.z
 
-    def _enclosing(self) -> _Guidance | None:
-        """The context around a starting forward; a guidance of a forward is left from an interrupted one."""
-        guidance = self.guidance()
-        return guidance.outer if guidance is not None and guidance.of_forward else guidance
+    def _enclosing(self) -> _Condition | None:
+        """The context around a starting call; a condition of a forward is left from an interrupted one."""
+        condition = self.condition()
+        return condition.outer if condition is not None and condition.of_forward else condition
+
+    def _given_or_enclosing(self, z: Tensor | None) -> Tensor | None:
+        outer = self._enclosing()
+        return outer.z if z is None and outer is not None else z
 
     @contextmanager
-    def guided(self, z: Tensor, weights: dict[str, Tensor]) -> Iterator[None]:
-        before = self.guidance()
-        self._set_guidance(_Guidance(z, weights, outer=before))
+    def conditioned(self, z: Tensor, weights: dict[str, Tensor]) -> Iterator[None]:
+        before = self.condition()
+        self._set_condition(_Condition(z, weights, outer=before))
         try:
             yield
         finally:
-            self._set_guidance(before)
+            self._set_condition(before)
 
     def sequence_embeds(self, z: Tensor) -> AbstractContextManager[None]:
         """Condition every forward in the context on z (b, d), for callers that cannot pass the keyword."""
-        return self.guided(z, {})
+        return self.conditioned(z, {})
 
     def _before_forward(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        outer = self._enclosing()
-        z = kwargs.pop("sequence_embeds", None)
-        if z is not None and next(self._layers()).merged:
+        given = kwargs.pop("sequence_embeds", None)
+        if given is not None and next(self._layers()).merged:
             raise UserError("the adapter is merged for one user: unmerge it before passing sequence_embeds.")
-        if z is None and outer is not None:
-            z = outer.z
-        guidance = _Guidance(z, {}, outer, of_forward=True)
-        self._set_guidance(guidance)
+        z = self._given_or_enclosing(given)
+        condition = _Condition(z, {}, self._enclosing(), of_forward=True)
+        self._set_condition(condition)
         if z is not None:
             active = [name for name in self.active_adapters if name in self.lora_gate]
-            guidance.weights = {name: self.lora_gate[name](z) for name in active}
+            condition.weights = {name: self.lora_gate[name](z) for name in active}
         if not torch.compiler.is_compiling():
             self._carry_through_checkpoints()
         return args, kwargs
 
     def _after_forward(self, model: nn.Module, args: tuple, output: Any) -> None:
-        guidance = self.guidance()
-        if guidance is not None and guidance.of_forward:
-            self._set_guidance(guidance.outer)
+        condition = self.condition()
+        if condition is not None and condition.of_forward:
+            self._set_condition(condition.outer)
 
     def _carry_through_checkpoints(self) -> None:
         for module in self._checkpointed:
@@ -375,7 +278,7 @@ class ILoraModel(LoraModel):
                 "call inside `with model.sequence_embeds(z):` (and give transformers.Trainer "
                 "remove_unused_columns=False, or it drops the column)."
             )
-        if adapter in (weights := self.guidance().weights):
+        if adapter in (weights := self.condition().weights):
             return weights[adapter]
         return self.gate_of(layer, adapter)(z)  # a layer's own gate, or a call below the whole model
 
@@ -393,10 +296,7 @@ class ILoraModel(LoraModel):
 
     def generate(self, *args: Any, sequence_embeds: Tensor | None = None, **kwargs: Any) -> Any:
         """The model's `generate`; a row of sequence_embeds serves all beams or samples of its prompt."""
-        z, outer = sequence_embeds, self._enclosing()
-        if z is None and outer is not None:
-            z = outer.z
-        if z is None:
+        if (z := self._given_or_enclosing(sequence_embeds)) is None:
             return self.model.generate(*args, **kwargs)
         with self.sequence_embeds(z.repeat_interleave(self._rows_per_prompt(args, kwargs), dim=0)):
             return self.model.generate(*args, **kwargs)
@@ -423,7 +323,7 @@ class ILoraModel(LoraModel):
             raise UserError("PEFT hands sequence_embeds to generate only with task_type='CAUSAL_LM': set it.")
         self.least_dim = 3 if generates else 2  # of what a layer may get: (b, s, d_in) or (b, d_in)
         self.lora_gate = nn.ModuleDict()
-        self._traced: _Guidance | None = None
+        self._traced: _Condition | None = None
         self._checkpointed = [part for part in model.modules() if hasattr(part, "gradient_checkpointing")]
         self._hooks = (
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
@@ -436,7 +336,7 @@ class ILoraModel(LoraModel):
         if not config.gate_per_layer:
             first = next(layer for layer in self._layers() if adapter_name in layer.lora_A)
             with init_empty_weights() if kwargs.get("low_cpu_mem_usage") else nullcontext():
-                self.lora_gate[adapter_name] = _make_gate(config, like=first.lora_A[adapter_name].weight)
+                self.lora_gate[adapter_name] = make_gate(config, like=first.lora_A[adapter_name].weight)
         self._gates_follow_adapters()
 
     @staticmethod
@@ -459,7 +359,7 @@ class ILoraModel(LoraModel):
             if not hasattr(layer, "lora_gate"):
                 layer.lora_gate = nn.ModuleDict()
                 layer.adapter_layer_names = (*layer.adapter_layer_names, "lora_gate")
-            layer.lora_gate[adapter_name] = _make_gate(config, like=layer.lora_A[adapter_name].weight)
+            layer.lora_gate[adapter_name] = make_gate(config, like=layer.lora_A[adapter_name].weight)
 
     def _gates_follow_adapters(self) -> None:
         """A shared gate lives and is trainable as its adapter is; PEFT itself looks after layers only."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ilora import data, runs
 from ilora.adapter import ILoraConfig, gate_weights
+from ilora.guidance import GUIDANCE
 from ilora.language_model import Projector, load_language_model
 from ilora.prompts import NO_ITEM, NO_LABEL, Prompts, read_answer
 from ilora.recommenders import SASRec
@@ -77,6 +78,8 @@ class LanguageRecommender(nn.Module):
 
     encoder: a trained recommender, kept frozen; None for text-only prompts, which need none.
     adapter: configuration of LoRA or iLoRA; None for the language model as it is.
+    guidance: what iLoRA's gate reads, a name in GUIDANCE.
+    seed: of the projector, and of a guidance that draws numbers.
     """
 
     def __init__(
@@ -86,9 +89,12 @@ class LanguageRecommender(nn.Module):
         encoder: SASRec | None = None,
         adapter: LoraConfig | None = None,
         seed: int = 0,
+        guidance: str = "sequence",
     ):
         super().__init__()
-        self.prompts = prompts
+        if guidance not in GUIDANCE:
+            raise runs.UserError(f"unknown guidance {guidance!r}: choose one of {', '.join(GUIDANCE)}")
+        self.prompts, self.guidance, self.seed = prompts, guidance, seed
         self.gated = isinstance(adapter, ILoraConfig)
         if self.gated and encoder is None:
             raise runs.UserError("iLoRA's gate reads the recommender's representation: give an encoder")
@@ -197,12 +203,15 @@ class LanguageRecommender(nn.Module):
         at = torch.cat([(batch["attention_mask"].cumsum(1) - 1).clamp(min=0), behind], dim=1)
         owners = torch.cat([batch["owners"], torch.full_like(tokens, NO_ITEM)], dim=1)
         ids = torch.cat([batch["input_ids"], tokens], dim=1)
-        return {**batch, "input_ids": ids, "owners": owners, "attention_mask": mask, "position_ids": at}
+        asked = torch.cat([batch["prompt"], torch.zeros_like(tokens, dtype=torch.bool)], dim=1)
+        theirs = {"input_ids": ids, "owners": owners, "prompt": asked}
+        return batch | theirs | {"attention_mask": mask, "position_ids": at}
 
     @torch.no_grad()
-    def gate_weights(self, history: Tensor) -> Tensor:
-        """Weights of the experts for padded histories (batch, window) -> (batch, K), Eq. 11."""
-        return gate_weights(self.language_model, self.encoder.encode(history.to(self.device))).cpu()
+    def gate_weights(self, rows: list[tuple[np.ndarray, np.ndarray, int]]) -> Tensor:
+        """(rows, K) weights of the experts, Eq. 11."""
+        z = self._guidance(self._batch(rows, answers=False))["sequence_embeds"]
+        return gate_weights(self.language_model, z).cpu()
 
     # ---------------------------------------------------------------- inside
 
@@ -213,6 +222,9 @@ class LanguageRecommender(nn.Module):
             window, padding = self.encoder.window, len(self.prompts.titles)
             padded = [[padding] * (window - len(history)) + list(history)[-window:] for history in histories]
             batch["history"] = torch.tensor(padded)
+        batch["prompt"] = batch["attention_mask"].bool()
+        if answers:
+            batch["prompt"] &= batch["labels"] == NO_LABEL
         return batch if answers else {name: value.to(self.device) for name, value in batch.items()}
 
     def _embedding(self) -> nn.Module:
@@ -228,8 +240,12 @@ class LanguageRecommender(nn.Module):
         return embeds.masked_scatter(owned[..., None], behaviour.to(embeds.dtype))
 
     def _guidance(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The gate's input z (batch, dim), Eq. 10; empty without a gate."""
-        return {"sequence_embeds": self.encoder.encode(batch["history"])} if self.gated else {}
+        """The gate's input z (batch, gate_dim), see guidance.py; empty without a gate."""
+        if not self.gated:
+            return {}
+        width = self.language_model.active_peft_config.gate_dim
+        guide = GUIDANCE[self.guidance]
+        return {"sequence_embeds": guide(batch, self.encoder, self._embedding(), width, self.seed)}
 
     def _logits(self, batch: dict[str, Tensor], hybrid: bool, keep: int) -> Tensor:
         """(batch, keep, vocabulary): logits at the last `keep` tokens only."""
@@ -250,6 +266,7 @@ class LanguageRecommender(nn.Module):
     def save_pretrained(self, folder: str | Path, base_model: str = "") -> None:
         """Write adapter/, encoder/, projector.safetensors and recommender.json; all of them or none."""
         about = {"base_model": base_model, "titles": self.prompts.titles, "wording": self.prompts.words}
+        about |= {"guidance": self.guidance, "seed": self.seed}
         with runs.atomic_folder(folder) as temporary:
             if isinstance(self.language_model, PeftModel):
                 self.language_model.save_pretrained(temporary / "adapter")
@@ -271,7 +288,8 @@ class LanguageRecommender(nn.Module):
         language_model, tokenizer = load_language_model(base_model or about["base_model"], dataset, device)
         prompts = Prompts(tokenizer, about["titles"], *about["wording"])
         encoder = SASRec.from_pretrained(folder / "encoder") if (folder / "encoder").is_dir() else None
-        model = cls(language_model, prompts, encoder)
+        guided = {name: about[name] for name in ("seed", "guidance") if name in about}
+        model = cls(language_model, prompts, encoder, **guided)
         if encoder is not None:
             model.projector.load_state_dict(safetensors.torch.load_file(folder / "projector.safetensors"))
         if (folder / "adapter").is_dir():

@@ -61,6 +61,7 @@ PARAMETERS: dict[str, Parameter] = {
     "dropout": Parameter(float, "LoRA dropout, a share", lambda value: 0 <= value < 1, "from 0 to below 1"),
     "experts": _at_least(1, "number of experts K; a divisor of rank; 1 is LoRA"),
     "gate": _one_of(("linear", "convolutional"), "how the sequence representation becomes expert weights"),
+    "guidance": _one_of(("sequence", "random", "token"), "what the gate reads: SASRec's state, noise or the prompt"),
     "epochs": _at_least(1, "passes over the training sequences"),
     "learning_rate": Parameter(float, "peak learning rate", lambda value: 0 < value < 1, "above 0 and below 1"),
     "batch_size": _at_least(1, "sequences per optimiser step"),

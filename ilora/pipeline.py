@@ -73,6 +73,7 @@ def tuned(
     dropout: float = 0.0,
     experts: int = 1,
     gate: str = "linear",
+    guidance: str = "sequence",
     epochs: int = 1,
     learning_rate: float = 3e-3,
     batch_size: int = 32,
@@ -94,8 +95,9 @@ def tuned(
     )  # fmt: skip
     adapter = {"rank": rank, "alpha": alpha, "dropout": dropout, "experts": experts}
     adapter |= {"gate": gate} if experts > 1 else {}
+    guided = {"guidance": guidance} if experts > 1 and guidance != "sequence" else {}
     parameters = {
-        "dataset": dataset.key, "base_model": base_model, **adapter,
+        "dataset": dataset.key, "base_model": base_model, **adapter, **guided,
         "embedded": pretraining.fingerprint(), "recipe": pretraining.VERSION,
         "encoder": _digest(encoder), "train": len(train), "validation": len(validation),
         "version": __version__, **arguments.identity(),
@@ -103,7 +105,8 @@ def tuned(
 
     def make(folder: Path) -> None:
         asked = untuned(dataset, base_model, encoder, device)
-        model = LanguageRecommender(asked.language_model, asked.prompts, encoder, adapter_config(**adapter), seed=seed)
+        config = adapter_config(**adapter)
+        model = LanguageRecommender(asked.language_model, asked.prompts, encoder, config, seed, **guided)
 
         def validate() -> dict[str, float]:
             outcomes = evaluation.ask(model, validation, write=False)

@@ -193,13 +193,15 @@ class Run:
         unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes on macOS, KiB on Linux
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
-    def save(self, metrics: Mapping[str, Any], outcomes: Mapping[str, Any] | None = None) -> Path:
-        """Write `home()/results/<name>-<key>.json` and return its path.
+    def save(
+        self, metrics: Mapping[str, Any], outcomes: Mapping[str, Any] | None = None, path: Path | None = None
+    ) -> Path:
+        """Write `path`, by default `home()/results/<name>-<key>.json`, and return it.
 
         `metrics` hold counts and intervals beside values; `outcomes` (name -> one value a sequence; a DataFrame
         will do) are what a paired test needs.
         """
-        path = home() / "results" / f"{self.name}-{key(self.parameters)}.json"
+        path = path or home() / "results" / f"{self.name}-{key(self.parameters)}.json"
         result = {
             "name": self.name,
             "parameters": self.parameters,

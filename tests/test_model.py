@@ -15,25 +15,28 @@ from ilora.world import titles
 
 WORDS = " ".join(titles()["title"]).split()
 TITLES = [" ".join(WORDS[4 * i : 4 * i + (1, 2, 2, 2, 4)[i % 5]]) for i in range(60)]  # of one to four words
-KINDS = {  # name -> encoder?, adapter
+KINDS = {  # name -> encoder?, adapter, and guidance where it is not the sequence
     "text": (False, None),
     "hybrid": (True, None),
     "lora": (True, {"experts": 1}),
     "ilora": (True, {"experts": 4}),
     "convolutional": (True, {"experts": 2, "gate": "convolutional"}),
+    "random": (True, {"experts": 4}, "random"),
+    "token": (True, {"experts": 4}, "token"),
 }
 
 
 def make(kind):
     """A recommender around the embedded model whose adapter, projector and encoder all matter."""
-    with_encoder, adapter = KINDS[kind]
+    with_encoder, adapter, *guidance = KINDS[kind]
     language_model, tokenizer = load_language_model("embedded", device="cpu")
     torch.manual_seed(1)
     encoder = SASRec(len(TITLES), window=6) if with_encoder else None
     if encoder:
         torch.nn.init.normal_(encoder.items.weight, std=0.3)
     config = adapter_config(**adapter) if adapter else None
-    model = LanguageRecommender(language_model, Prompts(tokenizer, TITLES, "story", "read"), encoder, config)
+    prompts = Prompts(tokenizer, TITLES, "story", "read")
+    model = LanguageRecommender(language_model, prompts, encoder, config, 7, *guidance)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name or "projector" in name:
@@ -284,8 +287,7 @@ def test_the_gate_sees_the_encoders_representation_of_the_history():
     weights = seen[0][1]
     torch.testing.assert_close(weights, (expected @ gate.W_g.weight.T).softmax(-1), rtol=1e-5, atol=1e-5)
     assert weights.std(0).max() > 0.05  # unlike users get unlike experts
-    histories = torch.cat([padded(model, row[0]) for row in rows])
-    torch.testing.assert_close(model.gate_weights(histories), weights.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model.gate_weights(rows), weights.detach(), rtol=1e-5, atol=1e-5)
 
 
 def test_a_history_beyond_the_window_is_cut_at_its_old_end():
@@ -293,6 +295,63 @@ def test_a_history_beyond_the_window_is_cut_at_its_old_end():
     history, candidates, target = question_rows(lengths=(9,))[0]
     batch = model.collate([(history, candidates, target)])
     assert batch["history"].tolist() == [list(history[-6:])]
+
+
+def representations(model, rows, answers=False):
+    return model._guidance(model._batch(rows, answers))["sequence_embeds"]
+
+
+def test_random_guidance_is_fixed_by_seed_and_history():
+    model, rows = make("random"), question_rows()
+    z = representations(model, rows)
+    assert z.shape == (4, 64) and len(z.unique()) == z.numel()
+    assert abs(z.mean()) < 0.2 and abs(z.std() - 1) < 0.2
+    others = [(history, offered[::-1], target) for history, offered, target in rows]  # asked anew, in training
+    assert torch.equal(representations(model, others[::-1], answers=True).flip(0), z)
+    assert torch.equal(representations(make("random"), rows), z)
+    model.encoder.items.weight.data.zero_()
+    assert torch.equal(representations(model, rows), z)
+    history = rows[1][0]
+    assert not torch.equal(representations(model, [(history[::-1], *rows[1][1:])])[0], z[1])
+    model.seed += 1
+    assert not torch.isclose(representations(model, rows), z).any()
+
+
+def test_token_guidance_is_the_mean_of_the_prompts_token_embeddings():
+    model, rows = make("token"), question_rows()
+    z = representations(model, rows)
+    table, projection = model.language_model.get_input_embeddings().weight, torch.randn(
+        model.language_model.config.hidden_size, 64, generator=torch.Generator().manual_seed(7)
+    )  # fmt: skip
+    for row, found in zip(rows, z, strict=True):
+        tokens, _ = model.prompts.write(*row[:2], behaviour=True)
+        mean = table[torch.tensor(tokens)].mean(0) @ projection
+        torch.testing.assert_close(found, (mean - mean.mean()) / mean.std(correction=0), rtol=1e-4, atol=1e-4)
+    assert (z[0] - z[1]).abs().max() > 1e-2
+    torch.testing.assert_close(representations(model, rows, answers=True), z)  # answers are not read
+    assert (model.gate_weights(rows).std(0) > 0).all()
+
+
+@pytest.mark.parametrize("kind", ["random", "token"])
+def test_ranking_and_loss_have_the_prompts_guidance(kind, monkeypatch):
+    """Candidates behind the prompt, padding and other rows are none of the gate's business."""
+    model, rows, seen = make(kind), question_rows(), []
+    gate = model.language_model.base_model.lora_gate["default"]
+    gate.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    together = model.rank(rows)
+    torch.testing.assert_close(torch.cat([model.rank([row]) for row in rows]), together, rtol=1e-4, atol=1e-3)
+    model(model.collate(rows))
+    model.generate(rows)
+    for z in (seen[0], torch.cat(seen[1:5]), *seen[5:]):
+        torch.testing.assert_close(z, seen[0])
+    assert seen[6].shape == (4, 64)
+    assert (model.rank([rows[0]]) - make("ilora").rank([rows[0]])).abs().max() > 1e-3  # and it has an effect
+
+
+def test_an_unknown_guidance_is_refused():
+    language_model, tokenizer = load_language_model("embedded", device="cpu")
+    with pytest.raises(runs.UserError, match="choose one of sequence, random, token"):
+        LanguageRecommender(language_model, Prompts(tokenizer, TITLES, "story", "read"), guidance="nothing")
 
 
 def test_ilora_without_an_encoder_is_refused():

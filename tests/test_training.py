@@ -4,7 +4,10 @@ import os
 import random
 import signal
 import socket
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -298,30 +301,35 @@ def test_a_run_killed_ten_times_ends_bit_equal(tmp_path, server):
     assert len(checkpoints(tmp_path / "killed")) == 2  # and no half-written file
 
 
-def train_together(rank, port, folder, micro_batch_size):
-    """What `accelerate launch` sets for each of two CPU processes."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-    model, history = trained(folder, dropout=0.1 if micro_batch_size else 0.0, micro_batch_size=micro_batch_size)
-    torch.save({"weights": weights(model), "loss": history["loss"].tolist()}, folder / f"process{rank}.pt")
-    torch.distributed.destroy_process_group()
+LAUNCH = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
 
 
-@pytest.mark.parametrize("micro_batch_size", [None, 4])
-def test_two_processes_equal_one(tmp_path, server, micro_batch_size):
+def test_two_launched_processes_equal_one(tmp_path):
+    """By `accelerate launch`, with the same global batches: losses, weights and, in equal parts, even dropout."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    together = [server.Process(target=train_together, args=(rank, port, tmp_path, micro_batch_size)) for rank in (0, 1)]
-    for process in together:
-        process.start()
-    for process in together:
-        process.join(60)
-        assert process.exitcode == 0
-    # With the same micro-batches even dropout is the same.
-    dropout = 0.1 if micro_batch_size else 0.0
-    one, history = trained(tmp_path / "one", dropout=dropout, micro_batch_size=micro_batch_size)
+    script = Path(__file__).with_name("training_two_processes.py")
+    launch = [Path(sys.executable).with_name("accelerate"), "launch", *LAUNCH, "--dynamo_backend", "no"]
+    environment = os.environ | {"PYTHONPATH": str(script.parents[1]), "OMP_NUM_THREADS": "1"}
+    commands = {"one": [sys.executable], "two": [*launch, "--main_process_port", str(port)]}
+    for name, command in commands.items():
+        (tmp_path / name).mkdir()
+        done = subprocess.run(
+            [*command, script, tmp_path / name],
+            env=environment | {"ACCELERATE_USE_CPU": "true"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    one = torch.load(tmp_path / "one" / "0-of-1.pt", weights_only=True)
+    assert set(one) == {"toy", "toy in parts", "iLoRA"}
     for rank in (0, 1):
-        two = torch.load(tmp_path / f"process{rank}.pt", weights_only=True)
-        np.testing.assert_allclose(two["loss"], history["loss"], rtol=1e-5)
-        torch.testing.assert_close(two["weights"], weights(one), rtol=1e-5, atol=1e-6)
+        two = torch.load(tmp_path / "two" / f"{rank}-of-2.pt", weights_only=True)
+        for name, (weight, loss) in one.items():
+            torch.testing.assert_close(two[name][1], loss, rtol=1e-5, atol=0, msg=name)
+            torch.testing.assert_close(
+                two[name][0], weight, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: name + text
+            )
+            assert len(loss.unique()) == len(loss)  # every step had weights or rows of its own

@@ -1,0 +1,123 @@
+"""Gates: from the representation of a row's history to the weights of its experts (Eq. 11).
+
+    z  (b, d)  representations, d = gate_dim
+    w  (b, K)  weights of the K experts, non-negative, each row sums to 1
+
+A new kind of gate is a subclass of `Gate` with a `kind` and `logits`; from its definition on,
+`ILoraConfig(gate=kind)` finds it, and it is trained, saved and loaded with its adapter.
+"""
+
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ilora.runs import UserError
+
+
+class GateSettings(Protocol):
+    """What a gate reads of an adapter's configuration."""
+
+    gate: str
+    gate_dim: int
+    num_experts: int
+    gate_top_k: int | None
+
+
+class Gate(nn.Module):
+    """softmax(logits(z)), in float32 (float64 for a float64 gate) whatever the autocast.
+
+    With gate_top_k the softmax is over the k largest logits, and the other experts get 0. Raises UserError for
+    z of another shape than (b, gate_dim).
+    """
+
+    kind: ClassVar[str]
+    kinds: ClassVar[dict[str, type["Gate"]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        Gate.kinds[cls.kind] = cls
+
+    def __init__(self, config: GateSettings) -> None:
+        super().__init__()
+        self.gate_dim, self.top_k = config.gate_dim, config.gate_top_k
+
+    def logits(self, z: Tensor) -> Tensor:
+        """z (b, d) -> (b, K), before the softmax."""
+        raise NotImplementedError
+
+    def forward(self, z: Tensor) -> Tensor:
+        if z.dim() != 2 or z.shape[1] != self.gate_dim:
+            raise UserError(
+                f"sequence_embeds has shape {tuple(z.shape)} but the gate wants (batch, {self.gate_dim}): "
+                "pass one representation of gate_dim values per row."
+            )
+        parameter = next(self.parameters(), z)
+        with torch.autocast(parameter.device.type, enabled=False):
+            logits = self.logits(z.to(parameter))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if self.top_k is not None:
+            kept = logits.topk(self.top_k, dim=-1)
+            logits = torch.full_like(logits, -torch.inf).scatter(-1, kept.indices, kept.values)
+        return logits.softmax(dim=-1)
+
+
+class LinearGate(Gate):
+    """The paper's gate, softmax(W_g z) with W_g (K, d) and no bias (Eq. 11).
+
+    W_g starts like any nn.Linear, uniform in +-1/sqrt(d), as the paper's code does. (Zeros would make the
+    first step exactly LoRA's; B = 0 makes the first output the base model's either way.) Mind the norm of z:
+    for d = 64 the logits start with a standard deviation of 0.07 |z|, so 0.6 for |z| = 8 but 3.6 for
+    |z| = 50, where the softmax is nearly one-hot and learns slowly.
+    """
+
+    kind = "linear"
+
+    def __init__(self, config: GateSettings) -> None:
+        super().__init__(config)
+        self.W_g = nn.Linear(config.gate_dim, config.num_experts, bias=False)
+
+    def logits(self, z: Tensor) -> Tensor:
+        return self.W_g(z)
+
+
+class _ResidualBlock(nn.Module):
+    """(b, c_in, length) -> (b, c_out, length / 2): two normed convolutions beside a strided shortcut."""
+
+    def __init__(self, c_in: int, c_out: int) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(
+            nn.Conv1d(c_in, c_out, 3, stride=2, padding=1, bias=False), nn.BatchNorm1d(c_out), nn.ReLU(),
+            nn.Conv1d(c_out, c_out, 3, padding=1, bias=False), nn.BatchNorm1d(c_out),
+        )  # fmt: skip
+        self.shortcut = nn.Conv1d(c_in, c_out, 1, stride=2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.branch(x) + self.shortcut(x))
+
+
+class ConvolutionalGate(Gate):
+    """The released code's gate: a 1-D ResNet of three stages with batch norm along z, linear, softmax.
+
+    The widths are ours. In training mode batch norm mixes the rows of a batch, so a user's weights depend
+    on the others; in evaluation mode they do not.
+    """
+
+    kind = "convolutional"
+    widths = (1, 16, 32, 64)
+
+    def __init__(self, config: GateSettings) -> None:
+        super().__init__(config)
+        self.stages = nn.Sequential(*map(_ResidualBlock, self.widths[:-1], self.widths[1:]))
+        self.head = nn.Linear(self.widths[-1], config.num_experts)
+
+    def logits(self, z: Tensor) -> Tensor:
+        return self.head(self.stages(z.unsqueeze(1)).mean(dim=-1))
+
+
+def make_gate(config: GateSettings, like: Tensor) -> Gate:
+    """A gate beside the tensor `like`, in float32 or better (on meta while PEFT builds an empty model)."""
+    gate = Gate.kinds[config.gate](config)
+    if any(parameter.is_meta for parameter in gate.parameters()):
+        return gate
+    return gate.to(like.device, torch.promote_types(like.dtype, torch.float32))

@@ -1,0 +1,36 @@
+"""Trains a toy and an iLoRA recommender; with any number of processes the losses and weights must be the same.
+
+Run by test_training.py as `python training_two_processes.py FOLDER`, by itself and by `accelerate launch`; each
+process writes FOLDER/RANK-of-WORLD.pt.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from test_model import make, question_rows
+from test_training import trained, weights
+
+from ilora.training import TrainingArguments, fit
+
+
+def main(folder):
+    found = {}
+    for name, dropout, micro_batch_size in [("toy", 0.0, None), ("toy in parts", 0.1, 4)]:
+        model, history = trained(folder / name, dropout=dropout, micro_batch_size=micro_batch_size, device="cpu")
+        found[name] = weights(model), torch.tensor(history["loss"])
+    model = make("ilora")
+    arguments = TrainingArguments(epochs=2, batch_size=4, learning_rate=1e-2, micro_batch_size=2, device="cpu")
+    history = fit(model, question_rows(lengths=(1, 6, 3, 4, 5, 2)), arguments, folder / "iLoRA")
+    trainable = [value.flatten() for value in model.trainable_state().values()]
+    found["iLoRA"] = torch.cat(trainable), torch.tensor(history["loss"])
+    group = torch.distributed
+    together = group.is_initialized()
+    rank, world = (group.get_rank(), group.get_world_size()) if together else (0, 1)
+    torch.save(found, folder / f"{rank}-of-{world}.pt")
+    if together:
+        group.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
