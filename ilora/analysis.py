@@ -28,7 +28,7 @@ from ilora.model import LanguageRecommender, Questions
 from ilora.recommenders import SASRec
 from ilora.training import load_snapshot
 
-RESTARTS, PERMUTATIONS = 10, 9999
+RESTARTS, PERMUTATIONS = 20, 9999
 GATE = "gate"  # the kind of the gate's own weights, beside q_proj, ..., down_proj
 LEAST_PERSONAL = 0.01  # a gate that moves less of its weight than this is called constant
 
@@ -57,7 +57,8 @@ def clusters(z: np.ndarray, count: int = 8, seed: int = 0) -> tuple[np.ndarray, 
     for _ in range(RESTARTS if len(np.unique(z, axis=0)) >= count else 0):
         with contextlib.suppress(ClusterError):  # a cluster lost its last sequence: this start does not count
             centres, labels = kmeans2(z, count, iter=50, minit="++", missing="raise", rng=rng)
-            best = min(best, (((z - centres[labels]) ** 2).sum(), labels), key=lambda found: found[0])
+            if np.bincount(labels, minlength=count).min() > 1:
+                best = min(best, (((z - centres[labels]) ** 2).sum(), labels), key=lambda found: found[0])
     labels = best[1]
     if len(np.unique(labels)) < count:
         raise runs.UserError(f"{len(z)} sequences do not fall into {count} clusters: take more of them")

@@ -122,3 +122,42 @@ def gate_by_label(weights: np.ndarray, labels: np.ndarray, what: str, ax: Axes |
     ax.set(xticks=range(len(kinds)), xticklabels=[f"{what} {kind}" for kind in kinds], ylabel="mean gate weight")
     ax.legend(ncols=experts, loc="lower right", framealpha=0.9, frameon=True)
     return ax
+
+
+def heat_maps(matrices: dict[str, np.ndarray], what: str, label: str) -> np.ndarray:
+    """Symmetric matrices (G, G) with values from -1 to 1 side by side under one colour scale, an axes each (Fig. 3).
+
+    Brown is above 0, purple below, white is 0; the values are written into the cells.
+    """
+    size = 1.2 + 3.1 * len(matrices)
+    figure, axes = plt.subplots(1, len(matrices), figsize=(size + 0.7, 3.4), squeeze=False, sharey=True)
+    for ax, (name, matrix) in zip(axes[0], matrices.items(), strict=True):
+        image = ax.imshow(matrix, vmin=-1, vmax=1, cmap="PuOr_r")
+        for (row, column), value in np.ndenumerate(matrix):
+            ink = "white" if abs(value) > 0.65 else "black"
+            ax.text(column, row, f"{value:.2f}", ha="center", va="center", color=ink, fontsize=56 / len(matrix))
+        ticks = range(len(matrix))
+        ax.set(title=name, xlabel=label, xticks=ticks, yticks=ticks, xticklabels=[t + 1 for t in ticks])
+        ax.set_yticklabels([t + 1 for t in ticks])
+        ax.grid(visible=False)
+    axes[0, 0].set_ylabel(label)
+    figure.colorbar(image, ax=axes[0], label=what, fraction=0.05)
+    return axes[0]
+
+
+def relation(
+    distance: np.ndarray, similarity: dict[str, np.ndarray], tests: dict[str, dict[str, float]], x: str, y: str
+) -> np.ndarray:
+    """Pairs' similarity against their distance, an axes for each name, rank correlation and p in its title."""
+    figure, axes = plt.subplots(
+        1, len(similarity), figsize=(3.4 * len(similarity), 3.3), squeeze=False, sharex=True, sharey=True
+    )
+    size = float(np.clip(600 / len(distance), 3, 22))
+    for index, (ax, (name, value)) in enumerate(zip(axes[0], similarity.items(), strict=True)):
+        ax.scatter(distance, value, s=size, alpha=0.7 if size > 5 else 0.25, color=COLOURS[index], linewidths=0)
+        ax.axhline(0, color="0.4", linewidth=1)
+        test = tests[name]
+        ax.set_title(f"{name}: rank correlation {test['value']:.2f}, p = {test['p']:.2g}", fontsize=10)
+    axes[0, 0].set_ylabel(y)
+    figure.supxlabel(x, fontsize=10)
+    return axes[0]
