@@ -28,7 +28,7 @@ from ilora.model import LanguageRecommender, Questions
 from ilora.recommenders import SASRec
 from ilora.training import load_snapshot
 
-RESTARTS, PERMUTATIONS = 20, 9999
+RESTARTS, PERMUTATIONS = 10, 9999
 GATE = "gate"  # the kind of the gate's own weights, beside q_proj, ..., down_proj
 LEAST_PERSONAL = 0.01  # a gate that moves less of its weight than this is called constant
 
@@ -50,13 +50,14 @@ def clusters(z: np.ndarray, count: int = 8, seed: int = 0) -> tuple[np.ndarray, 
 
     Clusters are numbered in the leaf order of a hierarchical clustering of their centres (average linkage,
     Euclidean), so that near ones have near numbers. The hierarchy is over the centres alone: over 40,000
-    sequences it would need their 800 million distances. Raises UserError when z has too few distinct rows.
+    sequences it would need their 800 million distances. Each has at least two sequences, to be
+    cut into halves. Raises UserError when that cannot be, as with too few distinct rows.
     """
     rng, best = np.random.default_rng(seed), (np.inf, np.empty(0))
     z = np.asarray(z, float)
     for _ in range(RESTARTS if len(np.unique(z, axis=0)) >= count else 0):
         with contextlib.suppress(ClusterError):  # a cluster lost its last sequence: this start does not count
-            centres, labels = kmeans2(z, count, iter=50, minit="++", missing="raise", rng=rng)
+            centres, labels = kmeans2(z, count, iter=25, minit="++", missing="raise", rng=rng)
             if np.bincount(labels, minlength=count).min() > 1:
                 best = min(best, (((z - centres[labels]) ** 2).sum(), labels), key=lambda found: found[0])
     labels = best[1]

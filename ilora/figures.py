@@ -129,11 +129,10 @@ def heat_maps(matrices: dict[str, np.ndarray], what: str, label: str) -> np.ndar
 
     Brown is above 0, purple below, white is 0; the values are written into the cells.
     """
-    size = 1.2 + 3.1 * len(matrices)
-    figure, axes = plt.subplots(1, len(matrices), figsize=(size + 0.7, 3.4), squeeze=False, sharey=True)
+    figure, axes = plt.subplots(1, len(matrices), figsize=(1.2 + 3.1 * len(matrices), 3.4), squeeze=False, sharey=True)
     for ax, (name, matrix) in zip(axes[0], matrices.items(), strict=True):
         image = ax.imshow(matrix, vmin=-1, vmax=1, cmap="PuOr_r")
-        for (row, column), value in np.ndenumerate(matrix):
+        for (row, column), value in np.ndenumerate(np.round(matrix, 2) + 0.0):  # no -0.00
             ink = "white" if abs(value) > 0.65 else "black"
             ax.text(column, row, f"{value:.2f}", ha="center", va="center", color=ink, fontsize=56 / len(matrix))
         ticks = range(len(matrix))
@@ -152,9 +151,10 @@ def relation(
     figure, axes = plt.subplots(
         1, len(similarity), figsize=(3.4 * len(similarity), 3.3), squeeze=False, sharex=True, sharey=True
     )
-    size = float(np.clip(600 / len(distance), 3, 22))
+    many = len(distance) > 2000  # as vectors they would fill megabytes
     for index, (ax, (name, value)) in enumerate(zip(axes[0], similarity.items(), strict=True)):
-        ax.scatter(distance, value, s=size, alpha=0.7 if size > 5 else 0.25, color=COLOURS[index], linewidths=0)
+        dots = {"s": 3, "alpha": 0.25, "rasterized": True} if many else {"s": 22, "alpha": 0.7}
+        ax.scatter(distance, value, color=COLOURS[index], linewidths=0, **dots)
         ax.axhline(0, color="0.4", linewidth=1)
         test = tests[name]
         ax.set_title(f"{name}: rank correlation {test['value']:.2f}, p = {test['p']:.2g}", fontsize=10)
