@@ -50,8 +50,8 @@ def clusters(z: np.ndarray, count: int = 8, seed: int = 0) -> tuple[np.ndarray, 
 
     Clusters are numbered in the leaf order of a hierarchical clustering of their centres (average linkage,
     Euclidean), so that near ones have near numbers. The hierarchy is over the centres alone: over 40,000
-    sequences it would need their 800 million distances. Each has at least two sequences, to be
-    cut into halves. Raises UserError when that cannot be, as with too few distinct rows.
+    sequences it would need their 800 million distances. Each cluster has two sequences or more, to be cut into
+    halves; raises UserError when that cannot be, as with too few distinct rows.
     """
     rng, best = np.random.default_rng(seed), (np.inf, np.empty(0))
     z = np.asarray(z, float)
