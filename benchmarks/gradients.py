@@ -28,7 +28,7 @@ def main() -> None:
     labels, _ = analysis.clusters(z)
     ways = {
         "clusters": lambda: analysis.gradients(model, asked, labels, options.batch_size),
-        "loop": lambda: loop(model, asked, labels),
+        "loop": lambda: analysis.gradients(model, asked, labels, batch_size=1),
         "pass": lambda: one_pass(model, asked, options.batch_size),
     }
     seconds, found = {name: [] for name in ways}, {}
@@ -83,16 +83,6 @@ def prepare(options: argparse.Namespace) -> tuple[LanguageRecommender, Questions
             if "lora_B" in name:
                 parameter += 0.01 * torch.randn_like(parameter)
     return model.eval(), pipeline.questions(source, "train", limit=options.sequences)
-
-
-def loop(model: LanguageRecommender, asked: Questions, labels: np.ndarray) -> dict[str, torch.Tensor]:
-    """The clusters' gradients with a backward for each sequence."""
-    parts = analysis.gradients(model, asked.take(np.array([0])), np.array([0]))
-    found = {kind: torch.zeros(labels.max() + 1, part.shape[1]) for kind, part in parts.items()}
-    for row, label in enumerate(labels):
-        for kind, part in analysis.gradients(model, asked.take(np.array([row])), np.array([0])).items():
-            found[kind][label] += part[0]
-    return found
 
 
 def one_pass(model: LanguageRecommender, asked: Questions, batch_size: int) -> None:
