@@ -220,12 +220,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.add_argument(f"--{name}", type=int, default=default, help=f"({default})")
     parser.add_argument("--minutes", type=float, help="begin no further part after this time (on a GPU 4)")
     parser.add_argument("--smoke", action="store_true", help="a tiny model, whose numbers mean nothing")
-    parser.add_argument("--out", type=Path, help="the JSON to write (book/results/benchmark_adapter_DEVICE.json)")
+    parser.add_argument("--out", type=Path, help="the JSON to write (book/results/benchmarks/adapter_DEVICE.json)")
     options = parser.parse_args(arguments)
     on_gpu = runs.pick_device(options.device).type == "cuda"
     minutes = options.minutes or (4 if on_gpu else math.inf)
     book = Path(__file__).resolve().parents[1] / "book"
-    out = options.out or book / "results" / f"benchmark_adapter_{'cuda' if on_gpu else 'cpu'}.json"
+    out = options.out or book / "results" / f"adapter_{'cuda' if on_gpu else 'cpu'}.json"
     if options.smoke and not options.out:
         parser.error("--smoke measures nothing: say with --out where its JSON belongs")
     given = {name: value for name, value in vars(options).items() if name not in ("out", "parts", "minutes")}

@@ -149,6 +149,45 @@ def gate_by_label(weights: np.ndarray, labels: np.ndarray, what: str, ax: Axes |
     return ax
 
 
+def heat_maps(matrices: dict[str, np.ndarray], what: str, label: str) -> np.ndarray:
+    """Symmetric matrices (G, G) with values from -1 to 1 side by side under one colour scale, an axes each (Fig. 3).
+
+    Brown is above 0, purple below, white is 0; the values are written into the cells.
+    """
+    figure, axes = plt.subplots(1, len(matrices), figsize=(1.2 + 3.1 * len(matrices), 3.4), squeeze=False, sharey=True)
+    for ax, (name, matrix) in zip(axes[0], matrices.items(), strict=True):
+        image = ax.imshow(matrix, vmin=-1, vmax=1, cmap="PuOr_r")
+        for (row, column), value in np.ndenumerate(np.round(matrix, 2) + 0.0):  # no -0.00
+            ink = _ink(image.to_rgba(value))
+            ax.text(column, row, f"{value:.2f}", ha="center", va="center", color=ink, fontsize=56 / len(matrix))
+        ticks = range(len(matrix))
+        ax.set(title=name, xlabel=label, xticks=ticks, yticks=ticks, xticklabels=[t + 1 for t in ticks])
+        ax.set_yticklabels([t + 1 for t in ticks])
+        ax.grid(visible=False)
+    axes[0, 0].set_ylabel(label)
+    figure.colorbar(image, ax=axes[0], label=what, fraction=0.05)
+    return axes[0]
+
+
+def relation(
+    distance: np.ndarray, similarity: dict[str, np.ndarray], tests: dict[str, dict[str, float]], x: str, y: str
+) -> np.ndarray:
+    """Pairs' similarity against their distance, an axes for each name, rank correlation and p in its title."""
+    figure, axes = plt.subplots(
+        1, len(similarity), figsize=(3.4 * len(similarity), 3.3), squeeze=False, sharex=True, sharey=True
+    )
+    many = len(distance) > 2000  # as vectors they would fill megabytes
+    for index, (ax, (name, value)) in enumerate(zip(axes[0], similarity.items(), strict=True)):
+        dots = {"s": 3, "alpha": 0.25, "rasterized": True} if many else {"s": 22, "alpha": 0.7}
+        ax.scatter(distance, value, color=COLOURS[index], linewidths=0, **dots)
+        ax.axhline(0, color="0.4", linewidth=1)
+        test = tests[name]
+        ax.set_title(f"{name}: rank correlation {test['value']:.2f}, p = {test['p']:.2g}", fontsize=10)
+    axes[0, 0].set_ylabel(y)
+    figure.supxlabel(x, fontsize=10)
+    return axes[0]
+
+
 def _ink(colour: str | tuple[float, ...]) -> str:
     """Black or white, whichever is easier to read on a colour (the luminance that gives both equal contrast)."""
     red, green, blue = (np.array(to_rgb(colour)) ** 2.2).tolist()

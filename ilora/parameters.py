@@ -67,6 +67,7 @@ PARAMETERS: dict[str, Parameter] = {
     "batch_size": _at_least(1, "sequences per optimiser step"),
     "train_limit": _at_least(0, "training sequences used; 0: all"),
     "test_limit": _at_least(0, "test sequences used; 0: all"),
+    "gradient_limit": _at_least(0, "training sequences whose gradients are compared; 0: all"),
     "encoder_epochs": _at_least(1, "SASRec: passes over the training users"),
     "eval_windows": _one_of(("last", "all"), "test windows: each user's last, or all"),
     "device": Parameter(str, "auto, cpu, cuda, cuda:N or mps", bool, "auto, cpu, cuda, cuda:N or mps"),

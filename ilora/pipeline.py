@@ -18,6 +18,7 @@ from ilora.training import TrainingArguments, fit
 from ilora.world import make_world
 
 VALIDATION_LIMIT = 1000  # questions asked after each epoch
+SNAPSHOTS = 4  # states of an adapter kept on the way
 
 
 def questions(
@@ -68,6 +69,27 @@ def tuned(
     dataset: data.Dataset,
     encoder: SASRec,
     base_model: str = "embedded",
+    device: str = "auto",
+    **settings: int | float | str,
+) -> tuple[LanguageRecommender, pd.DataFrame]:
+    """A language model tuned as `tuned_folder` does it, and its history."""
+    folder = tuned_folder(dataset, encoder, base_model, device=device, **settings)
+    model = LanguageRecommender.from_pretrained(folder / "recommender", base_model, device, dataset)
+    return model, pd.read_csv(folder / "history.csv")
+
+
+def snapshots(dataset: data.Dataset, encoder: SASRec, **settings: int | float | str) -> list[Path]:
+    """What training kept of the model on the way, earliest first; settings as for `tuned`.
+
+    Files for `training.load_snapshot`, evenly spaced; the last one is of the last step, be it the best or not.
+    """
+    return sorted((tuned_folder(dataset, encoder, **settings) / "snapshots").iterdir())
+
+
+def tuned_folder(
+    dataset: data.Dataset,
+    encoder: SASRec,
+    base_model: str = "embedded",
     rank: int = 8,
     alpha: float = 32,
     dropout: float = 0.0,
@@ -80,9 +102,10 @@ def tuned(
     train_limit: int = 0,
     seed: int = 0,
     device: str = "auto",
-) -> tuple[LanguageRecommender, pd.DataFrame]:
-    """A language model tuned with LoRA (experts 1) or iLoRA as LLaRA does, and its history; made once and kept.
+) -> Path:
+    """The folder of a language model tuned with LoRA (experts 1) or iLoRA as LLaRA does; made once and kept.
 
+    It holds recommender/, history.csv and snapshots/step-*.safetensors.
     Validation, HitRatio@1 by ranking after each epoch, chooses the epoch. Parameters are those of the notebooks.
     """
     window = encoder.window
@@ -91,7 +114,7 @@ def tuned(
     on_gpu = runs.pick_device(device).type == "cuda"
     arguments = TrainingArguments(
         epochs, batch_size, learning_rate, weight_decay=1e-5, seed=seed, precision="bf16" if on_gpu else "no",
-        micro_batch_size=32, save_every=100, device=device,
+        snapshots=SNAPSHOTS, micro_batch_size=32, save_every=100, device=device,
     )  # fmt: skip
     adapter = {"rank": rank, "alpha": alpha, "dropout": dropout, "experts": experts}
     adapter |= {"gate": gate} if experts > 1 else {}
@@ -116,12 +139,11 @@ def tuned(
         history = fit(model, train, arguments, work, validate, "hit_ratio")
         history.to_csv(folder / "history.csv", index=False)
         model.save_pretrained(folder / "recommender", base_model)
+        shutil.copytree(work / "snapshots", folder / "snapshots")
         shutil.rmtree(work)
 
     kind = "LoRA" if experts == 1 else f"iLoRA with {experts} experts"
-    folder = runs.cached("adapters", parameters, make, note=f"{kind} on {dataset.name}")
-    model = LanguageRecommender.from_pretrained(folder / "recommender", base_model, device, dataset)
-    return model, pd.read_csv(folder / "history.csv")
+    return runs.cached("adapters", parameters, make, note=f"{kind} on {dataset.name}")
 
 
 def _digest(encoder: SASRec) -> str:

@@ -47,6 +47,7 @@ class TrainingArguments:
     floor: float = 0.01  # learning rate at the start and at the end, as a share of the peak
     clip: float = 1.0  # largest norm of the gradient
     seed: int = 0
+    snapshots: int = 0  # states kept on the way, evenly spaced; the last one is that of the last step
     precision: str = "no"  # or "bf16": autocast
     micro_batch_size: int | None = None  # rows at once in one process; None: its whole share
     save_every: int = 200  # steps between checkpoints
@@ -59,10 +60,16 @@ class TrainingArguments:
         for name, known in (("schedule", ("cosine", "constant")), ("precision", ("no", "bf16"))):
             if getattr(self, name) not in known:
                 raise runs.UserError(f"training argument {name} must be one of {known}")
+        if self.snapshots < 0:
+            raise runs.UserError(f"training argument snapshots must be at least 0, not {self.snapshots!r}")
 
     def identity(self) -> dict:
         """The fields that decide the result: a checkpoint is continued only under the same ones."""
         return asdict(replace(self, micro_batch_size=None, save_every=1, device=""))
+
+    def snapshot_steps(self, total: int) -> set[int]:
+        """The steps, of `total`, after which a snapshot is kept; fewer where there are fewer steps."""
+        return {math.ceil(total * part / self.snapshots) for part in range(1, self.snapshots + 1)}
 
 
 def fit(
@@ -81,7 +88,8 @@ def fit(
         so that micro-batches hold rows of like length; `trainable_state()`, the tensors to keep (default:
         parameters that train, and buffers).
     train: anything with `len(train)` and `train[i]`; `train.set_epoch(epoch)` is called if there.
-    folder: gets checkpoints/step-*.pt, best.safetensors and history.csv. A run found here is continued.
+    folder: gets checkpoints/step-*.pt, best.safetensors and history.csv, and with `arguments.snapshots` also
+        snapshots/step-*.safetensors, see `load_snapshot`. A run found here is continued.
     validate: called after each epoch, in eval mode, without gradients, in every process. The model ends in
         the state with the largest `metrics[monitor]`; without `validate` in the last one.
 
@@ -131,6 +139,8 @@ def fit(
             history[-1] |= _validated(inner, validate, monitor)
             if best is None or history[-1][monitor] > best[0]:
                 best = history[-1][monitor], _copy(live["model"])
+        if main and done in arguments.snapshot_steps(total):  # before a checkpoint from which it would be passed over
+            _write(folder / "snapshots" / f"step-{done:08d}.safetensors", safetensors.torch.save(_copy(live["model"])))
         if done == total or done % arguments.save_every == 0:
             if main:
                 checkpoints.save(done, live, history, best)
@@ -231,10 +241,28 @@ def _copy(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in state.items()}
 
 
+def load_snapshot(model: nn.Module, path: Path) -> None:
+    """Put what `fit` kept of `model` in a snapshot, or in best.safetensors, back into it.
+
+    Raises UserError for the file of a model with other trained tensors; then nothing has changed.
+    """
+    live, saved = _trainable(model), safetensors.torch.load_file(path)
+    if {name: value.shape for name, value in live.items()} != {name: value.shape for name, value in saved.items()}:
+        raise runs.UserError(f"{path} is of a model with other trained tensors: load the model that it was kept of")
+    _restore(live, saved)
+
+
 @torch.no_grad()
 def _restore(live: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
     for name, value in live.items():
         value.copy_(saved[name])
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        runs.write_atomic(path, content)
+    except OSError as error:
+        raise runs.UserError(f"cannot write {path} ({error}): make room and start again") from error
 
 
 class Checkpoints:
@@ -250,10 +278,7 @@ class Checkpoints:
         buffer = io.BytesIO()
         torch.save(state | {name: live[name].state_dict() for name in ("optimizer", "schedule")}, buffer)
         path = self.folder / f"step-{step:08d}-{sha256(buffer.getvalue()).hexdigest()}.pt"
-        try:
-            runs.write_atomic(path, buffer.getvalue())
-        except OSError as error:
-            raise runs.UserError(f"cannot write {path} ({error}): make room and start again") from error
+        _write(path, buffer.getvalue())
         self.good = [path, *self.good][:2]
         for old in self.folder.glob("*step-*.pt*"):  # damaged ones too, and what a killed process began
             if old not in self.good:

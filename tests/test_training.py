@@ -259,6 +259,81 @@ def test_a_full_disk_loses_nothing_that_is_written(tmp_path, monkeypatch):
     torch.testing.assert_close(weights(resumed), weights(whole), **BITS)
 
 
+# ---------------------------------------------------------------- snapshots
+
+
+KEPT = training.replace(ARGUMENTS, snapshots=4)  # of 18 steps; checkpoints after every third
+
+
+class Interrupted(Exception):
+    pass
+
+
+def snapshots(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("snapshots/*")}
+
+
+def test_snapshots_are_the_states_on_the_way(tmp_path):
+    class Watched(Toy):
+        states = ()
+
+        def forward(self, *arguments, **keywords):
+            self.states += (weights(self).clone(),)
+            return super().forward(*arguments, **keywords)
+
+    model = Watched()
+    fit(model, ROWS, KEPT, tmp_path)
+    assert sorted(snapshots(tmp_path)) == [f"step-{step:08d}.safetensors" for step in (5, 9, 14, 18)]
+    other = Toy()
+    for step, state in ((5, model.states[5]), (14, model.states[14]), (18, weights(model))):
+        training.load_snapshot(other, tmp_path / "snapshots" / f"step-{step:08d}.safetensors")
+        torch.testing.assert_close(weights(other), state, **BITS)
+
+
+@pytest.mark.parametrize("after", [4, 5, 8, 9, 13])  # snapshots after 5, 9, 14; checkpoints after 3, 6, 9, 12
+def test_snapshots_survive_a_resume(tmp_path, after):
+    class Breaking(Toy):
+        passes = 0
+
+        def forward(self, *arguments, **keywords):
+            self.passes += 1
+            if self.passes > after:
+                raise Interrupted
+            return super().forward(*arguments, **keywords)
+
+    with pytest.raises(Interrupted):
+        fit(Breaking(dropout=0.1), ROWS, KEPT, tmp_path / "broken")
+    assert len(snapshots(tmp_path / "broken")) < 4
+    fit(Toy(dropout=0.1), ROWS, KEPT, tmp_path / "broken")
+    fit(Toy(dropout=0.1), ROWS, KEPT, tmp_path / "whole")
+    assert len(snapshots(tmp_path / "whole")) == 4
+    assert snapshots(tmp_path / "broken") == snapshots(tmp_path / "whole")
+
+
+def test_snapshots_change_nothing_and_are_not_kept_unasked(tmp_path):
+    plain, _ = trained(tmp_path / "plain")
+    kept, _ = trained(tmp_path / "kept", snapshots=4)
+    torch.testing.assert_close(weights(kept), weights(plain), **BITS)
+    assert not (tmp_path / "plain/snapshots").exists()
+
+
+def test_few_steps_have_few_snapshots():
+    assert KEPT.snapshot_steps(2) == {1, 2}
+    assert ARGUMENTS.snapshot_steps(18) == set()
+    with pytest.raises(runs.UserError, match="snapshots"):
+        training.replace(ARGUMENTS, snapshots=-1)
+
+
+def test_a_snapshot_of_another_model_is_refused(tmp_path):
+    fit(Toy(), ROWS, KEPT, tmp_path)
+    other = Toy()
+    other.late = nn.Linear(8, 9)
+    before = weights(other).clone()
+    with pytest.raises(runs.UserError, match="other trained tensors"):
+        training.load_snapshot(other, tmp_path / "snapshots" / f"step-{18:08d}.safetensors")
+    torch.testing.assert_close(weights(other), before, **BITS)
+
+
 # ---------------------------------------------------------------- several processes
 
 

@@ -1,0 +1,302 @@
+"""Why an adapter for each history may help: gradients of groups of sequences compared, and what a gate does.
+
+The paper's Figs. 1 and 3: sequences are clustered on SASRec's representations, the gradient of the training
+loss is summed over each cluster, and clusters are compared by the cosine of their gradients. What is here
+beyond the paper: a permutation test of similarity against distance, and the similarity of two halves of one
+cluster, without which a low cosine may be noise (the diagonal of Fig. 3 is 1 by definition).
+
+    Letters: n sequences, G groups, S snapshots of training, K experts, dim the width of a representation.
+"""
+
+import contextlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy import stats
+from scipy.cluster.hierarchy import leaves_list, linkage
+from scipy.cluster.vq import ClusterError, kmeans2
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ilora import runs
+from ilora.evaluation import interval
+from ilora.model import LanguageRecommender, Questions
+from ilora.recommenders import SASRec
+from ilora.training import load_snapshot
+
+RESTARTS, PERMUTATIONS = 10, 9999
+GATE = "gate"  # the kind of the gate's own weights, beside q_proj, ..., down_proj
+LEAST_PERSONAL = 0.01  # a gate that moves less of its weight than this is called constant
+
+
+# ---------------------------------------------------------------- clusters
+
+
+@torch.no_grad()
+def representations(encoder: SASRec, history: np.ndarray, batch_size: int = 4096) -> np.ndarray:
+    """z of padded histories (n, window) -> (n, dim), the gate's input (Eq. 10)."""
+    encoder.eval()
+    device = encoder.item_embeddings.device
+    parts = torch.from_numpy(history).split(batch_size)
+    return torch.cat([encoder.encode(part.to(device)).cpu() for part in parts]).numpy()
+
+
+def clusters(z: np.ndarray, count: int = 8, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """k-means of z (n, dim): each one's cluster (n,) and the clusters' centres (count, dim).
+
+    Clusters are numbered in the leaf order of a hierarchical clustering of their centres (average linkage,
+    Euclidean), so that near ones have near numbers. The hierarchy is over the centres alone: over 40,000
+    sequences it would need their 800 million distances. Each cluster has two sequences or more, to be cut into
+    halves; raises UserError when that cannot be, as with too few distinct rows.
+    """
+    rng, best = np.random.default_rng(seed), (np.inf, np.empty(0))
+    z = np.asarray(z, float)
+    for _ in range(RESTARTS if len(np.unique(z, axis=0)) >= count else 0):
+        with contextlib.suppress(ClusterError):  # a cluster lost its last sequence: this start does not count
+            centres, labels = kmeans2(z, count, iter=25, minit="++", missing="raise", rng=rng)
+            if np.bincount(labels, minlength=count).min() > 1:
+                best = min(best, (((z - centres[labels]) ** 2).sum(), labels), key=lambda found: found[0])
+    labels = best[1]
+    if len(np.unique(labels)) < count:
+        raise runs.UserError(f"{len(z)} sequences do not fall into {count} clusters: take more of them")
+    centres = np.stack([z[labels == label].mean(0) for label in range(count)])
+    order = leaves_list(linkage(centres, "average", optimal_ordering=True))
+    return order.argsort()[labels], centres[order]
+
+
+def halves(labels: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Each group cut into two at random: label g becomes 2g or 2g + 1, as often as the other (or once more)."""
+    rng, cut = np.random.default_rng(seed), np.empty_like(labels)
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        cut[members] = 2 * label + np.arange(len(members)) % 2
+    return cut
+
+
+# ---------------------------------------------------------------- gradients
+
+
+def gradients(
+    model: LanguageRecommender, questions: Questions, labels: np.ndarray, batch_size: int = 32
+) -> dict[str, Tensor]:
+    """Gradient of the training loss summed over each group's sequences: kind of module -> (G, its parameters).
+
+    labels: (n,) group of each question, 0 to G - 1, none empty; np.arange(n) gives every sequence's own gradient.
+
+    The loss of a sequence is that of training on hybrid prompts, without dropout. A kind (`q_proj`, ...,
+    `down_proj`) holds LoRA's A and B of all layers; iLoRA's carry the factor w_k of the sequence, so that
+    sequences with other experts have gradients in other places. The gate's own weights are a kind, `gate`.
+    While B is zero, as at the first step, A has no gradient and similarity is that of B's gradients alone.
+
+    Sequences are sorted by group, and by length within it, and go backward in batches that hold one group: the
+    cost is that of training on them once, the memory one float32 vector a group here, two on the model's device.
+    Raises UserError if the model has no adapter, ValueError if labels do not fit the questions.
+    """
+    groups = int(labels.max()) + 1
+    if labels.shape != (len(questions),) or len(np.unique(labels)) != groups or labels.min() < 0:
+        raise ValueError(f"labels must give each of {len(questions)} questions one of the groups 0 to G - 1")
+    kinds = _adapter_parameters(model)
+    parameters = [parameter for kind in kinds.values() for parameter in kind]
+    dtype = torch.promote_types(parameters[0].dtype, torch.float32)
+    found = {kind: torch.zeros(groups, sum(p.numel() for p in own), dtype=dtype) for kind, own in kinds.items()}
+    model.eval()
+    length = np.array([model.length(questions[row]) for row in range(len(questions))])
+    order = np.lexsort((length, labels))
+    with tqdm(total=len(order), unit="sequence", desc="gradients", mininterval=1) as bar:
+        for group, members in enumerate(np.split(order, np.cumsum(np.bincount(labels))[:-1])):
+            total = [torch.zeros_like(parameter, dtype=dtype) for parameter in parameters]
+            for start in range(0, len(members), batch_size):
+                rows = [questions[row] for row in members[start : start + batch_size]]
+                for sum_, part in zip(total, torch.autograd.grad(_loss(model, rows), parameters), strict=True):
+                    sum_ += part
+                bar.update(len(rows))
+            flat, sizes = torch.cat([part.flatten() for part in total]), [part.shape[1] for part in found.values()]
+            for kind, part in zip(found, flat.split(sizes), strict=True):
+                found[kind][group] = part.cpu()
+    return found
+
+
+def _loss(model: LanguageRecommender, rows: list) -> Tensor:
+    """The training loss summed over the rows; `forward` gives their mean, whatever their number."""
+    batch = {name: value.to(model.device) for name, value in model.collate(rows).items()}
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):  # as in training
+        return model(batch, progress=1.0) * len(rows)
+
+
+def _adapter_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """The adapter's parameters by kind, in the model's order, the gate last."""
+    kinds, gate = {}, []
+    for name, parameter in model.named_parameters():
+        if ".lora_gate." in name:
+            gate.append(parameter)
+        elif part := re.search(r"(\w+)\.lora_[AB]\.", name):
+            kinds.setdefault(part[1], []).append(parameter)
+    if not kinds:
+        raise runs.UserError("the model has no adapter, hence no LoRA gradients: give one tuned with LoRA or iLoRA")
+    return kinds | ({GATE: gate} if gate else {})
+
+
+def products(gradients: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    """Inner products of the groups' gradients: kind -> (G, G)."""
+    return {kind: (part @ part.T).double().numpy() for kind, part in gradients.items()}
+
+
+def products_along(
+    model: LanguageRecommender,
+    snapshots: Sequence[Path],
+    questions: Questions,
+    labels: np.ndarray,
+    batch_size: int = 32,
+) -> dict[str, np.ndarray]:
+    """`products` of the groups' gradients in each state that training kept: kind -> (S, G, G).
+
+    The model ends as it came. Cosines are to be taken of each state, then averaged: the size of gradients
+    falls while a model learns, and the first states would outvote the others.
+    """
+    before = {name: value.detach().clone() for name, value in model.trainable_state().items()}
+    found = []
+    try:
+        for path in snapshots:
+            load_snapshot(model, path)
+            found.append(products(gradients(model, questions, labels, batch_size)))
+    finally:
+        model.load_state_dict(before, strict=False)
+    return {kind: np.stack([one[kind] for one in found]) for kind in found[0]}
+
+
+# ---------------------------------------------------------------- similarity
+
+
+def joined(products: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Inner products of whole groups from those of `halves`: (..., 2G, 2G) -> (..., G, G)."""
+    found = {}
+    for kind, part in products.items():
+        groups = part.shape[-1] // 2
+        found[kind] = part.reshape(*part.shape[:-2], groups, 2, groups, 2).sum((-3, -1))
+    return found
+
+
+def cosines(products: dict[str, np.ndarray], gate: bool = False) -> dict[str, np.ndarray]:
+    """Cosine similarity of the groups' gradients, over "all" parameters and for each kind: (..., G, G) each.
+
+    The gate's own weights are left out unless `gate`, as LoRA has none to compare; what the gate does to the
+    gradients of A and B stays. Raises UserError if a group's gradient is zero: it has no direction.
+    """
+    wanted = {kind: part for kind, part in products.items() if gate or kind != GATE}
+    return {kind: _cosine(part) for kind, part in {"all": sum(wanted.values()), **wanted}.items()}
+
+
+def _cosine(products: np.ndarray) -> np.ndarray:
+    norm = np.sqrt(np.diagonal(products, axis1=-2, axis2=-1))
+    if not (norm > 0).all():
+        raise runs.UserError("a group's gradient is zero and has no direction: take a state from after the first step")
+    return products / norm[..., :, None] / norm[..., None, :]
+
+
+def repeatability(cosine: np.ndarray) -> np.ndarray:
+    """Similarity of a group with another sample of itself, as large: (..., 2G, 2G) of `halves` -> (..., G).
+
+    It is what the diagonal would be if it were not 1 by definition, and the most that noise lets two groups
+    reach. From the cosine c of the group's two halves, which are half as large: 2c / (1 + c) (Spearman and Brown).
+    """
+    first = np.arange(0, cosine.shape[-1], 2)
+    between = cosine[..., first, first + 1]
+    return 2 * between / (1 + between)
+
+
+def off_diagonal(matrix: np.ndarray) -> np.ndarray:
+    """Each pair's entry of a symmetric (..., G, G), once: (..., G (G - 1) / 2), in the order of scipy's pdist."""
+    return matrix[(..., *np.triu_indices(matrix.shape[-1], 1))]
+
+
+def mantel(
+    similarity: np.ndarray, distance: np.ndarray, permutations: int = PERMUTATIONS, seed: int = 0
+) -> dict[str, float]:
+    """Spearman's rank correlation of two symmetric (G, G) over pairs, with a two-sided permutation test.
+
+    Pairs share members and are not independent, so that the usual p value of a correlation does not hold. Here
+    what is permuted are the G members (clusters, or sequences of different users): rows and columns of one
+    matrix together (Mantel 1967). All G! orders where there are no more than `permutations`, else that many.
+    """
+    one, other = np.triu_indices(len(similarity), 1)
+    ranks, against = (stats.zscore(stats.rankdata(matrix[one, other])) for matrix in (similarity, distance))
+    square = np.zeros(distance.shape)
+    square[one, other] = square[other, one] = against
+
+    def correlation(order: np.ndarray) -> float:
+        return ranks @ square[order[one], order[other]] / len(ranks)
+
+    members, rng = np.arange(len(similarity)), np.random.default_rng(seed)
+    test = stats.permutation_test(
+        (members,), correlation, permutation_type="pairings", n_resamples=permutations, vectorized=False, rng=rng
+    )
+    return {"value": float(test.statistic), "p": float(test.pvalue), "pairs": len(ranks), "members": len(members)}
+
+
+def ranked_pairs(similarity: np.ndarray) -> pd.DataFrame:
+    """All pairs of a symmetric (n, n), most similar first: one, other (row numbers), similarity."""
+    one, other = np.triu_indices(len(similarity), 1)
+    table = pd.DataFrame({"one": one, "other": other, "similarity": similarity[one, other]})
+    return table.sort_values("similarity", ascending=False, ignore_index=True)
+
+
+def side_by_side(questions: Questions, pair: pd.Series, titles: Sequence[str]) -> pd.DataFrame:
+    """The two sequences of a row of `ranked_pairs`, oldest title first, the next one last (Fig. 1, right)."""
+    columns = {}
+    for row in (int(pair["one"]), int(pair["other"])):
+        history, _, target = questions[row]
+        read = [titles[item] for item in history]
+        window = questions.sequences.history.shape[1]
+        columns[f"user {questions.sequences.user[row]}"] = [*[""] * (window - len(read)), *read, titles[target]]
+    table = pd.DataFrame(columns)
+    return table.set_axis([*range(1, len(table)), "next"])
+
+
+# ---------------------------------------------------------------- gates
+
+
+def gate_statistics(weights: np.ndarray, users: np.ndarray) -> dict:
+    """How sharp, how balanced and how personal a gate is; weights (n, K) of one gate, users (n,).
+
+    entropy: mean over sequences, nats, with its interval; `largest_entropy` is ln K, that of a uniform gate.
+    use: each expert's mean weight. leads: the share of sequences in which it has the largest weight.
+    personal: the share of a gate's weight that differs from the mean gate, averaged over sequences (total
+        variation). constant: whether that is below LEAST_PERSONAL, and iLoRA LoRA under another name.
+    """
+    entropy, experts = stats.entropy(weights, axis=1), weights.shape[1]
+    personal = float(np.abs(weights - weights.mean(0)).sum(1).mean() / 2)
+    return {
+        "entropy": interval(entropy, users),
+        "largest_entropy": float(np.log(experts)),
+        "use": weights.mean(0).astype(float).tolist(),
+        "leads": (np.bincount(weights.argmax(1), minlength=experts) / len(weights)).tolist(),
+        "personal": personal,
+        "constant": personal < LEAST_PERSONAL,
+    }
+
+
+def gate_against(weights: np.ndarray, labels: np.ndarray, permutations: int = 999, seed: int = 0) -> dict[str, float]:
+    """The share of the variance of gate weights (n, K) that is between groups (n,), with a permutation test.
+
+    What is permuted are the sequences' labels, so give one sequence a user: those of one user are alike.
+    A constant gate has no variance to share: value and p are None.
+    """
+    centred = weights - weights.mean(0)
+    whole = (centred**2).sum()
+    if np.allclose(centred, 0, atol=1e-6):
+        return {"value": None, "p": None, "n": len(labels)}
+
+    def share(labels: np.ndarray) -> float:
+        sums = np.stack([np.bincount(labels, column) for column in centred.T])
+        return (sums**2 / np.maximum(np.bincount(labels), 1)).sum() / whole
+
+    rng = np.random.default_rng(seed)
+    test = stats.permutation_test(
+        (labels,), share, permutation_type="pairings", n_resamples=permutations, batch=100,
+        vectorized=False, alternative="greater", rng=rng,
+    )  # fmt: skip
+    return {"value": float(test.statistic), "p": float(test.pvalue), "n": len(labels)}
