@@ -154,16 +154,17 @@ class LanguageRecommender(nn.Module):
     def generate(self, rows: list[tuple[np.ndarray, np.ndarray, int]]) -> list[int | None]:
         """For each row the column of the candidate that the greedily written answer names; None if invalid."""
         batch = self._batch(rows, answers=False)
-        longest = 1 + max(len(self.prompts.answers[item]) for _, candidates, _ in rows for item in candidates)
+        longest = [1 + max(len(self.prompts.answers[item]) for item in candidates) for _, candidates, _ in rows]
         written = self.language_model.generate(
             inputs_embeds=self._embeds(batch, hybrid=True),
             attention_mask=batch["attention_mask"],
-            max_new_tokens=longest,
+            max_new_tokens=max(longest),
             do_sample=False,
             pad_token_id=self.prompts.tokenizer.pad_token_id or self.prompts.end,
             **self._guidance(batch),
         )
-        texts = self.prompts.tokenizer.batch_decode(written, skip_special_tokens=True)
+        own = [tokens[:length] for tokens, length in zip(written, longest, strict=True)]  # whatever others may write
+        texts = self.prompts.tokenizer.batch_decode(own, skip_special_tokens=True)
         offered = [[self.prompts.titles[item] for item in candidates] for _, candidates, _ in rows]
         return [read_answer(text, titles) for text, titles in zip(texts, offered, strict=True)]
 

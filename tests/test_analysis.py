@@ -95,7 +95,7 @@ def test_experts_keep_sequences_apart():
     with torch.no_grad():
         gate.zero_()
         gate[:2] = 50 * torch.linalg.pinv(z).T  # the first sequence to expert 0, the second to expert 1
-    weights = model.gate_weights(torch.from_numpy(asked.sequences.history))
+    weights = model.gate_weights(list(asked))
     torch.testing.assert_close(weights[:, :2], torch.eye(2, dtype=torch.float64), rtol=0, atol=1e-9)
     cosines = analysis.cosines(analysis.products(analysis.gradients(model, asked, np.arange(2))))
     assert abs(cosines["all"][0, 1]) < 1e-9

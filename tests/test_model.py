@@ -417,13 +417,16 @@ def test_no_token_sees_nothing_in_loss_and_rank(monkeypatch):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_training_in_bf16_autocast_gives_finite_gradients(attention):
     model = make("ilora").train()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data *= 0.1  # as large as training makes it; a wild adapter multiplies rounding
     model.language_model.get_base_model().set_attn_implementation(attention)
     batch = model.collate(question_rows())
     exact = model(batch).item()
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(batch)
     loss.backward()
-    assert abs(loss.item() - exact) < 0.1 * exact
+    assert abs(loss.item() - exact) < 0.03 * exact
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
