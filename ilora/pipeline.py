@@ -126,6 +126,8 @@ def tuned_folder(
         "version": __version__, **arguments.identity(),
     }  # fmt: skip
 
+    work = runs.home() / "training" / runs.key(parameters)
+
     def make(folder: Path) -> None:
         asked = untuned(dataset, base_model, encoder, device)
         config = adapter_config(**adapter)
@@ -135,15 +137,15 @@ def tuned_folder(
             outcomes = evaluation.ask(model, validation, write=False)
             return {"hit_ratio": outcomes["hit"].mean()}
 
-        work = runs.home() / "training" / runs.key(parameters)
         history = fit(model, train, arguments, work, validate, "hit_ratio")
         history.to_csv(folder / "history.csv", index=False)
         model.save_pretrained(folder / "recommender", base_model)
         shutil.copytree(work / "snapshots", folder / "snapshots")
-        shutil.rmtree(work)
 
     kind = "LoRA" if experts == 1 else f"iLoRA with {experts} experts"
-    return runs.cached("adapters", parameters, make, note=f"{kind} on {dataset.name}")
+    folder = runs.cached("adapters", parameters, make, note=f"{kind} on {dataset.name}")
+    shutil.rmtree(work, ignore_errors=True)
+    return folder
 
 
 def _digest(encoder: SASRec) -> str:

@@ -83,9 +83,10 @@ def base_for(dataset: Dataset, seed: int = 0, device: str = "auto", recipe: Reci
 
     def make(folder: Path) -> None:
         pretrain(dataset, folder, work, recipe, seed, device, start=EMBEDDED)
-        shutil.rmtree(work)
 
-    return runs.cached("base", parameters, make, note=f"a small language model for {dataset.name}")
+    folder = runs.cached("base", parameters, make, note=f"a small language model for {dataset.name}")
+    shutil.rmtree(work, ignore_errors=True)
+    return folder
 
 
 def make_embedded(folder: Path, device: str = "auto") -> None:

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -142,18 +142,24 @@ def cached(kind: str, parameters: Mapping[str, Any], make: Callable[[Path], None
 
     A folder appears complete or not at all; `parameters.json` in it says what it was made from.  What must
     outlive an interrupted `make`, such as checkpoints, belongs elsewhere under home().  Runs at the same time
-    make it once, the others wait; the processes of one distributed run, told apart by RANK, make it together.
+    make it once, the others wait.  All processes of one distributed run call `make`, as training asks of them;
+    what the main process made is kept.
     """
+    from accelerate import PartialState  # takes seconds, which `python -m ilora --help` need not
+    from accelerate.utils import broadcast_object_list
+
+    state = PartialState()
     folder = home() / kind / key(parameters)
     locks = home() / "locks"
     locks.mkdir(parents=True, exist_ok=True)
-    with FileLock(locks / f"{kind}-{folder.name}-{os.environ.get('RANK', '0')}"):
-        if (folder / "parameters.json").is_file():
+    with FileLock(locks / f"{kind}-{folder.name}") if state.is_main_process else nullcontext():
+        if broadcast_object_list([(folder / "parameters.json").is_file()])[0]:  # one process decides for all
             return folder
         log.info("making %s/%s%s", kind, folder.name, f" ({note})" if note else "")
-        with atomic_folder(folder) as temporary:
-            make(temporary)
-            write_json(temporary / "parameters.json", parameters)
+        with atomic_folder(folder) if state.is_main_process else tempfile.TemporaryDirectory() as temporary:
+            make(Path(temporary))
+            write_json(Path(temporary) / "parameters.json", parameters)
+        state.wait_for_everyone()
     return folder
 
 

@@ -316,6 +316,8 @@ def fit_recommender(
     config = {"n_items": len(dataset.items), "window": window, "dropout": 0.2}
     parameters = {"dataset": dataset.key, "model": "SASRec", **config, **arguments.identity()}
 
+    work = runs.home() / "training" / runs.key(parameters)
+
     def make(folder: Path) -> None:
         runs.seed_all(seed)
         model = SASRec(**config)
@@ -323,14 +325,13 @@ def fit_recommender(
         def validate() -> dict[str, float]:
             return {"hit_ratio": hit_ratios(model, validation).mean()}
 
-        work = runs.home() / "training" / runs.key(parameters)
         with _one_thread():
             history = fit(model, pieces, arguments, work, validate, "hit_ratio")
         history.to_csv(folder / "history.csv", index=False)
         model.save_pretrained(folder)
-        shutil.rmtree(work)
 
     folder = runs.cached("recommenders", parameters, make, note=f"SASRec on {dataset.name}")
+    shutil.rmtree(work, ignore_errors=True)
     return SASRec.from_pretrained(folder), pd.read_csv(folder / "history.csv")
 
 

@@ -399,12 +399,14 @@ def test_two_launched_processes_equal_one(tmp_path):
         )
         assert done.returncode == 0, done.stderr[-3000:]
     one = torch.load(tmp_path / "one" / "0-of-1.pt", weights_only=True)
-    assert set(one) == {"toy", "toy in parts", "iLoRA"}
+    assert set(one) == {"toy", "toy in parts", "iLoRA", "pipeline"}
     for rank in (0, 1):
         two = torch.load(tmp_path / "two" / f"{rank}-of-2.pt", weights_only=True)
         for name, (weight, loss) in one.items():
             torch.testing.assert_close(two[name][1], loss, rtol=1e-5, atol=0, msg=name)
+            # Adam's first steps are as large as the rate wherever a gradient is nearly zero, whatever its rounding.
+            near = 2e-4 if name == "pipeline" else 1e-6
             torch.testing.assert_close(
-                two[name][0], weight, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: name + text
+                two[name][0], weight, rtol=1e-5, atol=near, msg=lambda text, name=name: name + text
             )
             assert len(loss.unique()) == len(loss)  # every step had weights or rows of its own

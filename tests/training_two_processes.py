@@ -1,9 +1,11 @@
-"""Trains a toy and an iLoRA recommender; with any number of processes the losses and weights must be the same.
+"""Trains a toy, an iLoRA recommender, and all of a small pipeline through the files that processes share.
 
+With any number of processes the losses and weights must be the same.
 Run by test_training.py as `python training_two_processes.py FOLDER`, by itself and by `accelerate launch`; each
 process writes FOLDER/RANK-of-WORLD.pt.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -11,7 +13,13 @@ import torch
 from test_model import make, question_rows
 from test_training import trained, weights
 
-from ilora.training import TrainingArguments, fit
+from ilora import data, pipeline
+from ilora.recommenders import SASRec
+from ilora.training import TrainingArguments, fit, fit_recommender
+
+
+def flat(model):
+    return torch.cat([value.detach().flatten() for value in model.trainable_state().values()])
 
 
 def main(folder):
@@ -22,8 +30,14 @@ def main(folder):
     model = make("ilora")
     arguments = TrainingArguments(epochs=2, batch_size=4, learning_rate=1e-2, micro_batch_size=2, device="cpu")
     history = fit(model, question_rows(lengths=(1, 6, 3, 4, 5, 2)), arguments, folder / "iLoRA")
-    trainable = [value.flatten() for value in model.trainable_state().values()]
-    found["iLoRA"] = torch.cat(trainable), torch.tensor(history["loss"])
+    found["iLoRA"] = flat(model), torch.tensor(history["loss"])
+    os.environ["ILORA_HOME"] = str(folder / "home")
+    world = data.load("world", users=60)
+    fit_recommender(world, epochs=1, device="cpu")  # dropout falls otherwise on two halves: it has to end, no more
+    torch.manual_seed(3)
+    encoder = SASRec(len(world.items))
+    model, history = pipeline.tuned(world, encoder, "embedded", "cpu", experts=4, train_limit=32, batch_size=8)
+    found["pipeline"] = flat(model), torch.tensor(history["loss"])
     group = torch.distributed
     together = group.is_initialized()
     rank, world = (group.get_rank(), group.get_world_size()) if together else (0, 1)
