@@ -28,6 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments`; return the exit code: 1 if a point failed."""
     options = parse(arguments)
     try:
+        if options.jobs < 1:
+            raise runs.UserError(f"--jobs must be at least 1, not {options.jobs}")
         given = local_paths(parameters.parse_parameters(options.parameters))
         jobs = points(options.notebook, given, options.over)
         failed = run(jobs, options.jobs)

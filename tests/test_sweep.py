@@ -55,6 +55,7 @@ def test_results_are_read_as_one_table(fake, tmp_path):
         (["02", "--over", "seed"], "names no values"),
         (["02", "--over", "sed", "0"], "did you mean 'seed'"),
         (["02", "--over", "seed", "one"], "must be a whole number"),
+        (["02", "--over", "seed", "0", "--jobs", "0"], "--jobs must be at least 1"),
         (["99", "--over", "seed", "1"], "no notebook '99'"),
     ],
 )
