@@ -8,6 +8,7 @@ embedding by the projected embedding of the recommender (Eq. 6). Left as it is, 
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -40,6 +41,18 @@ class Prompts:
         known = tokenizer.convert_tokens_to_ids(ITEM_TOKEN)
         # A tokenizer without the token lends another special one; its place, not its id, says what it is.
         self.item_token = known if known not in (None, unknown) else unknown if unknown is not None else self.end
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        """Put the pieces of all prompts one behind the other into `pieces`, so that a batch is one gather.
+
+        Piece i < items is "; title<item>" of item i; then come opening, offer, question and, by item, "title</s>".
+        """
+        parts = [[*self.separator, *title, self.item_token] for title in self.answers]
+        parts += [self.opening, self.offer, self.question, *([*title, self.end] for title in self.answers)]
+        self.size = np.array([len(part) for part in parts])
+        self.start = np.cumsum(self.size) - self.size
+        self.pieces = np.concatenate([np.array(part, np.int64) for part in parts])
 
     def _tokens(self, text: str) -> list[int]:
         """Token ids of a text as it stands behind other text: sentence-piece tokenizers mark a start.
@@ -63,12 +76,8 @@ class Prompts:
 
     def write(self, history: Sequence[int], candidates: Sequence[int], behaviour: bool) -> tuple[list[int], list[int]]:
         """One prompt up to the question: token ids and the owner of each token, see `join`."""
-        tokens, owners = list(self.opening), [NO_ITEM] * len(self.opening)
-        for items, closing in ((history, self.offer), (candidates, self.question)):
-            listed, theirs = self.join([self.answers[item] for item in items], items if behaviour else None)
-            tokens += listed + closing
-            owners += theirs + [NO_ITEM] * len(closing)
-        return tokens, owners
+        batch = self.batch([history], [candidates], behaviour=behaviour)
+        return batch["input_ids"][0].tolist(), batch["owners"][0].tolist()
 
     def batch(
         self,
@@ -82,32 +91,53 @@ class Prompts:
         histories: item ids, oldest first, without padding. With `targets` the answers and `labels` are added:
         the answer's tokens and the end token at their places, NO_LABEL elsewhere.
         """
-        written = [self.write(*row, behaviour) for row in zip(histories, candidates, strict=True)]
-        columns = {"input_ids": [tokens for tokens, _ in written], "owners": [owners for _, owners in written]}
+        piece, listed, first = self._order(histories, candidates, targets)  # (pieces of the batch,)
+        start, size = self.start[piece], self.size[piece]
+        start[first] += len(self.separator)
+        size[first] -= len(self.separator)
+        size[listed] -= not behaviour
+        end = np.cumsum(size)
+        tokens = self.pieces[np.repeat(start - end + size, size) + np.arange(end[-1])]
+        owners = np.full_like(tokens, NO_ITEM)
+        if behaviour:
+            owners[end[listed] - 1] = piece[listed]
+        length = np.add.reduceat(size, np.flatnonzero(piece == len(self.titles)))  # a row begins with the opening
+        real = np.arange(length.max()) >= (length.max() - length)[:, None]
+        padding = {"input_ids": self.tokenizer.pad_token_id or 0, "owners": NO_ITEM}
+        batch = {name: np.full(real.shape, value) for name, value in padding.items()}
+        batch["input_ids"][real], batch["owners"][real] = tokens, owners
+        batch["attention_mask"] = real.astype(np.int64)
         if targets is not None:
-            answers = [[*self.answers[target], self.end] for target in targets]
-            columns["labels"] = [[NO_LABEL] * len(tokens) for tokens in columns["input_ids"]]
-            columns["input_ids"] = [a + b for a, b in zip(columns["input_ids"], answers, strict=True)]
-            columns["labels"] = [a + b for a, b in zip(columns["labels"], answers, strict=True)]
-            columns["owners"] = [a + [NO_ITEM] * len(b) for a, b in zip(columns["owners"], answers, strict=True)]
-        return pad_left(columns, self.tokenizer.pad_token_id or 0)
+            answer = size[piece > len(self.titles) + 2]
+            learned = np.arange(length.max()) >= (length.max() - answer)[:, None]
+            batch["labels"] = np.where(learned, batch["input_ids"], NO_LABEL)
+        return {name: torch.from_numpy(value) for name, value in batch.items()}
+
+    def _order(
+        self, histories: Sequence[Sequence[int]], candidates: Sequence[Sequence[int]], targets: Sequence[int] | None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The pieces of a batch, row behind row; which of them are listed items (bool); places of each list's first."""
+        lists = [items for row in zip(histories, candidates, strict=True) for items in row]
+        read, offered = np.array([len(items) for items in lists]).reshape(-1, 2).T
+        items = np.concatenate(lists, dtype=np.int64, casting="unsafe")  # an empty list counts as one of floats
+        if len(items) and not 0 <= items.min() <= items.max() < len(self.titles):
+            raise IndexError(f"items are 0 to {len(self.titles) - 1}, not {items.min()} to {items.max()}")
+        number = read + offered + 3 + (targets is not None)
+        opening = np.cumsum(number) - number
+        piece, listed = np.empty(number.sum(), np.int64), np.ones(number.sum(), bool)
+        special = [opening, opening + 1 + read, opening + 2 + read + offered]
+        for place, which in zip(special, range(len(self.titles), len(self.titles) + 3), strict=True):
+            piece[place], listed[place] = which, False
+        if targets is not None:
+            piece[opening + number - 1] = len(self.titles) + 3 + np.asarray(targets)
+            listed[opening + number - 1] = False
+        piece[listed] = items
+        first = np.concatenate([(special[0] + 1)[read > 0], (special[1] + 1)[offered > 0]])
+        return piece, listed, first
 
     def length(self, history: Sequence[int], candidates: Sequence[int]) -> int:
         """Tokens of the titles in a prompt: what makes one prompt longer than another."""
         return sum(len(self.answers[item]) for item in (*history, *candidates))
-
-
-def pad_left(columns: dict[str, list[list[int]]], pad_token: int) -> dict[str, Tensor]:
-    """Rows of unequal length as tensors (batch, longest), with the attention mask; padding stands on the left."""
-    fill = {"input_ids": pad_token, "owners": NO_ITEM, "labels": NO_LABEL}
-    longest = max(len(row) for row in columns["input_ids"])
-    padded = {
-        name: torch.tensor([[fill[name]] * (longest - len(row)) + row for row in rows])
-        for name, rows in columns.items()
-    }
-    lengths = torch.tensor([len(row) for row in columns["input_ids"]])
-    padded["attention_mask"] = (torch.arange(longest)[None] >= longest - lengths[:, None]).long()
-    return padded
 
 
 def read_answer(text: str, titles: Sequence[str]) -> int | None:

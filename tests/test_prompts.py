@@ -3,7 +3,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from ilora.prompts import ITEM_TOKEN, NO_ITEM, NO_LABEL, Prompts, pad_left, read_answer, wording
+from ilora.prompts import ITEM_TOKEN, NO_ITEM, NO_LABEL, Prompts, read_answer, wording
 
 TITLES = ["Mossy Oak", "The Neon Market, part 2", "Ill", "Salted: a tale", "Oak"]
 
@@ -133,6 +133,22 @@ def test_rows_are_padded_on_the_left(prompts):
         assert batch["owners"][row].tolist() == [NO_ITEM] * padding + owners
         assert batch["attention_mask"][row].tolist() == [0] * padding + [1] * len(tokens)
     assert (batch["attention_mask"].sum(1) == batch["input_ids"].shape[1]).sum() == 1
+    assert all(value.dtype == torch.int64 for value in batch.values())
+
+
+def test_a_list_may_be_empty(prompts):
+    batch = prompts.batch([[], [1]], [[2, 0], [3, 4]], [0, 3])
+    opening, offer, question = wording("story", "read")
+    text = f"{opening}{offer} {TITLES[2]}{ITEM_TOKEN}; {TITLES[0]}{ITEM_TOKEN}{question} {TITLES[0]}</s>"
+    read = batch["input_ids"][0][batch["attention_mask"][0].bool()]
+    assert prompts.tokenizer.decode(read) == f"<s>{text}"
+    assert prompts.write([], [2], behaviour=True)[0] != prompts.write([], [2], behaviour=False)[0]
+
+
+@pytest.mark.parametrize("item", [-1, len(TITLES)])
+def test_an_item_that_does_not_exist_is_refused(prompts, item):
+    with pytest.raises(IndexError, match="items are 0 to 4"):
+        prompts.batch([[0], [1, item]], [[2], [3]])
 
 
 @pytest.mark.parametrize("behaviour", [True, False])
@@ -161,14 +177,6 @@ def test_length_grows_with_the_titles(prompts):
     rows = [([0], [1, 2]), ([1], [1, 2]), ([3], [4, 2])]
     differences = {tokens(*row) - prompts.length(*row) for row in rows}
     assert len(differences) == 1
-
-
-def test_pad_left_alone():
-    padded = pad_left({"input_ids": [[5], [6, 7]], "owners": [[NO_ITEM], [3, NO_ITEM]]}, pad_token=9)
-    assert padded["input_ids"].tolist() == [[9, 5], [6, 7]]
-    assert padded["owners"].tolist() == [[NO_ITEM, NO_ITEM], [3, NO_ITEM]]
-    assert padded["attention_mask"].tolist() == [[0, 1], [1, 1]]
-    assert all(value.dtype == torch.int64 for value in padded.values())
 
 
 # ---------------------------------------------------------------- answers
