@@ -5,6 +5,8 @@ are reported, by name: `hit_ratio` and `hit_ratio_of_valid`. `rank_...` come fro
 likelihood or score, where every answer is valid by construction.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 import pandas as pd
 import torch
@@ -17,10 +19,11 @@ from ilora.recommenders import Recommender
 NO_ANSWER = -1
 QUESTION = ["user", "position", "target", "candidates"]  # the columns that say what was asked
 RESAMPLES = 2000
+SORTED = 4096  # questions that are sorted by length together
 
 
 def ask(
-    recommender: LanguageRecommender, questions: Questions, batch_size: int = 64, write: bool = True
+    recommender: LanguageRecommender, questions: Questions, batch_size: int = 16, write: bool = True
 ) -> pd.DataFrame:
     """Outcomes of a language recommender, one row a question in the order of `questions`.
 
@@ -29,19 +32,27 @@ def ask(
     the first-ranked candidate is the answer.
     """
     recommender.eval()
-    rows = [questions[i] for i in range(len(questions))]
-    order = sorted(range(len(rows)), key=lambda i: recommender.length(rows[i]))  # rows of like length together
-    answer, rank = np.full(len(rows), NO_ANSWER), np.zeros(len(rows), int)
-    with tqdm(total=len(rows), unit="question", desc="asking", mininterval=1) as bar:
-        for start in range(0, len(rows), batch_size):
-            index = order[start : start + batch_size]
-            batch = [rows[i] for i in index]
-            scores = recommender.rank(batch).cpu().numpy()
-            column = recommender.generate(batch) if write else scores.argmax(1)
+    answer, rank = np.full(len(questions), NO_ANSWER), np.zeros(len(questions), int)
+    with tqdm(total=len(questions), unit="question", desc="asking", mininterval=1) as bar:
+        for index, batch in _batches(recommender, questions, batch_size):
+            scores, column = recommender.answer(batch) if write else (recommender.rank(batch), None)
+            scores = scores.cpu().numpy()
+            column = scores.argmax(1) if column is None else column
             answer[index] = [NO_ANSWER if c is None else row[1][c] for c, row in zip(column, batch, strict=True)]
             rank[index] = _rank(scores, np.array([row[1] == row[2] for row in batch]))
             bar.update(len(batch))
     return _outcomes(questions, answer, rank)
+
+
+def _batches(
+    recommender: LanguageRecommender, questions: Questions, batch_size: int
+) -> Iterator[tuple[np.ndarray, list]]:
+    """Numbers and rows of questions of like length; sorted within SORTED at a time, which bounds the memory."""
+    for first in range(0, len(questions), SORTED):
+        rows = [questions[i] for i in range(first, min(first + SORTED, len(questions)))]
+        order = np.argsort([recommender.length(row) for row in rows], kind="stable")
+        for index in np.split(order, range(batch_size, len(order), batch_size)):
+            yield first + index, [rows[i] for i in index]
 
 
 @torch.no_grad()

@@ -5,7 +5,8 @@
     the same with a gate over K experts      iLoRA: the gate is fed with the recommender's `encode(history)`
 
 It learns -log P(title of the next item | prompt), summed over the title's tokens (Eqs. 7 and 8), and answers in
-two ways: `generate` writes a title greedily, `rank` scores each of the 20 candidates by its likelihood.
+two ways: `generate` writes a title greedily, `rank` scores each of the 20 candidates by its likelihood; `answer`
+does both at once.
 """
 
 import json
@@ -16,6 +17,7 @@ import safetensors.torch
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ilora import data, runs
 from ilora.adapter import ILoraConfig, gate_weights
@@ -153,6 +155,8 @@ class LanguageRecommender(nn.Module):
     @torch.no_grad()
     def generate(self, rows: list[tuple[np.ndarray, np.ndarray, int]]) -> list[int | None]:
         """For each row the column of the candidate that the greedily written answer names; None if invalid."""
+        if not rows:
+            return []
         batch = self._batch(rows, answers=False)
         longest = [1 + max(len(self.prompts.answers[item]) for item in candidates) for _, candidates, _ in rows]
         written = self.language_model.generate(
@@ -160,53 +164,71 @@ class LanguageRecommender(nn.Module):
             attention_mask=batch["attention_mask"],
             max_new_tokens=max(longest),
             do_sample=False,
+            repetition_penalty=1.0,  # greedy whatever the model's own defaults are
             pad_token_id=self.prompts.tokenizer.pad_token_id or self.prompts.end,
             **self._guidance(batch),
         )
         own = [tokens[:length] for tokens, length in zip(written, longest, strict=True)]  # whatever others may write
-        texts = self.prompts.tokenizer.batch_decode(own, skip_special_tokens=True)
-        offered = [[self.prompts.titles[item] for item in candidates] for _, candidates, _ in rows]
-        return [read_answer(text, titles) for text, titles in zip(texts, offered, strict=True)]
+        return [self._read(row, tokens) for row, tokens in zip(rows, own, strict=True)]
 
-    @torch.no_grad()
+    def _read(self, row: tuple[np.ndarray, np.ndarray, int], tokens: Tensor | list[int]) -> int | None:
+        """Column of the offered title that a row's answer names, or None."""
+        text = self.prompts.tokenizer.decode(tokens, skip_special_tokens=True)
+        return read_answer(text, [self.prompts.titles[item] for item in row[1]])
+
     def rank(self, rows: list[tuple[np.ndarray, np.ndarray, int]]) -> Tensor:
         """(rows, candidates) log P(title and end | prompt).
 
         One forward pass a row: the candidates stand behind the prompt and see it and themselves, not each other.
         """
-        batch = self._batch(rows, answers=False)
-        answers = [
-            [[*self.prompts.answers[item], self.prompts.end] for item in candidates] for _, candidates, _ in rows
-        ]
-        longest = max(len(answer) for row in answers for answer in row)
-        labels = torch.tensor(
-            [[answer + [NO_LABEL] * (longest - len(answer)) for answer in row] for row in answers], device=self.device
-        )  # (rows, candidates, longest)
-        spread = self._behind_the_prompt(batch, labels)
-        logits = self._logits(spread, hybrid=True, keep=labels.shape[1] * (longest - 1) + 1).float().log_softmax(-1)
-        first = logits[:, :1].expand(-1, labels.shape[1], -1)[:, :, None]  # all candidates start at the question
-        later = logits[:, 1:].unflatten(1, (labels.shape[1], longest - 1))
-        chosen = torch.cat([first, later], dim=2).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
-        return (chosen * (labels != NO_LABEL)).sum(-1)
+        return self._candidates(rows)[0]
 
-    def _behind_the_prompt(self, batch: dict[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
-        """The batch with each candidate's tokens but its last, a mask that keeps candidates apart, and positions."""
-        _, candidates, longest = labels.shape
-        prompt, extra = batch["input_ids"].shape[1], candidates * (longest - 1)
-        tokens = labels[:, :, :-1].clamp(min=0).flatten(1)
-        real = torch.cat([batch["attention_mask"].bool(), torch.ones_like(tokens, dtype=torch.bool)], dim=1)
-        together = torch.ones(prompt + extra, prompt + extra, dtype=torch.bool, device=self.device)
-        owner = torch.arange(extra, device=self.device) // max(longest - 1, 1)
-        together[prompt:, prompt:] = owner[:, None] == owner[None]
-        mask = causal_mask(real[:, None] & together, self._embedding().weight.dtype)
+    def answer(self, rows: list[tuple[np.ndarray, np.ndarray, int]]) -> tuple[Tensor, list[int | None]]:
+        """What `rank` and `generate` give, for the price of `rank` where an offered title is written.
+
+        The ranking's forward pass has read every candidate, so it knows whether the greedy answer is one of them.
+        """
+        scores, greedy = self._candidates(rows)
+        column: list[int | None] = []
+        for row, written in zip(rows, greedy, strict=True):
+            column.append(self._read(row, self.prompts.answers[row[1][written.argmax()]]) if written.any() else None)
+        other = np.flatnonzero(~greedy.any(1))
+        for place, found in zip(other, self.generate([rows[place] for place in other]), strict=True):
+            column[place] = found
+        return scores, column
+
+    @torch.no_grad()
+    def _candidates(self, rows: list[tuple[np.ndarray, np.ndarray, int]]) -> tuple[Tensor, np.ndarray]:
+        """(rows, candidates) log P(title and end | prompt), and whether that is what is written greedily."""
+        batch = self._batch(rows, answers=False)
+        behind = self.prompts.titles_behind([candidates for _, candidates, _ in rows])
+        behind = {name: value.to(self.device) for name, value in behind.items()}
+        first, following, column = behind["first"], behind["following"], behind["column"]
+        own = column[..., None] == torch.arange(first.shape[1], device=self.device)  # (rows, tokens behind, candidates)
+        logits = self._logits(self._behind_the_prompt(batch, behind), hybrid=True, keep=1 + column.shape[1]).float()
+        total, best = logits.logsumexp(-1), logits.argmax(-1)  # (rows, 1 + tokens behind)
+        start = logits[:, 0].gather(1, first) - total[:, :1]  # all candidates start at the question
+        later = logits[:, 1:].gather(-1, following[..., None])[..., 0] - total[:, 1:]
+        scores = start + later[..., None].where(own, 0).sum(1)
+        otherwise = (best[:, 1:] != following)[..., None] & own
+        return scores, ((best[:, :1] == first) & ~otherwise.any(1)).cpu().numpy()
+
+    def _behind_the_prompt(self, batch: dict[str, Tensor], behind: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The batch with the candidates' titles, a mask that keeps candidates apart, and positions."""
+        tokens, column = behind["input_ids"], behind["column"]
+        prompt = batch["input_ids"].shape[1]
+        mask = F.pad(batch["attention_mask"].bool(), (0, tokens.shape[1]), value=True)
+        sees = mask[:, None].repeat(1, mask.shape[1], 1)  # (rows, query, key)
+        sees[:, prompt:, prompt:] = column[:, :, None] == column[:, None]
         length = batch["attention_mask"].sum(1, keepdim=True)
-        behind = length + torch.arange(longest - 1, device=self.device).repeat(candidates)[None]
-        at = torch.cat([(batch["attention_mask"].cumsum(1) - 1).clamp(min=0), behind], dim=1)
-        owners = torch.cat([batch["owners"], torch.full_like(tokens, NO_ITEM)], dim=1)
-        ids = torch.cat([batch["input_ids"], tokens], dim=1)
-        asked = torch.cat([batch["prompt"], torch.zeros_like(tokens, dtype=torch.bool)], dim=1)
-        theirs = {"input_ids": ids, "owners": owners, "prompt": asked}
-        return batch | theirs | {"attention_mask": mask, "position_ids": at}
+        positions = torch.cat([(batch["attention_mask"].cumsum(1) - 1).clamp(min=0), length + behind["place"]], dim=1)
+        return batch | {
+            "input_ids": torch.cat([batch["input_ids"], tokens], dim=1),
+            "owners": F.pad(batch["owners"], (0, tokens.shape[1]), value=NO_ITEM),
+            "prompt": F.pad(batch["prompt"], (0, tokens.shape[1]), value=False),
+            "attention_mask": causal_mask(sees, self._embedding().weight.dtype),
+            "position_ids": positions,
+        }
 
     @torch.no_grad()
     def gate_weights(self, rows: list[tuple[np.ndarray, np.ndarray, int]]) -> Tensor:

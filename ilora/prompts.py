@@ -135,6 +135,25 @@ class Prompts:
         first = np.concatenate([(special[0] + 1)[read > 0], (special[1] + 1)[offered > 0]])
         return piece, listed, first
 
+    def titles_behind(self, candidates: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        """The titles of candidates (batch, C), one behind the other, padded on the right; each (batch, tokens):
+
+        input_ids; following: the token that comes next in the title, or the end; column: whose title it is, C for
+        padding; place: its place in that title, from 0. And first, (batch, C): each title's first token.
+        """
+        answer = np.stack(candidates) + len(self.titles) + 3
+        start, size = self.start[answer], self.size[answer] - 1  # (batch, C), without the end
+        total, each = size.sum(1), size.ravel()
+        real = np.arange(total.max()) < total[:, None]
+        place = np.arange(total.sum()) - np.repeat(np.cumsum(each) - each, each)
+        at = np.repeat(start.ravel(), each) + place
+        behind = {"input_ids": self.pieces[at], "following": self.pieces[at + 1], "place": place}
+        behind["column"] = np.repeat(np.arange(answer.size) % answer.shape[1], each)
+        padded = {name: np.full(real.shape, answer.shape[1] if name == "column" else 0) for name in behind}
+        for name, value in behind.items():
+            padded[name][real] = value
+        return {name: torch.from_numpy(value) for name, value in (padded | {"first": self.pieces[start]}).items()}
+
     def length(self, history: Sequence[int], candidates: Sequence[int]) -> int:
         """Tokens of the titles in a prompt: what makes one prompt longer than another."""
         return sum(len(self.answers[item]) for item in (*history, *candidates))

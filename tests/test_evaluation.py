@@ -1,3 +1,6 @@
+import tracemalloc
+from collections import deque
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -288,6 +291,9 @@ class Oracle:
     def generate(self, rows):
         return [None if target % 2 else list(candidates).index(target) for _, candidates, target in rows]
 
+    def answer(self, rows):
+        return self.rank(rows), self.generate(rows)
+
 
 def test_ask_returns_outcomes_in_the_order_of_the_questions():
     asked, oracle = questions(), Oracle()
@@ -308,3 +314,31 @@ def test_ask_without_writing_answers_with_the_first_ranked():
     found = ask(oracle, asked, write=False)
     assert found["hit"].all() and found["valid"].all()
     np.testing.assert_array_equal(found["hit"], found["rank"] == 1)
+
+
+def test_questions_of_like_length_are_asked_together(monkeypatch):
+    monkeypatch.setattr(evaluation, "SORTED", 24)
+    asked, oracle, seen = questions(), Oracle(), []
+    plain = oracle.rank
+    oracle.rank = lambda rows: seen.append([oracle.length(row) for row in rows]) or plain(rows)
+    found = ask(oracle, asked, batch_size=10)
+    assert [len(lengths) for lengths in seen] == [10, 10, 4, 10, 6]  # 24 of the 40 sorted, then the others
+    for window in (seen[:3], seen[3:]):
+        lengths = [length for batch in window for length in batch]
+        assert lengths == sorted(lengths)
+    np.testing.assert_array_equal(found["target"], asked.sequences.target)
+    assert (found["rank"] == 1).all()
+
+
+def test_memory_of_asking_does_not_grow_with_the_questions(monkeypatch):
+    """But for an answer and a rank each; a question's own row takes some hundred bytes."""
+    monkeypatch.setattr(evaluation, "SORTED", 100)
+    peaks = []
+    monkeypatch.setattr(evaluation, "_outcomes", lambda *_: peaks.append(tracemalloc.get_traced_memory()[1]))
+    for rows in (200, 200, 2200):  # the first makes what is made once
+        asked, oracle = questions(rows), Oracle()
+        oracle.sizes = deque(maxlen=1)
+        tracemalloc.start()
+        ask(oracle, asked)
+        tracemalloc.stop()
+    assert peaks[2] - peaks[1] < 32 * 2000

@@ -162,6 +162,48 @@ def test_generate_agrees_with_a_plain_greedy_loop(model, monkeypatch):
     assert [text.strip() for text in model.generate(rows)] == [text.strip() for text in expected]
 
 
+def test_generate_is_greedy_whatever_the_models_defaults_are(model):
+    rows, expected = question_rows(), model.generate(question_rows())
+    defaults = model.language_model.generation_config
+    before, defaults.repetition_penalty = defaults.repetition_penalty, 50.0
+    try:
+        assert model.generate(rows) == expected
+    finally:
+        defaults.repetition_penalty = before
+
+
+# ---------------------------------------------------------------- both at once
+
+
+def test_answer_is_rank_and_generate(model, monkeypatch):
+    """Also where what is written is no offered title: those rows alone are written out."""
+    rows = question_rows(lengths=(1, 6, 3, 4, 2, 5, 6, 1), seed=3)
+    scores, written = model.rank(rows), model.generate(rows)
+    named = {id(row) for row, column in zip(rows, written, strict=True) if column is not None}
+    asked, plain = [], model.generate
+    monkeypatch.setattr(model, "generate", lambda rows: asked.extend(rows) or plain(rows))
+    found, columns = model.answer(rows)
+    torch.testing.assert_close(found, scores, rtol=1e-5, atol=1e-4)
+    assert columns == written
+    assert 0 < len(asked) < len(rows)
+    assert {id(row) for row in rows} - named <= {id(row) for row in asked}
+
+
+def test_candidates_of_unlike_length_are_not_padded_to_the_longest(model):
+    rows, seen = question_rows(), []
+    inner = model.language_model.get_base_model() if hasattr(model.language_model, "peft_config") else None
+    embedded = (inner or model.language_model).model
+    hook = embedded.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    model.rank(rows)
+    hook.remove()
+    behaviour = model.encoder is not None
+    prompt = max(len(model.prompts.write(*row[:2], behaviour)[0]) for row in rows)
+    behind = max(sum(len(model.prompts.answers[item]) for item in row[1]) for row in rows)
+    assert seen == [prompt + behind]
+
+
 # ---------------------------------------------------------------- loss
 
 
