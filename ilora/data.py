@@ -176,16 +176,18 @@ def sequences(
     if split not in SPLITS or windows not in ("all", "last"):
         raise UserError(f"choose split among {SPLITS} and windows 'all' or 'last', not {split!r}, {windows!r}")
     user, item = dataset.events["user"].to_numpy(), dataset.events["item"].to_numpy()
-    position = dataset.events.groupby("user").cumcount().to_numpy()
-    wanted = (dataset.users["split"] == split).to_numpy()[user] & (position >= min_history)
+    count = np.bincount(user, minlength=len(dataset.users))  # events lie by user
+    first = np.cumsum(count) - count
+    chosen = (dataset.users["split"] == split).to_numpy()
     if windows == "last":
-        wanted &= position == np.bincount(user)[user] - 1
-    row = np.flatnonzero(wanted)
-    position = position[row]
-    history = np.full((len(row), window), dataset.padding, dtype=np.int64)
-    for back in range(1, window + 1):  # a column at a time: no (n, window) index array
-        there = position >= back
-        history[there, -back] = item[row[there] - back]
+        row = (first + count - 1)[chosen & (count > min_history)]
+    else:
+        row = np.flatnonzero(np.repeat(chosen, count) & (np.arange(len(user)) - np.repeat(first, count) >= min_history))
+    position = row - first[user[row]]
+    before = np.concatenate([np.full(window, dataset.padding), item])
+    history = np.lib.stride_tricks.sliding_window_view(before, window)[row]  # the rows before, whosoever they are
+    for back in range(1, window + 1):  # a column at a time: no (n, window) mask
+        np.copyto(history[:, -back], dataset.padding, where=position < back)
     return Sequences(user[row], position, history, np.minimum(position, window), item[row])
 
 
@@ -212,9 +214,12 @@ def candidates(sequences: Sequences, n_items: int, seed: int, size: int = CANDID
             f"{size} candidates outside a history of {longest} items need {size + longest} items, there are "
             f"{n_items}: add items or choose a window of at most {max(n_items - size, 0)}"
         )
-    chunk = 4096  # rows whose work fits a processor's cache
-    parts = [slice(at, at + chunk) for at in range(0, max(len(sequences), 1), chunk)]
-    return np.concatenate([_choose(sequences.take(part), n_items, seed, size) for part in parts])
+    chosen = np.empty((len(sequences), size), dtype=np.int64)
+    chunk = 8192  # rows whose work stays near a processor's cache
+    for at in range(0, len(sequences), chunk):
+        part = slice(at, at + chunk)
+        chosen[part] = _choose(sequences.take(part), n_items, seed, size)
+    return chosen
 
 
 def _choose(sequences: Sequences, n_items: int, seed: int, size: int) -> np.ndarray:
@@ -223,15 +228,19 @@ def _choose(sequences: Sequences, n_items: int, seed: int, size: int) -> np.ndar
     for column in history.T:  # padding leaves no trace, so the window's width does not matter
         state = np.where(column < n_items, _mix(state ^ column.astype(np.uint64)), state)
     state = _mix(state ^ target.astype(np.uint64))
-    taken = np.concatenate([target[None], history.T, np.empty((size - 1, len(target)), dtype=np.int64)])
+    taken = np.concatenate([target[None], history.T, np.empty((size - 1, len(target)), dtype=np.int64)], dtype=np.int32)
     draws = np.zeros(len(target), dtype=np.uint64)
+
+    def draw(column: int, rows: np.ndarray | slice) -> np.ndarray:
+        """Put the next random item into a column of `taken`; whether an earlier column has it."""
+        draws[rows] += np.uint64(1)
+        taken[column, rows] = _mix(state[rows] + draws[rows] * _GOLDEN) % np.uint64(n_items)
+        return (taken[:column, rows] == taken[column, rows]).any(axis=0)
+
     for column in range(len(taken) - size + 1, len(taken)):
-        pending = rows
+        pending = np.flatnonzero(draw(column, slice(None)))
         while len(pending):  # draw again where the item is taken
-            draws[pending] += np.uint64(1)
-            item = (_mix(state[pending] + draws[pending] * _GOLDEN) % np.uint64(n_items)).astype(np.int64)
-            taken[column, pending] = item
-            pending = pending[(taken[:column, pending] == item).any(axis=0)]
+            pending = pending[draw(column, pending)]
     chosen = np.column_stack([*taken[1 - size :], target])
     place = (_mix(state) % np.uint64(size)).astype(np.int64)
     chosen[:, -1], chosen[rows, place] = chosen[rows, place], target

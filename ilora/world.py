@@ -175,19 +175,21 @@ def _simulate(
     """All readers take their steps together; a story of the last `WINDOW` steps is not read again."""
     n_items, users = browse.shape[1], len(groups)
     cumulative = np.cumsum(browse, 1)
-    read = np.full((users, events_per_user), n_items)
+    read = np.empty((events_per_user, users), np.int32)  # a step's stories lie together
     for step in range(events_per_user):
         pending = np.arange(users)
         while len(pending):  # draw again where the drawn story was read lately: renormalises exactly
-            group, last = groups[pending], read[pending, step - 1]
-            item = (rng.random((len(pending), 1)) > cumulative[group]).sum(1).clip(max=n_items - 1)
+            group, chance = groups[pending], rng.random(len(pending))
+            item = np.empty(len(pending), np.int32)
+            for own in range(GROUPS):
+                item[group == own] = np.searchsorted(cumulative[own], chance[group == own])
+            item = item.clip(max=n_items - 1)
             if step:
                 rank = rng.choice(len(FOLLOWER_WEIGHTS), size=len(pending), p=FOLLOWER_WEIGHTS)
                 follow = rng.random(len(pending)) < FOLLOW
-                item = np.where(follow, followers[group, np.minimum(last, n_items - 1), rank], item)
-            again = (read[pending, max(0, step - WINDOW) : step] == item[:, None]).any(1)
-            read[pending[~again], step] = item[~again]
+                item = np.where(follow, followers[group, read[step - 1, pending], rank], item)
+            again = (read[max(0, step - WINDOW) : step, pending] == item).any(0)
+            read[step, pending[~again]] = item[~again]
             pending = pending[again]
     user = np.repeat(np.arange(users), events_per_user)
-    time = np.tile(np.arange(events_per_user), users) + user * events_per_user
-    return pd.DataFrame({"user": user, "item": read.ravel(), "time": time})
+    return pd.DataFrame({"user": user, "item": read.T.ravel().astype(np.int64), "time": np.arange(len(user))})
