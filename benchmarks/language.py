@@ -1,0 +1,330 @@
+"""What the language recommender's work costs against the usual way to do it: same model, same data, same results.
+
+    python benchmarks/language.py                # on the GPU if torch sees one, else on the CPU
+
+The model is the embedded one, or that of --dataset, with iLoRA of 4 experts whose B is a little away from zero: the
+adapter has all its work, and answers are nearly those of the base. PARTS says what is compared. In the usual ways a
+prompt is text that the tokenizer reads, a batch is padded to its longest row, and every logit is computed.
+
+    training     `fit`, and transformers' Trainer with a collator that tokenises text, on as many sequences
+    prompts      prompts from pieces that were tokenised once, and from their text; in batches, and one by one
+    ranking      20 candidates behind one prompt, and 20 forward passes
+    answers      greedy answers of a test split in batches of like length, one prompt at a time, and in batches as they come
+    evaluation   answers and ranks in one pass, and each on its own in batches as they come
+    serving      users in one forward pass, and each user's LoRA merged into the weights, run and taken out again;
+    next token   the same for one more token of each, behind prompts that were read
+"""
+
+import argparse
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import measure
+import numpy as np
+import pandas as pd
+import torch
+import transformers
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import DynamicCache
+
+from ilora import data, evaluation, pipeline, runs
+from ilora.model import LanguageRecommender, Questions, adapter_config
+from ilora.prompts import ITEM_TOKEN, NO_ITEM, NO_LABEL, wording
+from ilora.recommenders import SASRec
+from ilora.training import TrainingArguments, _mix, fit
+
+Row = tuple[np.ndarray, np.ndarray, int]
+Ways = dict[str, Callable]
+TOGETHER = 16  # rows of a batch in evaluation
+GOALS = {  # part -> way -> how many times the first way's time it should take
+    "training": {"Trainer": 2},
+    "prompts": {"text": 10},
+    "ranking": {"20 passes": 8},
+    "answers": {"one at a time": 5, "as they come": 1.5},
+    "serving": {"merged": 10},
+    "next token": {"merged": 10},
+}
+
+
+class Bench:
+    """A model, sequences to train on, questions of the test split, and for each part its ways and how they agree."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        runs.seed_all(0)
+        source = data.load(options.dataset, options.data_dir, users=options.users)
+        plain = pipeline.untuned(source, device=options.device)
+        config = adapter_config(experts=4, dropout=0.0)
+        self.model = LanguageRecommender(plain.language_model, plain.prompts, SASRec(len(source.items)), config).eval()
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                if "lora_B" in name:
+                    parameter += 1e-3 * torch.randn_like(parameter)
+        self.batch_size = options.batch_size
+        self.train = pipeline.questions(source, "train", limit=options.examples)
+        self.asked = pipeline.questions(source, "test", limit=options.questions)
+        self.rows = [self.asked[row] for row in range(len(self.asked))]
+        self.clients = self.rows[: options.clients]
+
+    def training(self) -> tuple[Ways, Callable]:
+        ways = {
+            "fit": lambda: train_by_fit(self.model, self.train, self.batch_size),
+            "Trainer": lambda: train_by_trainer(self.model, self.train, self.batch_size),
+        }
+        return ways, lambda found: {}  # each goes on where the other one ended
+
+    def prompts(self) -> tuple[Ways, Callable]:
+        model, batches = self.model, cut(self.rows, self.batch_size)
+        ways = {
+            "pieces": lambda: [
+                model.prompts.batch(*list(zip(*rows, strict=True))[:2])["input_ids"] for rows in batches
+            ],
+            "text": lambda: [tokenised(model, texts(model, rows))["input_ids"] for rows in batches],
+            "text, one by one": lambda: [tokenised(model, texts(model, [row])) for row in self.rows],
+        }
+        return ways, lambda found: {"equal ids": all(map(torch.equal, found["pieces"], found["text"]))}
+
+    def ranking(self) -> tuple[Ways, Callable]:
+        batches = cut(self.rows, TOGETHER)
+        ways = {
+            "one pass": lambda: torch.cat([self.model.rank(rows) for rows in batches]),
+            "20 passes": lambda: torch.cat([rank_by_passes(self.model, rows) for rows in batches]),
+        }
+        return ways, largest_difference
+
+    def answers(self) -> tuple[Ways, Callable]:
+        ways = {
+            "like length": lambda: answer_by_length(self.model, self.asked),
+            "one at a time": lambda: [self.model.generate([row])[0] for row in self.rows],
+            "as they come": lambda: sum(map(self.model.generate, cut(self.rows, TOGETHER)), start=[]),
+        }
+
+        def agreement(found: dict[str, list]) -> dict[str, float]:
+            first, *others = (np.array([-1 if c is None else c for c in columns]) for columns in found.values())
+            return {
+                "equal answers": np.mean([first == other for other in others]),
+                "valid answers": (first >= 0).mean(),
+            }
+
+        return ways, agreement
+
+    def evaluation(self) -> tuple[Ways, Callable]:
+        ways = {
+            "one pass": lambda: evaluation.ask(self.model, self.asked, TOGETHER),
+            "rank, then generate": lambda: evaluation.ask(Apart(self.model), self.asked, TOGETHER),
+        }
+
+        def agreement(found: dict[str, pd.DataFrame]) -> dict[str, float]:
+            one, other = found.values()
+            return {f"equal {column}s": float((one[column] == other[column]).mean()) for column in ("answer", "rank")}
+
+        return ways, agreement
+
+    def serving(self) -> tuple[Ways, Callable]:
+        together, z = prompts_of(self.model, self.clients)
+        alone = [prompts_of(self.model, [row])[0] for row in self.clients]
+        return self._served(together, alone, z)
+
+    def next_token(self) -> tuple[Ways, Callable]:
+        together, z = prompts_of(self.model, self.clients)
+        alone = [prompts_of(self.model, [row])[0] for row in self.clients]
+        alone = [read(self.model, inputs, z[[row]]) for row, inputs in enumerate(alone)]
+        return self._served(read(self.model, together, z), alone, z)
+
+    def _served(self, together: dict, alone: list[dict], z: Tensor) -> tuple[Ways, Callable]:
+        ways = {
+            "one pass": lambda: next_logits(self.model, together, z),
+            "merged": lambda: serve_merged(self.model, alone, z),
+        }
+        return ways, largest_difference
+
+
+PARTS = {
+    "training": Bench.training, "prompts": Bench.prompts, "ranking": Bench.ranking, "answers": Bench.answers,
+    "evaluation": Bench.evaluation, "serving": Bench.serving, "next token": Bench.next_token,
+}  # fmt: skip
+
+
+def cut(rows: Sequence, size: int) -> list[Sequence]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def largest_difference(found: dict[str, Tensor]) -> dict[str, float]:
+    """Of what two ways gave, as a share of its standard deviation."""
+    one, other = found.values()
+    return {"largest difference": float((one - other).abs().max() / one.std())}
+
+
+# ---------------------------------------------------------------- the usual ways
+
+
+def texts(model: LanguageRecommender, rows: Sequence[Row], answers: bool = False) -> list[str]:
+    """Each row's prompt, and with `answers` what is to be answered, as the tokenizer is to read it."""
+    prompts, mark = model.prompts, ITEM_TOKEN if model.encoder is not None else ""
+    opening, offer, question = wording(*prompts.words)
+    found = []
+    for history, candidates, target in rows:
+        read, offered = (";".join(f" {prompts.titles[i]}{mark}" for i in items) for items in (history, candidates))
+        text = f"{prompts.tokenizer.bos_token or ''}{opening}{read}{offer}{offered}{question}"
+        found.append(text + (f" {prompts.titles[target]}{prompts.tokenizer.eos_token}" if answers else ""))
+    return found
+
+
+def tokenised(model: LanguageRecommender, texts: list[str]) -> dict[str, Tensor]:
+    """input_ids and attention_mask, (batch, longest), padded on the left."""
+    return model.prompts.tokenizer(
+        texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
+    )
+
+
+def collate_text(model: LanguageRecommender, rows: Sequence[Row]) -> dict[str, Tensor]:
+    """What `model.collate` gives, from text."""
+    prompts, batch = model.prompts, dict(tokenised(model, texts(model, rows, answers=True)))
+    ids, real = batch["input_ids"], batch["attention_mask"].bool()
+    answers = prompts.tokenizer([f" {prompts.titles[target]}" for *_, target in rows], add_special_tokens=False)
+    length = torch.tensor([len(tokens) + 1 for tokens in answers["input_ids"]])  # with the end
+    batch["labels"] = ids.where(torch.arange(ids.shape[1], 0, -1) <= length[:, None], NO_LABEL)
+    batch["prompt"] = real & (batch["labels"] == NO_LABEL)
+    batch["owners"] = torch.full_like(ids, NO_ITEM)
+    items = [int(item) for history, candidates, _ in rows for item in (*history, *candidates)]
+    batch["owners"][batch["prompt"] & (ids == prompts.item_token)] = torch.tensor(items)
+    padding = [len(prompts.titles)]
+    histories = [padding * (model.encoder.window - len(history)) + list(history) for history, *_ in rows]
+    return batch | {"history": torch.tensor(np.array(histories))}
+
+
+class Usual(transformers.Trainer):
+    """Trainer on the curriculum of `fit`, with the loss over all logits."""
+
+    def compute_loss(self, model: LanguageRecommender, inputs: dict[str, Tensor], *_: object, **__: object) -> Tensor:
+        step, total = self.state.global_step, self.state.max_steps
+        hybrid = np.random.default_rng(_mix(self.args.seed, step)).random() < step / total
+        logits = model._logits(inputs, hybrid, keep=0)[:, :-1].float()
+        labels = inputs["labels"][:, 1:]
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=NO_LABEL, reduction="sum")
+        return loss / len(labels)
+
+
+def train_by_trainer(model: LanguageRecommender, train: Questions, batch_size: int, epochs: int = 1) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = transformers.TrainingArguments(
+            folder, num_train_epochs=epochs, per_device_train_batch_size=batch_size, learning_rate=1e-3, seed=0,
+            lr_scheduler_type="constant", use_cpu=model.device.type == "cpu", bf16=model.device.type == "cuda",
+            remove_unused_columns=False, save_strategy="no", logging_strategy="no", disable_tqdm=True,
+        )  # fmt: skip
+        Usual(model, arguments, lambda rows: collate_text(model, rows), train).train()
+    model.eval()
+
+
+def train_by_fit(model: LanguageRecommender, train: Questions, batch_size: int, epochs: int = 1) -> None:
+    arguments = TrainingArguments(
+        epochs, batch_size, learning_rate=1e-3, warmup=0.0, schedule="constant", device=str(model.device),
+        precision="bf16" if model.device.type == "cuda" else "no",
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        fit(model, train, arguments, Path(folder))
+
+
+@torch.no_grad()
+def rank_by_passes(model: LanguageRecommender, rows: Sequence[Row]) -> Tensor:
+    """(rows, candidates) log P(title and end | prompt): a forward pass of all rows for each column."""
+    columns = []
+    for column in range(len(rows[0][1])):
+        batch = model.collate([(history, candidates, candidates[column]) for history, candidates, _ in rows])
+        batch = {name: value.to(model.device) for name, value in batch.items()}
+        known = batch["labels"][:, 1:] != NO_LABEL
+        keep = int(known.sum(1).max()) + 1
+        logits = model._logits(batch, hybrid=True, keep=keep)[:, :-1].float().log_softmax(-1)
+        labels, known = batch["labels"][:, 1 - keep :], known[:, 1 - keep :]
+        columns.append((logits.gather(-1, labels.clamp(min=0)[..., None])[..., 0] * known).sum(1))
+    return torch.stack(columns, dim=1)
+
+
+def answer_by_length(model: LanguageRecommender, asked: Questions) -> list[int | None]:
+    """Greedy answers in the batches of evaluation."""
+    answers: list[int | None] = [None] * len(asked)
+    for index, rows in evaluation._batches(model, asked, TOGETHER):
+        for place, column in zip(index, model.generate(rows), strict=True):
+            answers[place] = column
+    return answers
+
+
+class Apart:
+    """A language recommender that ranks and writes in passes of their own, batches as they come."""
+
+    def __init__(self, model: LanguageRecommender) -> None:
+        self.model, self.eval = model, model.eval
+
+    def length(self, row: Row) -> int:
+        return 0
+
+    def answer(self, rows: list[Row]) -> tuple[Tensor, list[int | None]]:
+        return self.model.rank(rows), self.model.generate(rows)
+
+
+# ---------------------------------------------------------------- serving
+
+
+@torch.no_grad()
+def prompts_of(model: LanguageRecommender, rows: Sequence[Row]) -> tuple[dict, Tensor]:
+    """What the language model reads for these rows, and what their gate reads, (rows, gate_dim)."""
+    batch = model._batch(rows, answers=False)
+    mask = batch["attention_mask"]
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    inputs = {"inputs_embeds": model._embeds(batch, hybrid=True), "attention_mask": mask, "position_ids": positions}
+    return inputs, model.encoder.encode(batch["history"])
+
+
+@torch.no_grad()
+def read(model: LanguageRecommender, inputs: dict, z: Tensor) -> dict:
+    """What it reads next, when these prompts are in its cache and each row has written its likeliest token."""
+    cache = DynamicCache()
+    written = model.language_model(**inputs, past_key_values=cache, sequence_embeds=z).logits[:, -1].argmax(-1)
+    positions, mask = inputs["position_ids"][:, -1:] + 1, F.pad(inputs["attention_mask"], (0, 1), value=1)
+    return {"input_ids": written[:, None], "position_ids": positions, "attention_mask": mask, "past_key_values": cache}
+
+
+@torch.no_grad()
+def next_logits(model: LanguageRecommender, inputs: dict, z: Tensor | None = None) -> Tensor:
+    """(rows, vocabulary); z of the rows, or None where a user's adapter is merged."""
+    guidance = {} if z is None else {"sequence_embeds": z}
+    logits = model.language_model(**inputs, **guidance, logits_to_keep=1).logits[:, -1]
+    if "past_key_values" in inputs:
+        inputs["past_key_values"].crop(-1)  # as it was
+    return logits
+
+
+def serve_merged(model: LanguageRecommender, alone: list[dict], z: Tensor) -> Tensor:
+    """`next_logits` of each user alone, the adapter of each merged into the weights for that."""
+    found = []
+    for row, inputs in enumerate(alone):
+        with model.language_model.base_model.sequence_embeds(z[[row]]):
+            model.language_model.merge_adapter()
+        found.append(next_logits(model, inputs))
+        model.language_model.unmerge_adapter()
+    return torch.cat(found)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    numbers = {"examples": 256, "questions": 128, "clients": 64, "batch_size": 32, "users": 2000}
+    parser = measure.parser(__doc__, rounds=5, **numbers)
+    parser.add_argument("--dataset", default="world", help="(world)")
+    parser.add_argument("--data-dir", default="", help="the folder with its files")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="which parts (all)")
+    options = parser.parse_args(arguments)
+    run, out = measure.start("language", options, "data_dir", "parts")
+    bench, metrics = Bench(options), {}
+    counted = {"training": bench.train, "serving": bench.clients, "next token": bench.clients}
+    for part in options.parts:
+        ways, agreement = PARTS[part](bench)
+        metrics[part], found = measure.compare(ways, options.rounds, run.device, GOALS.get(part))
+        metrics[part]["rows"] = len(counted.get(part, bench.rows))
+        metrics[part]["agreement"] = agreement(found)
+        measure.show(part, metrics[part])
+        run.save(metrics, path=out)
+    print(out)
+
+
+if __name__ == "__main__":
+    main()
