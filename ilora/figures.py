@@ -47,6 +47,37 @@ def intervals(table: pd.DataFrame, label: str, chance: float | None = None, ax: 
     return ax
 
 
+def panels(tables: dict[str, pd.DataFrame], label: str, mark: str, at: float) -> np.ndarray:
+    """`intervals` of several tables side by side, an axes each, with a marked line; rows are the systems of all."""
+    rows = list(dict.fromkeys(row for table in tables.values() for row in table.index))
+    size = (2.2 + 2.4 * len(tables), 1.1 + 0.3 * len(rows))
+    figure, axes = plt.subplots(1, len(tables), figsize=size, squeeze=False, sharey=True)
+    for ax, (name, table) in zip(axes[0], tables.items(), strict=True):
+        intervals(table.reindex(rows), "", at, ax)
+        ax.texts[-1].set_text(mark)
+        ax.set(title=f"{name}, n = {int(table['n'].iloc[0])}", xlabel="")
+    figure.supxlabel(f"{label}, with 95 % interval", fontsize=10)
+    return axes[0]
+
+
+def error_parts(tables: dict[str, pd.DataFrame]) -> np.ndarray:
+    """Standard errors by cause, for each system of each table of `table.summary`, an axes a table."""
+    causes = {"error_users": "users", "error_seeds": "seeds", "error_draws": "draws of candidates"}
+    size = (2.2 + 2.4 * len(tables), 1.3 + 0.42 * max(map(len, tables.values())))
+    figure, axes = plt.subplots(1, len(tables), figsize=size, squeeze=False, sharex=True)
+    for ax, (name, table) in zip(axes[0], tables.items(), strict=True):
+        place = np.arange(len(table))
+        for index, (cause, meaning) in enumerate(causes.items()):
+            look = {"color": COLOURS[index], "hatch": HATCHES[index], "edgecolor": "white"}
+            label = meaning if ax is axes[0, 0] else None
+            ax.barh(place + 0.27 * (index - 1), table[cause].astype(float).fillna(0), 0.27, label=label, **look)
+        ax.set(yticks=place, yticklabels=table.index if ax is axes[0, 0] else [], title=name)
+        ax.invert_yaxis()
+    figure.supxlabel("standard error of HitRatio@1", fontsize=10)
+    figure.legend(loc="outside upper center", ncols=len(causes))
+    return axes[0]
+
+
 def losses(histories: dict[str, pd.DataFrame], span: int = 20, ax: Axes | None = None) -> Axes:
     """Training loss against sequences seen, one line a run: the mean of the last `span` steps."""
     ax = ax or plt.subplots()[1]

@@ -70,6 +70,12 @@ PARAMETERS: dict[str, Parameter] = {
     "gradient_limit": _at_least(0, "training sequences whose gradients are compared; 0: all"),
     "encoder_epochs": _at_least(1, "SASRec: passes over the training users"),
     "eval_windows": _one_of(("last", "all"), "test windows: each user's last, or all"),
+    "text_encoder": Parameter(
+        str, "MoRec: a sentence-transformers model by name or folder", lambda value: bool(value.strip()), "a name"
+    ),
+    "chat_url": Parameter(str, "ChatRec: base URL of an OpenAI-compatible endpoint", lambda value: True, "a URL"),
+    "chat_model": Parameter(str, "ChatRec: the model's name there", lambda value: True, "a name"),
+    "chat_limit": _at_least(1, "ChatRec: questions asked of the endpoint"),
     "device": Parameter(str, "auto, cpu, cuda, cuda:N or mps", bool, "auto, cpu, cuda, cuda:N or mps"),
 }
 

@@ -102,6 +102,7 @@ def tuned_folder(
     train_limit: int = 0,
     seed: int = 0,
     device: str = "auto",
+    micro_batch_size: int = 32,
 ) -> Path:
     """The folder of a language model tuned with LoRA (experts 1) or iLoRA as LLaRA does; made once and kept.
 
@@ -114,7 +115,7 @@ def tuned_folder(
     on_gpu = runs.pick_device(device).type == "cuda"
     arguments = TrainingArguments(
         epochs, batch_size, learning_rate, weight_decay=1e-5, seed=seed, precision="bf16" if on_gpu else "no",
-        snapshots=SNAPSHOTS, micro_batch_size=32, save_every=100, device=device,
+        snapshots=SNAPSHOTS, micro_batch_size=micro_batch_size, save_every=100, device=device,
     )  # fmt: skip
     adapter = {"rank": rank, "alpha": alpha, "dropout": dropout, "experts": experts}
     adapter |= {"gate": gate} if experts > 1 else {}
