@@ -99,6 +99,12 @@ def over_seeds(table: pd.DataFrame, by: Sequence[str], columns: Mapping[str, str
     return pd.DataFrame(rows, columns=None if rows else ["system", *by, "value", "low", "high", "n", "runs"])
 
 
+def less(table: pd.DataFrame, one: str, other: str) -> dict:
+    """`student` of column `one` less column `other`, of runs that have both."""
+    both = table.reindex(columns=["seed", one, other]).dropna().sort_values("seed")
+    return student(both[one] - both[other])
+
+
 def slope(table: pd.DataFrame, x: str, column: str, per_doubling: bool = False) -> dict:
     """`student` of a straight line's slope of `column` over `x`, one for each seed that has two values of `x`."""
     known = table.reindex(columns=["seed", x, column]).dropna().astype(float)

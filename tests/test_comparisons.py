@@ -95,6 +95,12 @@ def test_means_over_seeds_have_students_interval():
         comparisons.over_seeds(table.assign(seed=0), ["k"], {"A": "a"})
 
 
+def test_less_is_a_difference_run_by_run():
+    table = pd.DataFrame({"seed": [1, 0, 2], "a": [0.5, 0.9, None], "b": [0.4, 0.5, 1.0]})
+    assert comparisons.less(table, "a", "b")["runs"] == pytest.approx([0.4, 0.1])
+    assert comparisons.less(table, "a", "nowhere")["n"] == 0
+
+
 def test_a_slope_is_of_each_seed_and_then_over_seeds():
     table = pd.DataFrame({"seed": [0, 0, 1, 1, 2, 2, 3], "x": [0, 1, 0, 1, 0, 2, 1], "y": [5, 6.0, 0, 3, 1, 5, 9]})
     found = comparisons.slope(table, "x", "y")
