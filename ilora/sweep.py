@@ -15,6 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from scipy import stats
@@ -128,6 +129,20 @@ def read(folder: str | Path) -> pd.DataFrame:
         measured = {name.removesuffix(".value"): value for name, value in values.items()}
         rows.append(result["parameters"] | measured | {"device": result["device"]["name"], "commit": result["commit"]})
     return pd.DataFrame(rows)
+
+
+def kept_gates(folder: str | Path, **wanted: Any) -> dict[int, pd.DataFrame]:
+    """experts -> gate weights (histories, experts), rows named by user, of the runs in `folder` with these parameters.
+
+    Runs that kept none, as `gate.users` and `gate.weights` among their metrics, are left out.
+    """
+    found = {}
+    for path in sorted(Path(folder).glob("*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        gate = result["metrics"].get("gate", {})
+        if "weights" in gate and result["parameters"].items() >= wanted.items():
+            found[result["parameters"]["experts"]] = pd.DataFrame(gate["weights"], index=gate["users"])
+    return found
 
 
 def over_seeds(table: pd.DataFrame, by: str, columns: Mapping[str, str]) -> pd.DataFrame:
