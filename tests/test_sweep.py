@@ -48,6 +48,16 @@ def test_results_are_read_as_one_table(fake, tmp_path):
         sweep.read(tmp_path / "empty")
 
 
+def test_gates_are_read_of_runs_that_kept_them(home):
+    gate = {"users": [7, 8], "weights": [[0.25, 0.75], [0.5, 0.5]]}
+    runs.Run("04", {"experts": 2, "seed": 0}).save({"gate": gate})
+    runs.Run("04", {"experts": 4, "seed": 0}).save({"gate": {"entropy": {"value": 1.0}}})
+    runs.Run("04", {"experts": 8, "seed": 1}).save({"gate": gate})
+    (experts, weights), *others = sweep.kept_gates(runs.home() / "results", seed=0).items()
+    assert experts == 2 and not others
+    assert weights.index.tolist() == [7, 8] and weights.loc[7].tolist() == [0.25, 0.75]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
