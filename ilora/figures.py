@@ -228,7 +228,7 @@ def idea() -> Figure:
     ax.text(66, 63, "each projection of the language model", ha="center", va="center", fontsize=9)
     ax.text(79.5, 18, "K weights", ha="left", va="center", fontsize=9)
     ax.text(80, 42, "+", ha="center", va="center", fontsize=14)
-    ax.text(1, 2, "blue: frozen     orange: trained", fontsize=9)
+    ax.text(1, 2, "blue is frozen, orange is trained", fontsize=9)
     return figure
 
 

@@ -7,10 +7,12 @@ document.addEventListener("DOMContentLoaded", () => {
     const show = () => {
       figures.forEach((figure, place) => { figure.hidden = place !== input.valueAsNumber; });
       const shown = figures[input.valueAsNumber];
+      shown.tabIndex = shown.scrollWidth > shown.clientWidth ? 0 : -1;  // what scrolls must be reached by keys
       control.querySelector("output").textContent = shown.dataset.at;
       input.setAttribute("aria-valuetext", shown.querySelector("figcaption").textContent);
     };
     input.addEventListener("input", show);
+    window.addEventListener("resize", show);
     control.hidden = false;
     show();
   }
