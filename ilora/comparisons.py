@@ -7,6 +7,7 @@ Where there are no results a table is empty, and figures say so.
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -71,6 +72,20 @@ def per_epoch(table: pd.DataFrame) -> pd.DataFrame:
     long = long.set_axis(["setting", "seed", "experts", "hit_ratio"], axis=1).dropna()
     long["epoch"] = [[*range(1, 1 + len(values))] for values in long["hit_ratio"]]
     return long.explode(["epoch", "hit_ratio"], ignore_index=True).astype({"epoch": int, "hit_ratio": float})
+
+
+def kept_gates(folder: str | Path, **wanted: Any) -> dict[int, pd.DataFrame]:
+    """experts -> gate weights (histories, experts), rows named by user, of the runs in `folder` with these parameters.
+
+    Runs that kept none, as `gate.users` and `gate.weights` among their metrics, are left out.
+    """
+    found = {}
+    for path in sorted(Path(folder).glob("*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        gate = result["metrics"].get("gate", {})
+        if "weights" in gate and result["parameters"].items() >= wanted.items():
+            found[result["parameters"]["experts"]] = pd.DataFrame(gate["weights"], index=gate["users"])
+    return found
 
 
 # ---------------------------------------------------------------- over seeds

@@ -4,6 +4,7 @@ Colours are Okabe and Ito's, which colour-blind readers tell apart; for a print 
 a hatch or the order says the same. Every function returns the axes it drew on, for a title among others.
 """
 
+import io
 import itertools
 import textwrap
 
@@ -298,6 +299,87 @@ def relation(
     axes[0, 0].set_ylabel(y)
     figure.supxlabel(x, fontsize=10)
     return axes[0]
+
+
+def idea() -> Figure:
+    """The method in one picture; on the page `idea` stands what this prints into book/assets/idea.svg:
+
+    python -c "from ilora import figures as f; f.style(); print(f.svg(f.idea()), end='')"
+    """
+    figure, ax = plt.subplots(figsize=(7.6, 4.6))
+    ax.set(xlim=(0, 100), ylim=(0, 64))
+    ax.axis("off")
+    frozen, trained = {"facecolor": "#d9e6f2", "edgecolor": "#0072B2"}, {"facecolor": "#fdebc8", "edgecolor": "#B36B00"}
+    plain = {"facecolor": "white", "edgecolor": "0.4"}
+    boxes = {
+        "history": (1, 27, 17, 12, "history\nof ten titles", plain),
+        "prompt": (27, 50, 21, 11, "prompt: history\nand 20 candidates", plain),
+        "SASRec": (27, 6, 14, 10, "SASRec", frozen),
+        "z": (46, 6, 8, 10, "z", plain),
+        "gate": (59, 6, 14, 10, "gate", trained),
+        "W": (60, 45, 12, 16, "W", frozen),
+        "A": (60, 28, 12, 6, "A", trained),
+        "middle": (75, 28, 11, 6, "K w times", trained),
+        "B": (88, 28, 11, 6, "B", trained),
+        "title": (85, 50, 14, 11, "next title", plain),
+    }
+    for x, y, width, height, text, look in boxes.values():
+        ax.add_patch(plt.Rectangle((x, y), width, height, linewidth=1.4, **look))
+        ax.text(x + width / 2, y + height / 2, text, ha="center", va="center")
+    for expert in range(1, 4):  # A, the middle and B are cut into four experts
+        for x, y, width, *_ in (boxes[name] for name in ("A", "middle", "B")):
+            ax.plot([x + width * expert / 4] * 2, [y, y + 1.2], color="#B36B00", linewidth=1.2)
+    arrows = [
+        ((18, 36), (27, 53)), ((18, 30), (27, 13)), ((48, 55.5), (60, 55.5)), ((72, 55.5), (85, 55.5)),
+        ((41, 11), (46, 11)), ((54, 11), (59, 11)), ((73, 11), (80.5, 28)), ((52, 55.5), (60, 31)),
+        ((72, 31), (75, 31)), ((86, 31), (88, 31)), ((93.5, 34), (79, 55)),
+    ]  # fmt: skip
+    for start, end in arrows:
+        ax.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": "0.3", "linewidth": 1.2})
+    ax.text(66, 63, "each projection of the language model", ha="center", va="center", fontsize=9)
+    ax.text(79.5, 18, "K weights", ha="left", va="center", fontsize=9)
+    ax.text(80, 42, "+", ha="center", va="center", fontsize=14)
+    ax.text(1, 2, "blue is frozen, orange is trained", fontsize=9)
+    return figure
+
+
+def svg(figure: Figure) -> str:
+    """The figure as an SVG document whose text stays text, which keeps it small; closes it. Equal for equal figures."""
+    text = io.StringIO()
+    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "ilora", "font.sans-serif": ["DejaVu Sans"]}):
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    plt.close(figure)
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
+
+
+def scored(scores: dict[str, np.ndarray], titles: list[str], right: int, ax: Axes | None = None) -> Axes:
+    """Shares of each system for the titles on offer, bars side by side, in the order given; `right` is the answer's."""
+    ax = ax or plt.subplots(figsize=(6.4, 0.9 + 0.26 * len(titles)))[1]
+    place, height = np.arange(len(titles)), 0.8 / len(scores)
+    for index, (name, share) in enumerate(scores.items()):
+        look = {"color": COLOURS[index], "hatch": HATCHES[index], "edgecolor": "white"}
+        ax.barh(place + (index - (len(scores) - 1) / 2) * height, share, height, label=name, **look)
+    names = [f"{title} (read next)" if index == right else title for index, title in enumerate(titles)]
+    ax.set(xlim=(0, 1), xlabel="share of the probability of the twenty titles", yticks=place, yticklabels=names)
+    ax.get_yticklabels()[right].set_fontweight("bold")
+    ax.invert_yaxis()
+    ax.grid(visible=False, axis="y")
+    ax.figure.legend(loc="outside upper center", ncols=len(scores))
+    return ax
+
+
+def experts_at(trend: pd.DataFrame, experts: int, weights: np.ndarray | None, names: list[str]) -> np.ndarray:
+    """HitRatio@1 against the number of experts with `experts` marked, beside gate weights (n, experts) where known."""
+    width = [1, 1.4] if weights is not None else [1]
+    axes = plt.subplots(1, len(width), figsize=(7.4, 3.6), width_ratios=width, squeeze=False)[1][0]
+    error = [trend["value"] - trend["low"], trend["high"] - trend["value"]]
+    axes[0].errorbar(trend["experts"], trend["value"], yerr=error, fmt="o-", capsize=3, color="0.5")
+    here = trend[trend["experts"] == experts]
+    axes[0].plot(here["experts"], here["value"], "o", markersize=11, color=COLOURS[5])
+    axes[0].set(xticks=trend["experts"], xlabel="experts K", ylabel="HitRatio@1, mean with 95 % interval")
+    if weights is not None:
+        gate_bars(weights, names, axes[1])
+    return axes
 
 
 def _ink(colour: str | tuple[float, ...]) -> str:

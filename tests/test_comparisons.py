@@ -196,3 +196,14 @@ def test_records_can_be_written_as_json():
     assert json.loads(json.dumps(rows, allow_nan=False)) == [
         {"value": 0.5, "low": None, "high": None, "n": 1, "runs": [0.5], "p": None}
     ]
+
+
+def test_gates_are_read_of_runs_that_kept_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("ILORA_HOME", str(tmp_path))
+    gate = {"users": [7, 8], "weights": [[0.25, 0.75], [0.5, 0.5]]}
+    runs.Run("04", {"experts": 2, "seed": 0}).save({"gate": gate})
+    runs.Run("04", {"experts": 4, "seed": 0}).save({"gate": {"entropy": {"value": 1.0}}})
+    runs.Run("04", {"experts": 8, "seed": 1}).save({"gate": gate})
+    (experts, weights), *others = comparisons.kept_gates(runs.home() / "results", seed=0).items()
+    assert experts == 2 and not others
+    assert weights.index.tolist() == [7, 8] and weights.loc[7].tolist() == [0.25, 0.75]

@@ -17,6 +17,8 @@ TREND = TREND.assign(n=3, runs=RUNS, setting=["world", "world", "movielens, epoc
 PAIRED = TREND.assign(variant=["random", "token", "random", "random"], value=[-0.1, 0.1, 0.2, 0.3])
 PAIRED = PAIRED.assign(low=PAIRED["value"] - 0.1, high=PAIRED["value"] + 0.1)
 MAPS = {f"LoRA {kind}": np.corrcoef(RNG.normal(size=(8, 20))) for kind in "abcdefgh"}
+EXPERTS = pd.DataFrame({"experts": [1, 4], "value": [0.5, 0.6], "low": [0.4, 0.5], "high": [0.6, 0.7]})
+SHARES = RNG.dirichlet([1] * 20, size=2)
 GATES, GROUPS = RNG.dirichlet([1, 1, 1, 1], size=12), np.arange(12) % 3
 
 
@@ -45,6 +47,8 @@ DRAW = {
     "state_map": lambda: figures.state_map(RNG.normal(size=(30, 2)), np.arange(30) % 10, "group"),
     "gate_bars": lambda: figures.gate_bars(GATES, [f"user {n}" for n in range(12)]),
     "gate_by_label": lambda: figures.gate_by_label(GATES, GROUPS, "group"),
+    "scored": lambda: figures.scored({"LoRA": SHARES[0], "iLoRA": SHARES[1]}, [f"title {n}" for n in range(20)], 7),
+    "experts_at": lambda: figures.experts_at(EXPERTS, 4, GATES, [f"user {n}" for n in range(12)])[0],
 }
 
 
@@ -123,6 +127,20 @@ def test_bars_are_the_gates_weights():
     assert len({bar.get_y() for bar in ax.containers[0]}) == 12
     heights = [[bar.get_height() for bar in bars] for bars in DRAW["gate_by_label"]().containers]
     np.testing.assert_allclose(np.array(heights).T, [GATES[group == GROUPS].mean(0) for group in range(3)])
+
+
+def test_scored_titles_have_a_bar_a_system_and_the_answer_is_named():
+    ax = DRAW["scored"]()
+    np.testing.assert_allclose([[bar.get_width() for bar in bars] for bars in ax.containers], SHARES)
+    names = [label.get_text() for label in ax.get_yticklabels()]
+    assert names[7] == "title 7 (read next)" and names[8] == "title 8"
+
+
+def test_the_number_of_experts_is_marked_beside_its_gates():
+    trend, bars = figures.experts_at(EXPERTS, 4, GATES, [""] * 12)
+    assert [list(line.get_xdata()) for line in trend.lines[-1:]] == [[4]]
+    assert len(bars.containers) == 4
+    assert len(figures.experts_at(EXPERTS, 1, None, [])) == 1
 
 
 @pytest.mark.parametrize(("colour", "ink"), [("#0072B2", "white"), ("#E69F00", "black"), ("white", "black")])

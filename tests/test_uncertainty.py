@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ilora.comparison import compare, holm, mcnemar, spread, user_test
+from ilora.uncertainty import compare, holm, mcnemar, spread, user_test
 
 
 def table(seeds=3, draws=4, users=60, windows=2, sd=(0.0, 0.0, 0.0, 1.0), mean=0.0, seed=0):
