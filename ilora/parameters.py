@@ -71,6 +71,7 @@ PARAMETERS: dict[str, Parameter] = {
     "epochs": _at_least(1, "passes over the training sequences"),
     "learning_rate": Parameter(float, "peak learning rate", lambda value: 0 < value < 1, "above 0 and below 1"),
     "batch_size": _at_least(1, "sequences per optimiser step"),
+    "micro_batch_size": _at_least(1, "sequences at once on a device; changes a result by rounding alone"),
     "train_limit": _at_least(0, "training sequences used; 0: all"),
     "test_limit": _at_least(0, "test sequences used; 0: all"),
     "gradient_limit": _at_least(0, "training sequences whose gradients are compared; 0: all"),

@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from ilora import comparison, data, evaluation, pipeline, runs
+from ilora import data, evaluation, pipeline, runs, uncertainty
 from ilora.chat import ChatRec
 from ilora.parameters import parse_parameters
 from ilora.recommenders import Popularity, Recommender
@@ -32,11 +32,13 @@ from ilora.traditional import choose_l2, fit_recommender, table_1
 SETTINGS = {  # the notebooks' parameters that a table has, and their values unless -p says otherwise
     "conflict": 0.5, "users": 2000, "window": 10, "base_model": "embedded", "rank": 8, "alpha": 32.0, "dropout": 0.0,
     "experts": 4, "epochs": 1, "learning_rate": 3e-3, "batch_size": 32, "train_limit": 20000, "test_limit": 1000,
+    "micro_batch_size": 32,
     "text_encoder": "sentence-transformers/all-MiniLM-L6-v2", "chat_url": "", "chat_model": "", "chat_limit": 100,
     "device": "auto",
 }  # fmt: skip
 WORLD = ("conflict", "users")
-ADAPTER = ("base_model", "rank", "alpha", "dropout", "epochs", "learning_rate", "batch_size", "train_limit", "device")
+ADAPTER = ("base_model", "rank", "alpha", "dropout", "epochs", "learning_rate", "batch_size", "train_limit")
+FREE = ("device", "micro_batch_size")  # what changes a result by rounding alone
 KINDS_OF_WINDOWS = ("last", "all")
 
 
@@ -64,7 +66,7 @@ def trained(dataset: data.Dataset, kind: str, seed: int, settings: Mapping[str, 
 
 
 def _recommender(kind: str, *uses: str) -> System:
-    return System(lambda dataset, seed, settings: trained(dataset, kind, seed, settings), ("device", *uses))
+    return System(lambda dataset, seed, settings: trained(dataset, kind, seed, settings), uses)
 
 
 def _tuned(encoder: str = "", experts: bool = False) -> System:
@@ -72,7 +74,9 @@ def _tuned(encoder: str = "", experts: bool = False) -> System:
 
     def make(dataset: data.Dataset, seed: int, settings: Mapping[str, Any]) -> evaluation.System:
         items = trained(dataset, encoder, seed, settings) if encoder else None
-        chosen = {name: settings[name] for name in ADAPTER} | ({"experts": settings["experts"]} if experts else {})
+        chosen = {name: settings[name] for name in (*ADAPTER, *FREE)} | (
+            {"experts": settings["experts"]} if experts else {}
+        )
         return pipeline.tuned(dataset, items, seed=seed, window=settings["window"], **chosen)[0]
 
     return System(make, (*ADAPTER, "experts") if experts else ADAPTER)
@@ -95,7 +99,7 @@ SYSTEMS = {
     "Caser": _recommender("Caser"),
     "SASRec": _recommender("SASRec"),
     "MoRec": _recommender("MoRec", "text_encoder"),
-    "Language model": System(_untuned, ("base_model", "device"), seeds=False),  # the paper's Llama2
+    "Language model": System(_untuned, ("base_model",), seeds=False),  # the paper's Llama2
     "ChatRec": System(_chat, ("chat_url", "chat_model", "chat_limit"), seeds=False),
     "TALLRec": _tuned(),
     "LLaRA (GRU4Rec)": _tuned("GRU4Rec"),
@@ -123,7 +127,7 @@ class Cell:
     def parameters(self) -> dict[str, Any]:
         """What decides the result, and no more, so that a setting of other systems does not run this one again."""
         world = WORLD if self.dataset == "world" else ()
-        uses = {"window", "test_limit", *world, *SYSTEMS[self.system].uses} - {"device"}
+        uses = {"window", "test_limit", *world, *SYSTEMS[self.system].uses}.difference(FREE)
         own = {"system": self.system, "dataset": self.dataset, "seed": self.seed, "draws": self.draws}
         return own | {name: self.settings[name] for name in sorted(uses)}
 
@@ -142,7 +146,7 @@ class Cell:
 def run(cell: Cell) -> Path:
     """Make the cell's system, ask it, and write its result."""
     settings = cell.settings
-    timed = runs.Run("table", cell.parameters | {"device": settings["device"]})
+    timed = runs.Run("table", cell.parameters | {name: settings[name] for name in FREE})
     drawn = {"conflict": settings["conflict"], "users": settings["users"], "seed": cell.seed}
     dataset = data.load(cell.dataset, cell.data_dir, **(drawn if cell.dataset == "world" else {}))
     system = SYSTEMS[cell.system].make(dataset, cell.seed, settings)
@@ -155,7 +159,9 @@ def run(cell: Cell) -> Path:
     metrics = {windows: {"hit_ratio": _share(own["hit"]), "valid_ratio": _share(own["valid"])}
                for windows, own in found.items()}  # fmt: skip
     metrics["notes"] = list(dataset.notes)
-    return timed.save(metrics, found, cell.result)
+    return timed.save(
+        metrics, {f"{windows} {n}": v for windows, own in found.items() for n, v in own.items()}, cell.result
+    )
 
 
 def _answers(system: evaluation.System, asked: pipeline.Questions, draws: int) -> dict[str, list]:
@@ -320,13 +326,16 @@ def answers(results: Sequence[Mapping], dataset: str, windows: str = "last") -> 
         own.sort(key=lambda result: result["parameters"]["seed"])
         if not own:
             continue
-        settings = [{k: v for k, v in r["parameters"].items() if k != "seed"} for r in own]
+        settings = [{k: v for k, v in r["parameters"].items() if k not in ("seed", *FREE)} for r in own]
         if any(other != settings[0] for other in settings):
             raise runs.UserError(f"the results of {system} on {dataset} are of several settings: keep one in a folder")
-        parts = [result["outcomes"][windows] for result in own]
-        hit, valid = (np.array([[_bits(row) for row in part[name]] for part in parts]) for name in ("hit", "valid"))
-        users = np.repeat(np.arange(len(parts[0]["windows"])), parts[0]["windows"])
-        found[system] = Answers(hit, valid, users, tuple(parts[0]["questions"]))
+        hit, valid = (
+            np.array([[_bits(row) for row in r["outcomes"][f"{windows} {name}"]] for r in own])
+            for name in ("hit", "valid")
+        )
+        of_users = own[0]["outcomes"][f"{windows} windows"]
+        users, questions = np.repeat(np.arange(len(of_users)), of_users), own[0]["outcomes"][f"{windows} questions"]
+        found[system] = Answers(hit, valid, users, tuple(questions))
     return found
 
 
@@ -339,24 +348,24 @@ def _bits(text: str) -> np.ndarray:
 
 
 def summary(found: Mapping[str, Answers]) -> pd.DataFrame:
-    """One row a system: hit_ratio (right of all) as `comparison.spread` gives it, valid_ratio, hit_ratio_of_valid."""
+    """One row a system: hit_ratio (right of all) as `uncertainty.spread` gives it, valid_ratio, hit_ratio_of_valid."""
     rows = {}
     for system, own in found.items():
-        row = comparison.spread(own.hit, own.users)
+        row = uncertainty.spread(own.hit, own.users)
         of_valid = own.hit.sum() / max(own.valid.sum(), 1)
         rows[system] = row | {"valid_ratio": own.valid.mean(), "hit_ratio_of_valid": of_valid}
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
 def comparisons(found: Mapping[str, Answers], system: str = "iLoRA") -> pd.DataFrame:
-    """`comparison.compare` of one system with each that was asked the same, and Holm's p over these comparisons."""
+    """`uncertainty.compare` of one system with each that was asked the same, and Holm's p over these comparisons."""
     rows = {
-        other: comparison.compare(found[system].hit, own.hit, own.users)
+        other: uncertainty.compare(found[system].hit, own.hit, own.users)
         for other, own in found.items()
         if other != system and own.questions == found[system].questions
     }
     table = pd.DataFrame.from_dict(rows, orient="index")
-    return table.assign(p_holm=comparison.holm(table["p"]))
+    return table.assign(p_holm=uncertainty.holm(table["p"]))
 
 
 def datasets(results: Sequence[Mapping]) -> list[str]:

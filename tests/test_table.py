@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ilora import comparison, data, runs, table
+from ilora import data, paper, runs, table
 from ilora.recommenders import Popularity
 
 FEW = {"users": 60, "test_limit": 12, "train_limit": 16, "base_model": "embedded", "device": "cpu"}
@@ -33,7 +33,7 @@ def some(systems=SMALL, seeds=(0,), draws=2, **settings):
 
 
 def test_every_row_of_the_paper_is_a_system():
-    ours = {"Language model" if name == "Llama2" else name for name in table.paper.table()["system"]}
+    ours = {"Language model" if name == "Llama2" else name for name in paper.table()["system"]}
     assert ours - set(table.SYSTEMS) == set()
 
 
@@ -55,8 +55,8 @@ def test_cells_are_asked_the_same_questions_and_can_be_read(home):
     assert set(summary["n"]) == {6}
     compared = table.comparisons(table.answers(results, "world"))
     assert list(compared.index) == SMALL[:2]
-    np.testing.assert_allclose(compared["p_holm"], comparison.holm(compared["p"]))
-    text = table.readable({"world": summary}, table.paper.table().set_index(["dataset", "system"])["hit_ratio"])
+    np.testing.assert_allclose(compared["p_holm"], uncertainty.holm(compared["p"]))
+    text = table.readable({"world": summary}, paper.table().set_index(["dataset", "system"])["hit_ratio"])
     assert text.loc[("world", "iLoRA"), "paper, other base"] == "-"
     assert table.provenance(results).loc[("world", "iLoRA"), "seeds"] == 1
     assert table.verdicts({"world": compared}).name == "iLoRA"
@@ -72,7 +72,7 @@ def test_popularity_is_right_where_a_loop_says_so(home):
     best = [offered[counts[offered].argmax()] for _, offered, _ in asked]
     result = json.loads(cell.result.read_text())
     right = "".join("01"[int(item == row[2])] for item, row in zip(best, asked, strict=True))
-    assert result["outcomes"]["last"]["hit"] == [right]
+    assert result["outcomes"]["last hit"] == [right]
     assert result["metrics"]["last"]["hit_ratio"] == right.count("1") / len(right)
 
 
@@ -135,9 +135,9 @@ def test_a_wrong_command_ends_in_one_sentence(home, capsys, arguments, sentence)
 
 def test_mixed_settings_are_refused_and_other_questions_not_compared():
     def result(system, seed, questions, **settings):
-        part = {"hit": ["01"], "valid": ["11"], "questions": [questions], "windows": [1, 1]}
+        part = {"last hit": ["01"], "last valid": ["11"], "last questions": [questions], "last windows": [1, 1]}
         about = {"system": system, "dataset": "movielens", "seed": seed, "draws": 1, **settings}
-        return {"parameters": about, "outcomes": {"last": part}}
+        return {"parameters": about, "outcomes": part}
 
     same = [result("iLoRA", 0, "a"), result("iLoRA", 1, "a"), result("Popularity", 0, "a")]
     assert table.answers(same, "movielens")["iLoRA"].hit.tolist() == [[[False, True]], [[False, True]]]
