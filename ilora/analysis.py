@@ -22,7 +22,7 @@ from tqdm import tqdm
 from ilora import runs
 from ilora.evaluation import interval
 from ilora.model import LanguageRecommender, Questions
-from ilora.recommenders import SASRec
+from ilora.recommenders import SequenceModel
 from ilora.training import load_snapshot
 
 RESTARTS = 10
@@ -34,7 +34,7 @@ LEAST_PERSONAL = 0.01  # a gate that moves less of its weight than this is calle
 
 
 @torch.no_grad()
-def representations(encoder: SASRec, history: np.ndarray, batch_size: int = 4096) -> np.ndarray:
+def representations(encoder: SequenceModel, history: np.ndarray, batch_size: int = 4096) -> np.ndarray:
     """z of padded histories (n, window) -> (n, dim), the gate's input (Eq. 10)."""
     encoder.eval()
     device = encoder.item_embeddings.device

@@ -5,52 +5,66 @@ are reported, by name: `hit_ratio` and `hit_ratio_of_valid`. `rank_...` come fro
 likelihood or score, where every answer is valid by construction.
 """
 
+from typing import Protocol
+
 import numpy as np
 import pandas as pd
-import torch
 from scipy import stats
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from ilora.model import LanguageRecommender, Questions
-from ilora.recommenders import Recommender
+from ilora.model import Questions
 
 NO_ANSWER = -1
 QUESTION = ["user", "position", "target", "candidates"]  # the columns that say what was asked
 RESAMPLES = 2000
 
 
-def ask(
-    recommender: LanguageRecommender, questions: Questions, batch_size: int = 64, write: bool = True
-) -> pd.DataFrame:
-    """Outcomes of a language recommender, one row a question in the order of `questions`.
+class System(Protocol):
+    """What can be asked: it has `rank` or `generate`, or both. A row is one of Questions.
 
-    user, position, target, candidates (a digest of them): what was asked; answer: the item named, NO_ANSWER if
-    invalid; valid, hit; rank: the target's place among the candidates by likelihood, from 1. With `write=False`
-    the first-ranked candidate is the answer.
+    Optional: `length(row)`, so that rows of like length are asked together.
     """
-    recommender.eval()
+
+    def rank(self, rows: list[tuple[np.ndarray, np.ndarray, int]]) -> Tensor:
+        """(rows, candidates) scores of the candidates."""
+
+    def generate(self, rows: list[tuple[np.ndarray, np.ndarray, int]]) -> list[int | None]:
+        """For each row the column of the candidate that the system names; None for an invalid answer."""
+
+
+def ask(
+    recommender: System, questions: Questions, batch_size: int = 64, write: bool = True, rank: bool = True
+) -> pd.DataFrame:
+    """Outcomes of any system, one row a question in the order of `questions`.
+
+    user, position, target, candidates (a digest of them): what was asked; answer: the item that `generate` names,
+    NO_ANSWER if invalid; valid, hit; rank: the target's place among the candidates by `rank`, from 1. Without
+    `generate`, or with `write=False`, the first-ranked candidate is the answer; without `rank` there is no such column.
+    With `rank=False` a system that writes is not asked to rank.
+    """
+    writes = write and hasattr(recommender, "generate")
+    ranks = (rank or not writes) and hasattr(recommender, "rank")
+    if not writes and not ranks:
+        raise ValueError(f"{type(recommender).__name__} can only write: ask it with write=True")
+    if isinstance(recommender, nn.Module):
+        recommender.eval()
     rows = [questions[i] for i in range(len(questions))]
-    order = sorted(range(len(rows)), key=lambda i: recommender.length(rows[i]))  # rows of like length together
-    answer, rank = np.full(len(rows), NO_ANSWER), np.zeros(len(rows), int)
-    with tqdm(total=len(rows), unit="question", desc="asking", mininterval=1) as bar:
+    order = np.arange(len(rows))
+    if hasattr(recommender, "length"):
+        order = np.argsort([recommender.length(row) for row in rows], kind="stable")  # like lengths together
+    answer, place = np.full(len(rows), NO_ANSWER), np.zeros(len(rows), int)
+    with tqdm(total=len(rows), unit="question", desc="asking", mininterval=1, delay=1) as bar:
         for start in range(0, len(rows), batch_size):
             index = order[start : start + batch_size]
             batch = [rows[i] for i in index]
-            scores = recommender.rank(batch).cpu().numpy()
-            column = recommender.generate(batch) if write else scores.argmax(1)
+            if ranks:
+                scores = recommender.rank(batch).cpu().numpy()
+                place[index] = _rank(scores, np.array([row[1] == row[2] for row in batch]))
+            column = recommender.generate(batch) if writes else scores.argmax(1)
             answer[index] = [NO_ANSWER if c is None else row[1][c] for c, row in zip(column, batch, strict=True)]
-            rank[index] = _rank(scores, np.array([row[1] == row[2] for row in batch]))
             bar.update(len(batch))
-    return _outcomes(questions, answer, rank)
-
-
-@torch.no_grad()
-def score(recommender: Recommender, questions: Questions) -> pd.DataFrame:
-    """Outcomes of a recommender without language: the answer is the candidate with the highest score."""
-    recommender.eval()
-    asked = (questions.sequences.history, questions.candidates)
-    scores = recommender.score(*(torch.from_numpy(ids).to(recommender.device) for ids in asked))
-    return choose(questions, scores.cpu().numpy())
+    return _outcomes(questions, answer, place if ranks else None)
 
 
 def choose(questions: Questions, scores: np.ndarray) -> pd.DataFrame:
@@ -67,23 +81,24 @@ def _rank(scores: np.ndarray, is_target: np.ndarray) -> np.ndarray:
     return 1 + ((scores > own) | (scores == own) & earlier).sum(1)
 
 
-def _outcomes(questions: Questions, answer: np.ndarray, rank: np.ndarray) -> pd.DataFrame:
+def _outcomes(questions: Questions, answer: np.ndarray, rank: np.ndarray | None) -> pd.DataFrame:
     asked = questions.sequences
     digest = pd.util.hash_pandas_object(pd.DataFrame(questions.candidates), index=False) % 2**16  # of each row: small
     columns = (asked.user, asked.position, asked.target, digest.astype(np.int64))
     outcomes = pd.DataFrame(dict(zip(QUESTION, columns, strict=True)))
-    return outcomes.assign(answer=answer, valid=answer != NO_ANSWER, hit=answer == asked.target, rank=rank)
+    outcomes = outcomes.assign(answer=answer, valid=answer != NO_ANSWER, hit=answer == asked.target)
+    return outcomes if rank is None else outcomes.assign(rank=rank)
 
 
 def metrics(outcomes: pd.DataFrame, seed: int = 0) -> dict[str, dict[str, float]]:
     """name -> {value, low, high, n}: each a mean over sequences with its 95 % interval.
 
     valid_ratio, hit_ratio (right of all, the paper's), hit_ratio_of_valid (right of valid, the released code's),
-    rank_hit_ratio@k and rank_ndcg@k for k = 1, 5, 10.
+    rank_hit_ratio@k and rank_ndcg@k for k = 1, 5, 10, of a system that ranks.
     """
-    rank = outcomes["rank"].to_numpy()
     values = {"valid_ratio": outcomes["valid"], "hit_ratio": outcomes["hit"]}
-    for k in (1, 5, 10):
+    for k in (1, 5, 10) if "rank" in outcomes else ():
+        rank = outcomes["rank"].to_numpy()
         values[f"rank_hit_ratio@{k}"] = rank <= k
         if k > 1:
             values[f"rank_ndcg@{k}"] = np.where(rank <= k, 1 / np.log2(1 + rank), 0.0)
