@@ -77,7 +77,7 @@ def test_the_files_on_the_page_of_own_data_are_of_the_form_it_describes(somewher
 def commands():
     for page in PAGES:
         for block in blocks(page.stem, "bash"):
-            yield from ((page.stem, shlex.split(line)) for line in block.splitlines() if line)
+            yield from ((page.stem, shlex.split(line)) for line in block.replace("\\\n", " ").splitlines() if line)
 
 
 @pytest.mark.parametrize(("page", "command"), list(commands()))
