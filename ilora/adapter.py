@@ -25,7 +25,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -123,6 +123,7 @@ class _Condition:
     weights: dict[str, Tensor]
     outer: "_Condition | None"
     of_forward: bool = False
+    factors: dict[tuple, list[Tensor]] = field(default_factory=dict)  # those not handed out yet, see `factor_of`
 
 
 # id of a tuner -> its condition. A context variable, so that threads that serve different users stay apart.
@@ -172,12 +173,8 @@ class ILoraVariant(LoraVariant):
                 "representation per row of the batch (a layer that sees loose tokens, such as OPT's fc1 or a "
                 "routed expert, cannot be adapted)."
             )
-        K = w.shape[1]
         middle = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))  # (b, s, r)
-        factor = (K * module.scaling[active_adapter] * w).to(middle)
-        factor = factor.view(factor.shape[0], *(1,) * (middle.dim() - 2), K, 1)  # (b, 1, K, 1)
-        middle = (middle.unflatten(-1, (K, -1)) * factor).flatten(-2)
-        return result + module.lora_B[active_adapter](middle)
+        return result + module.lora_B[active_adapter](middle * self.tuner.factor_of(module, active_adapter, w, middle))
 
     def merge_safe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
         self.merged = self.tuner.weights_of_one_user(module, active_adapter)
@@ -194,6 +191,13 @@ class ILoraVariant(LoraVariant):
         A = _mixed(module.lora_A[adapter].weight, self.merged)
         delta = module.scaling[adapter] * module.lora_B[adapter].weight.to(A.dtype) @ A
         return (delta.T if module.fan_in_fan_out else delta).detach()
+
+
+def _factor(w: Tensor, scale: float, rank: int, like: Tensor) -> Tensor:
+    """w (b, K) -> scale K w, each repeated p times: (b, 1.., r), with the dimensions, type and place of `like`."""
+    K = w.shape[1]
+    factor = (K * scale * w).repeat_interleave(rank // K, dim=1, output_size=rank).to(like)
+    return factor.view(len(factor), *(1,) * (like.dim() - 2), rank)
 
 
 def _mixed(A: Tensor, w: Tensor) -> Tensor:
@@ -282,6 +286,22 @@ class ILoraModel(LoraModel):
             return weights[adapter]
         return self.gate_of(layer, adapter)(z)  # a layer's own gate, or a call below the whole model
 
+    def factor_of(self, layer: LoraLayer, adapter: str, w: Tensor, middle: Tensor) -> Tensor:
+        """What the middle (b, .., r) of a layer is multiplied by: K alpha/r w, (b, 1.., r).
+
+        Under a shared gate all layers multiply by the same. It is made once a forward and handed out as slices of one
+        tensor, whose gradients are summed at once: on a GPU each small kernel more costs eager code a launch a layer.
+        """
+        scale, rank = layer.scaling[adapter], middle.shape[-1]
+        condition = self.condition()
+        if torch.compiler.is_compiling() or not condition.of_forward or adapter not in condition.weights:
+            return _factor(w, scale, rank, middle)
+        key = (adapter, scale, rank, middle.dim(), middle.dtype, middle.device, torch.is_grad_enabled())
+        if not condition.factors.get(key):
+            factor = _factor(w, scale, rank, middle)
+            condition.factors[key] = list(factor.expand(self._number, *factor.shape).unbind())
+        return condition.factors[key].pop()
+
     def weights_of_one_user(self, layer: LoraLayer, adapter: str) -> Tensor:
         """w (1, K) of the only row that the context has."""
         if (z := self.current_z()) is None or z.shape[0] != 1:
@@ -333,6 +353,7 @@ class ILoraModel(LoraModel):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config = self.peft_config[adapter_name]
+        self._number = sum(1 for _ in self._layers())
         if not config.gate_per_layer:
             first = next(layer for layer in self._layers() if adapter_name in layer.lora_A)
             with init_empty_weights() if kwargs.get("low_cpu_mem_usage") else nullcontext():

@@ -49,6 +49,37 @@ def intervals(table: pd.DataFrame, label: str, chance: float | None = None, ax: 
     return ax
 
 
+def panels(tables: dict[str, pd.DataFrame], label: str, mark: str, at: float) -> np.ndarray:
+    """`intervals` of several tables side by side, an axes each, with a marked line; rows are the systems of all."""
+    rows = list(dict.fromkeys(row for table in tables.values() for row in table.index))
+    size = (2.2 + 2.4 * len(tables), 1.1 + 0.3 * len(rows))
+    figure, axes = plt.subplots(1, len(tables), figsize=size, squeeze=False, sharey=True)
+    for ax, (name, table) in zip(axes[0], tables.items(), strict=True):
+        intervals(table.reindex(rows), "", at, ax)
+        ax.texts[-1].set_text(mark)
+        ax.set(title=f"{name}, n = {int(table['n'].iloc[0])}", xlabel="")
+    figure.supxlabel(f"{label}, with 95 % interval", fontsize=10)
+    return axes[0]
+
+
+def error_parts(tables: dict[str, pd.DataFrame]) -> np.ndarray:
+    """Standard errors by cause, for each system of each table of `table.summary`, an axes a table."""
+    causes = {"error_users": "users", "error_seeds": "seeds", "error_draws": "draws of candidates"}
+    size = (2.2 + 2.4 * len(tables), 1.3 + 0.42 * max(map(len, tables.values())))
+    figure, axes = plt.subplots(1, len(tables), figsize=size, squeeze=False, sharex=True)
+    for ax, (name, table) in zip(axes[0], tables.items(), strict=True):
+        place = np.arange(len(table))
+        for index, (cause, meaning) in enumerate(causes.items()):
+            look = {"color": COLOURS[index], "hatch": HATCHES[index], "edgecolor": "white"}
+            label = meaning if ax is axes[0, 0] else None
+            ax.barh(place + 0.27 * (index - 1), table[cause].astype(float).fillna(0), 0.27, label=label, **look)
+        ax.set(yticks=place, yticklabels=table.index if ax is axes[0, 0] else [], title=name)
+        ax.invert_yaxis()
+    figure.supxlabel("standard error of HitRatio@1", fontsize=10)
+    figure.legend(loc="outside upper center", ncols=len(causes))
+    return axes[0]
+
+
 def losses(histories: dict[str, pd.DataFrame], span: int = 20, ax: Axes | None = None) -> Axes:
     """Training loss against sequences seen, one line a run: the mean of the last `span` steps."""
     ax = ax or plt.subplots()[1]
@@ -71,20 +102,87 @@ def lines(table: pd.DataFrame, x: str, y: str, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def trend(table: pd.DataFrame, x: str, y: str, ax: Axes | None = None) -> Axes:
-    """Means with 95 % intervals against `x`, one line a system; a table of `sweep.over_seeds`."""
-    ax = ax or plt.subplots()[1]
-    systems = table["system"].unique()
-    step = 0.006 * np.ptp(table[x])  # beside each other, so that no interval hides another
-    for index, (system, marker, dash) in enumerate(zip(systems, itertools.cycle(MARKERS), itertools.cycle(DASHES))):
-        own = table[table["system"] == system]
-        error = [own["value"] - own["low"], own["high"] - own["value"]]
-        place = own[x] + (index - (len(systems) - 1) / 2) * step
-        ax.errorbar(place, own["value"], yerr=error, marker=marker, linestyle=dash, capsize=3, label=system)
-    ax.set(xticks=sorted(table[x].unique()), ylabel=f"{y}, mean with 95 % interval")
+def trend(table: pd.DataFrame, x: str, y: str, by: str | None = None, title: str = "") -> np.ndarray:
+    """Means with 95 % intervals over seeds against `x`, one line a system, a small grey point for each seed.
+
+    A table of `comparisons.over_seeds`; `by` names a column for each value of which there is an axes.
+    """
+    parts = dict(list(table.groupby(by, sort=False))) if by and len(table) else {"": table}
+    figure, axes = _panels(len(parts), (6.4, 2.9, 3.6))
+    systems = list(table["system"].unique())
+    step = 0.015 * np.ptp(table[x]) if len(table) else 0  # beside each other, so that nothing hides another
+    for ax, (part, own) in zip(axes, parts.items(), strict=True):
+        lines = list(own.groupby("system", sort=False))
+        for index, (system, line) in enumerate(lines):
+            number = systems.index(system)
+            look = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
+            place = line[x] + (index - (len(lines) - 1) / 2) * step
+            error = [line["value"] - line["low"], line["high"] - line["value"]]
+            dash = DASHES[number % len(DASHES)]
+            ax.errorbar(place, line["value"], yerr=error, linestyle=dash, capsize=3, label=system, **look)
+            for at, values in zip(place + step / 2, line["runs"], strict=True):
+                ax.scatter([at] * len(values), values, s=7, color="0.4", linewidths=0, zorder=3)
+        named = part if isinstance(part, str) else f"{by} {part:g}"
+        ax.set(title=textwrap.fill(named, 30), xlabel=x, xticks=sorted(own[x].unique()))
+    axes[0].set_ylabel(y)
     if len(systems) > 1:
-        ax.figure.legend(loc="outside upper center", ncols=min(len(systems), 3))
-    return ax
+        lines = {text: line for ax in axes for line, text in zip(*ax.get_legend_handles_labels(), strict=True)}
+        figure.legend(lines.values(), lines, loc="outside lower center", ncols=min(len(systems), 3))
+    _finish(axes[0], table, f"{title}\nmeans with 95 % intervals{_seeds(table)}".strip())
+    return axes
+
+
+def differences(table: pd.DataFrame, what: str, title: str) -> np.ndarray:
+    """Differences from the default with 95 % intervals over seeds, a small grey point for each seed.
+
+    A table of `comparisons.paired`: a row for each variant, an axes for each setting.
+    """
+    settings, variants = table["setting"].unique(), list(table["variant"].unique())
+    figure, axes = _panels(len(settings), (6.4, 3.0, 1.4 + 0.4 * len(variants)))
+    for ax, setting in zip(axes, settings, strict=False):
+        own = table[table["setting"] == setting]
+        place = np.array([variants.index(variant) for variant in own["variant"]])
+        error = [own["value"] - own["low"], own["high"] - own["value"]]
+        ax.axvline(0, color="0.4", linewidth=1)
+        ax.errorbar(own["value"], place, xerr=error, fmt="o", capsize=3, color=COLOURS[0])
+        for at, values in zip(place, own["runs"], strict=True):
+            ax.scatter(values, [at + 0.22] * len(values), s=10, color="0.4", linewidths=0)
+        ax.set_title(textwrap.fill(f"{setting}{_seeds(own)}", 34), fontsize=9)
+        ax.locator_params("x", nbins=4)
+    axes[0].set(yticks=range(len(variants)), yticklabels=variants, ylim=(len(variants) - 0.4, -0.6))
+    figure.supxlabel(f"{what} less that of the default, by seed, with 95 % interval", fontsize=10)
+    _finish(axes[0], table, title)
+    return axes
+
+
+def _panels(count: int, size: tuple[float, float, float]) -> tuple[Figure, np.ndarray]:
+    """Axes that share their scales, at most three in a row; size: least width of the figure, axes' width and height."""
+    least, wide, high = size
+    columns, rows = min(max(count, 1), 3), -(-max(count, 1) // 3)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(max(least, wide * columns), high * rows), squeeze=False, sharex=True, sharey=True
+    )
+    for surplus in axes.flat[max(count, 1) :]:
+        surplus.remove()
+    for ax in axes.flat[: max(count, 1)]:
+        ax.xaxis.set_tick_params(labelbottom=True)
+    return figure, axes.flat[: max(count, 1)]
+
+
+def _finish(ax: Axes, table: pd.DataFrame, title: str) -> None:
+    """A title over all axes of a figure, wrapped to its width; in a small one where there is nothing to show."""
+    figure, wrapped = ax.figure, [textwrap.fill(line, int(14 * ax.figure.get_figwidth())) for line in title.split("\n")]
+    figure.suptitle("\n".join(wrapped), fontsize="medium", x=0.01, ha="left")
+    if table.empty:
+        figure.set_size_inches(6.4, 1.2)
+        ax.set(xticks=[], yticks=[], xlim=(0, 1), ylim=(0, 1), ylabel="")
+        ax.text(0.5, 0.5, "no such runs in the results", ha="center", va="center")
+
+
+def _seeds(table: pd.DataFrame) -> str:
+    """ ", n = 3 seeds", or "2 to 3", of means over seeds."""
+    counts = sorted(table["n"].unique())
+    return f", n = {' to '.join(str(n) for n in dict.fromkeys([counts[0], counts[-1]]))} seeds" if counts else ""
 
 
 def long_tail(counts: np.ndarray, what: str, ax: Axes | None = None) -> Axes:
@@ -151,24 +249,37 @@ def gate_by_label(weights: np.ndarray, labels: np.ndarray, what: str, ax: Axes |
     return ax
 
 
-def heat_maps(matrices: dict[str, np.ndarray], what: str, label: str) -> np.ndarray:
-    """Symmetric matrices (G, G) with values from -1 to 1 side by side under one colour scale, an axes each (Fig. 3).
+def heat_maps(matrices: dict[str, np.ndarray], what: str, label: str, rows: int = 1) -> np.ndarray:
+    """Symmetric matrices (G, G) with values from -1 to 1 under one colour scale, an axes each (Fig. 3).
 
-    Brown is above 0, purple below, white is 0; the values are written into the cells.
+    Brown is above 0, purple below, white is 0. Up to three in a row have their values in the cells; of more, which are
+    smaller, the colours span what is off the diagonal, and the diagonal is grey.
     """
-    figure, axes = plt.subplots(1, len(matrices), figsize=(1.2 + 3.1 * len(matrices), 3.4), squeeze=False, sharey=True)
-    for ax, (name, matrix) in zip(axes[0], matrices.items(), strict=True):
-        image = ax.imshow(matrix, vmin=-1, vmax=1, cmap="PuOr_r")
+    columns = -(-len(matrices) // rows)
+    small = columns > 3
+    wide, high = (1.2, 1.3) if small else (3.1, 3.4)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(1.2 + wide * columns, high * rows), squeeze=False, sharex=True, sharey=True
+    )
+    off = {name: np.where(np.eye(len(matrix)), np.nan, matrix) for name, matrix in matrices.items()}
+    limit = max(np.nanmax(np.abs(matrix)) for matrix in off.values()) if small else 1
+    colours = plt.get_cmap("PuOr_r").with_extremes(bad="0.8")
+    for ax, (name, matrix) in zip(axes.flat, (off if small else matrices).items(), strict=True):
+        image = ax.imshow(matrix, vmin=-limit, vmax=limit, cmap=colours)
         for (row, column), value in np.ndenumerate(np.round(matrix, 2) + 0.0):  # no -0.00
-            ink = _ink(image.to_rgba(value))
-            ax.text(column, row, f"{value:.2f}", ha="center", va="center", color=ink, fontsize=56 / len(matrix))
-        ticks = range(len(matrix))
-        ax.set(title=name, xlabel=label, xticks=ticks, yticks=ticks, xticklabels=[t + 1 for t in ticks])
+            if not small:
+                ink = _ink(image.to_rgba(value))
+                ax.text(column, row, f"{value:.2f}", ha="center", va="center", color=ink, fontsize=56 / len(matrix))
+        ticks = [] if small else range(len(matrix))
+        ax.set(xticks=ticks, yticks=ticks, xticklabels=[t + 1 for t in ticks])
+        ax.set_title(name, fontsize=8 if small else None)
         ax.set_yticklabels([t + 1 for t in ticks])
         ax.grid(visible=False)
-    axes[0, 0].set_ylabel(label)
-    figure.colorbar(image, ax=axes[0], label=what, fraction=0.05)
-    return axes[0]
+    for ax in axes[-1]:
+        ax.set_xlabel("" if small else label)
+    axes[0, 0].set_ylabel("" if small else label)
+    figure.colorbar(image, ax=axes, label=textwrap.fill(what, 30), fraction=0.05)
+    return axes.ravel()
 
 
 def relation(

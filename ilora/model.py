@@ -210,7 +210,9 @@ class LanguageRecommender(nn.Module):
 
     @torch.no_grad()
     def gate_weights(self, rows: list[tuple[np.ndarray, np.ndarray, int]]) -> Tensor:
-        """(rows, K) weights of the experts, Eq. 11."""
+        """Weights of the experts, Eq. 11: (rows, K), or (layers, rows, K) of a gate per layer; LoRA's one has 1."""
+        if not self.gated:
+            return torch.ones(len(rows), 1)
         z = self._guidance(self._batch(rows, answers=False))["sequence_embeds"]
         return gate_weights(self.language_model, z).cpu()
 

@@ -95,6 +95,8 @@ def tuned_folder(
     dropout: float = 0.0,
     experts: int = 1,
     gate: str = "linear",
+    gate_per_layer: bool = False,
+    gate_top_k: int = 0,
     guidance: str = "sequence",
     epochs: int = 1,
     learning_rate: float = 3e-3,
@@ -102,6 +104,7 @@ def tuned_folder(
     train_limit: int = 0,
     seed: int = 0,
     device: str = "auto",
+    micro_batch_size: int = 32,
 ) -> Path:
     """The folder of a language model tuned with LoRA (experts 1) or iLoRA as LLaRA does; made once and kept.
 
@@ -114,10 +117,11 @@ def tuned_folder(
     on_gpu = runs.pick_device(device).type == "cuda"
     arguments = TrainingArguments(
         epochs, batch_size, learning_rate, weight_decay=1e-5, seed=seed, precision="bf16" if on_gpu else "no",
-        snapshots=SNAPSHOTS, micro_batch_size=32, save_every=100, device=device,
+        snapshots=SNAPSHOTS, micro_batch_size=micro_batch_size, save_every=100, device=device,
     )  # fmt: skip
     adapter = {"rank": rank, "alpha": alpha, "dropout": dropout, "experts": experts}
-    adapter |= {"gate": gate} if experts > 1 else {}
+    gates = {"gate": gate, "gate_per_layer": gate_per_layer, "gate_top_k": gate_top_k}
+    adapter |= {name: value for name, value in gates.items() if value} if experts > 1 else {}
     guided = {"guidance": guidance} if experts > 1 and guidance != "sequence" else {}
     parameters = {
         "dataset": dataset.key, "base_model": base_model, **adapter, **guided,

@@ -21,7 +21,7 @@ import pandas as pd
 import safetensors.torch
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import broadcast_object_list, send_to_device
+from accelerate.utils import DistributedType, broadcast_object_list, send_to_device
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LinearLR, LRScheduler
 from tqdm import tqdm
@@ -101,6 +101,8 @@ def fit(
         raise runs.UserError("there are no rows to train on: take a larger data set or a smaller limit")
     handler = DistributedDataParallelKwargs(find_unused_parameters=True)  # text-only steps skip the projector
     accelerator = Accelerator(device_placement=False, kwargs_handlers=[handler])
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise runs.UserError("training keeps the model whole in each process: launch it without FSDP and DeepSpeed")
     main, several = accelerator.is_main_process, accelerator.num_processes > 1
     inner = model.to(accelerator.device if several else runs.pick_device(arguments.device))
     batches = Batches(train, arguments)

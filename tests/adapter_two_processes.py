@@ -1,4 +1,4 @@
-"""Two gloo processes average their gradients under DDP; each case must give those of one process.
+"""Two gloo processes average their gradients, under DDP and with the model in shards (FSDP), as one process has them.
 
 Run by test_adapter.py as `python adapter_two_processes.py FOLDER`; exits with an error where they differ.
 """
@@ -8,6 +8,8 @@ import sys
 import torch
 from test_adapter import adapted, gradients, tokens, users
 from torch import distributed, multiprocessing
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 ROWS = 4
@@ -24,18 +26,32 @@ def model_of(options, reentrant):
     return model
 
 
+def sharded(model):
+    """What `accelerate launch --use_fsdp --fsdp_version 2` makes of a model: each layer is a unit, and the rest is."""
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in model.base_model.model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
 def work(rank, folder):
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     mine = slice(rank * ROWS // 2, (rank + 1) * ROWS // 2)
     for options, reentrant in CASES:
+        expected = gradients(model_of(options, None), users(ROWS), tokens(ROWS))
         model = DistributedDataParallel(model_of(options, reentrant))
         found = gradients(model, users(ROWS)[mine], tokens(ROWS)[mine])
-        if rank == 0:
-            expected = gradients(model_of(options, None), users(ROWS), tokens(ROWS))
-            assert {"module." + name for name in expected} == set(found), (options, reentrant)
-            for name, value in expected.items():
-                torch.testing.assert_close(found["module." + name], value, rtol=1e-10, atol=1e-12)
+        check({name.removeprefix("module."): value for name, value in found.items()}, expected, options, reentrant)
+        if not reentrant:  # FSDP has no reentrant checkpoints
+            found = gradients(sharded(model_of(options, reentrant)), users(ROWS)[mine], tokens(ROWS)[mine])
+            check({name: value.full_tensor() for name, value in found.items()}, expected, "sharded", options, reentrant)
     distributed.destroy_process_group()
+
+
+def check(found, expected, *case):
+    assert set(found) == set(expected), case
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-12)
 
 
 if __name__ == "__main__":

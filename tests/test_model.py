@@ -290,6 +290,10 @@ def test_the_gate_sees_the_encoders_representation_of_the_history():
     torch.testing.assert_close(model.gate_weights(rows), weights.detach(), rtol=1e-5, atol=1e-5)
 
 
+def test_lora_is_one_expert_of_weight_one():
+    assert make("lora").gate_weights(question_rows()).tolist() == [[1.0]] * 4
+
+
 def test_a_history_beyond_the_window_is_cut_at_its_old_end():
     model = make("ilora")
     history, candidates, target = question_rows(lengths=(9,))[0]

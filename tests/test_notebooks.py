@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 from nbclient import NotebookClient
 from papermill.iorw import load_notebook_node
@@ -48,6 +50,32 @@ def test_a_notebook_runs_and_leaves_its_result(home, name):
     assert result["seconds"] > 0
     if name in ("03_lora", "04_ilora"):
         assert len(result["outcomes"]["hit"]) == SMOKE["test_limit"]
+    if name == "06_gradients":
+        assert result["metrics"]["groups"].keys() == {"LoRA", "iLoRA"}
+        assert result["metrics"]["gate"]["between groups"]["n"] == 96  # one sequence a training user
+
+
+def test_the_gates_of_ablations_run_and_say_what_they_are(tmp_path):
+    given = known("04_ilora", SMOKE) | {"epochs": 2, "gate_per_layer": True, "gate_top_k": 2}
+    done = papermill(tmp_path, "04_ilora", **given)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (path,) = (tmp_path / "results").glob("04_ilora-*.json")
+    metrics = json.loads(path.read_text(encoding="utf-8"))["metrics"]
+    assert [len(values) for values in metrics["training"]["validation"].values()] == [2, 2]  # one an epoch
+    use = np.array(metrics["gate"]["use"])
+    assert len(use) > 7 and use.sum(1) == pytest.approx(1)  # of each layer
+    assert metrics["gate"]["entropy"]["value"] <= np.log(2) and metrics["gate"]["constant"] is False
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_chapter_5_can_be_made_of_any_results(tmp_path, count):
+    folder = tmp_path / "sweeps"
+    folder.mkdir()
+    for path in sorted((ROOT / "book" / "results" / "sweeps").glob("04_*.json"))[:count]:
+        shutil.copy(path, folder)
+    done = papermill(tmp_path, "05_ablations", results=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(list((tmp_path / "results").glob("05_ablations-*.json"))) == 1
 
 
 TURNED = """

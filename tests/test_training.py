@@ -187,6 +187,12 @@ def test_impossible_arguments_are_refused(wrong):
         training.replace(ARGUMENTS, **wrong)
 
 
+def test_a_model_in_shards_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(training.Accelerator, "distributed_type", training.DistributedType.FSDP)
+    with pytest.raises(runs.UserError, match="without FSDP"):
+        fit(Toy(), ROWS, ARGUMENTS, tmp_path)
+
+
 def test_no_rows_are_refused(tmp_path):
     with pytest.raises(runs.UserError, match="no rows"):
         fit(Toy(), [], ARGUMENTS, tmp_path)
