@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ilora import data, paper, runs, table
+from ilora import data, paper, runs, table, uncertainty
 from ilora.recommenders import Popularity
 
 FEW = {"users": 60, "test_limit": 12, "train_limit": 16, "base_model": "embedded", "device": "cpu"}
