@@ -6,9 +6,9 @@ import shlex
 import pytest
 import torch
 from conftest import ROOT
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from ilora import data, parameters
+from ilora import data, parameters, pipeline
 from ilora.pretraining import EMBEDDED
 
 PAGES = sorted((ROOT / "book").glob("*.md"))
@@ -77,7 +77,7 @@ def test_the_files_on_the_page_of_own_data_are_of_the_form_it_describes(somewher
 def commands():
     for page in PAGES:
         for block in blocks(page.stem, "bash"):
-            yield from ((page.stem, shlex.split(line)) for line in block.splitlines() if line)
+            yield from ((page.stem, shlex.split(line)) for line in block.replace("\\\n", " ").splitlines() if line)
 
 
 @pytest.mark.parametrize(("page", "command"), list(commands()))
@@ -98,3 +98,29 @@ def test_files_that_pages_name_are_there():
     for page in PAGES:
         for name in re.findall(r"`((?:ilora|notebooks|book|tests)/[\w/.]+\.\w+)`", page.read_text(encoding="utf-8")):
             assert (ROOT / name).is_file() or "NN_name" in name, (page.name, name)
+
+
+def test_a_quantised_base_becomes_a_recommender_as_the_page_of_gpus_says(somewhere, monkeypatch):
+    """The block as it stands, on a CPU: a random Llama whose layers fill whole blocks of 64 weights, and the world."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: the quantised base is not tried")
+    model_of, tokenizer_of = AutoModelForCausalLM.from_pretrained, AutoTokenizer.from_pretrained
+
+    def load(_, quantization_config, device_map):
+        assert quantization_config.load_in_4bit and device_map == {"": 0}
+        return model_of(somewhere / "base", quantization_config=quantization_config, device_map="cpu")
+
+    shape = AutoConfig.from_pretrained(EMBEDDED)
+    shape.intermediate_size = 128
+    AutoModelForCausalLM.from_config(shape, dtype=torch.float32).save_pretrained(somewhere / "base")
+
+    world = data.load("world", users=120)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda _: tokenizer_of(EMBEDDED))
+    monkeypatch.setattr(data, "load", lambda _: world)
+    here, (block,) = {}, [block for block in blocks("own_gpus", "python") if "load_in_4bit" in block]
+    exec(block, here)
+    model, asked = here["model"], pipeline.questions(world, "train", limit=4)
+    rows = [asked[row] for row in range(4)]
+    model(model.collate(rows)).backward()
+    assert any(value.grad is not None and value.grad.abs().max() > 0 for value in model.parameters())
+    assert model.eval().rank(rows).shape == (4, data.CANDIDATES)
