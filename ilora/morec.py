@@ -20,7 +20,7 @@ from ilora.recommenders import Popularity, SASRec
 POOLINGS = ("mean", "cls")
 NO_TOKEN = -1  # behind the end of a title that is shorter than the longest one
 LEARNING_RATE = 0.05  # of the text encoder, as a share of that of the rest: it is pretrained
-TITLES_AT_ONCE = 256
+TITLES_AT_ONCE = 64
 
 
 class MoRec(SASRec):
@@ -28,7 +28,7 @@ class MoRec(SASRec):
 
     Training encodes the items of a batch alone and takes them for the catalogue: softmax over m items in the batch,
     score minus log Q, where Q(i) = 1 - (1 - p(i))^n is how probably i is among the batch's n items if they are drawn by
-    popularity p (the logQ correction, Bengio and Senecal 2008, for distinct items). A batch that holds all items
+    popularity p (the logQ correction of Yi et al. 2019, for distinct items). A batch that holds all items
     gives the full cross entropy of the other recommenders; that itself would encode every title in every step. Yuan et
     al. have binary cross entropy against one random item instead, whose title costs as much to encode as one that many
     states share here.
@@ -114,10 +114,12 @@ class TitleVectors(nn.Module):
     @property
     def weight(self) -> Tensor:
         """(n_items + 1, dim) vectors of all items and of padding, as an embedding table has them."""
+        every = torch.arange(self.n_items + 1, device=self.vectors.device)
         if self.training:
-            return self._encode(torch.arange(self.n_items + 1, device=self.vectors.device))
+            return self._encode(every)
         if self.vectors.isnan().any():
-            self._fill()
+            with torch.no_grad():
+                self.vectors.copy_(self._encode(every))
         return self.vectors
 
     def forward(self, items: Tensor) -> Tensor:
@@ -126,25 +128,23 @@ class TitleVectors(nn.Module):
         distinct, place = items.unique(return_inverse=True)
         return self._encode(distinct)[place]
 
-    @torch.no_grad()
-    def _fill(self) -> None:
-        length = (self.tokens != NO_TOKEN).sum(1)
-        order = torch.cat([length.argsort(), length.new_tensor([self.n_items])])  # titles of like length together
-        for items in tqdm(order.split(TITLES_AT_ONCE), desc="encoding titles", mininterval=1, delay=1):
-            self.vectors[items] = self._encode(items)
-
     def _encode(self, items: Tensor) -> Tensor:
         """(m,) -> (m, dim)"""
         tokens = self.tokens[items.clamp(max=self.n_items - 1)]  # any title in the place of padding
+        order = (tokens != NO_TOKEN).sum(1).argsort()  # titles of like length together
+        parts = tqdm(tokens[order].split(TITLES_AT_ONCE), "encoding titles", delay=2, disable=self.training)
+        pooled = torch.cat([self._pool(part) for part in parts])[order.argsort()]
+        return self.projection(self.norm(pooled)) * (items < self.n_items)[:, None]
+
+    def _pool(self, tokens: Tensor) -> Tensor:
+        """(m, tokens) -> (m, hidden)"""
         inside = tokens != NO_TOKEN
         tokens, inside = (part[:, : inside.sum(1).max()] for part in (tokens, inside))
         states = self.text(input_ids=tokens.clamp(min=0), attention_mask=inside.long()).last_hidden_state
-        if self.pooling == "mean":
-            inside = inside[..., None].to(states.dtype)
-            pooled = (states * inside).sum(1) / inside.sum(1)
-        else:
-            pooled = states[:, 0]
-        return self.projection(self.norm(pooled)) * (items < self.n_items)[:, None]
+        if self.pooling == "cls":
+            return states[:, 0]
+        inside = inside[..., None].to(states.dtype)
+        return (states * inside).sum(1) / inside.sum(1)
 
 
 def _load(text_encoder: str, titles: Sequence[str]) -> tuple[nn.Module, Tensor, str]:
