@@ -1,4 +1,4 @@
-# `make book`: run the notebooks and build the book.  `make test`: everything that must hold.
+# `make book`: run the notebooks and build the book.  `make test`: everything that must hold.  `make pdf`: the book as one file.
 # Both set up .venv from requirements.lock when it is missing or the lock has changed.
 
 PYTHON ?= python3
@@ -7,7 +7,11 @@ BIN := .venv/bin
 # The kernel named python3 is this .venv's, whatever kernels the user has registered elsewhere.
 export JUPYTER_PATH := $(CURDIR)/.venv/share/jupyter
 
-.PHONY: book test lock
+# Prints the PDF.  The sandbox does not start for root.
+CHROMIUM := $(firstword $(foreach name,chromium chromium-browser google-chrome,$(shell command -v $(name))))
+SANDBOX := $(if $(filter 0,$(shell id -u)),--no-sandbox)
+
+.PHONY: book test pdf lock
 
 book: .venv/installed
 	$(BIN)/python -m ilora
@@ -16,6 +20,13 @@ test: .venv/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pytest
+
+pdf: .venv/installed
+	@test -n "$(CHROMIUM)" || { echo "make pdf needs chromium, chromium-browser or google-chrome on the PATH"; exit 1; }
+	$(BIN)/jupyter-book build book --builder singlehtml -W -n --keep-going
+	$(CHROMIUM) --headless $(SANDBOX) --disable-gpu --no-pdf-header-footer --virtual-time-budget=60000 \
+		--print-to-pdf=book/_build/ilora.pdf "file://$(CURDIR)/book/_build/singlehtml/intro.html"
+	@echo "the book: book/_build/ilora.pdf"
 
 .venv/installed: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("ilora needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'

@@ -9,7 +9,7 @@ prompt is text that the tokenizer reads, a batch is padded to its longest row, a
     training     `fit`, and transformers' Trainer with a collator that tokenises text, on as many sequences
     prompts      prompts from pieces that were tokenised once, and from their text; in batches, and one by one
     ranking      20 candidates behind one prompt, and 20 forward passes
-    answers      greedy answers of a test split in batches of like length, one prompt at a time, and in batches as they come
+    answers      greedy answers of a test split by like length, one prompt at a time, and in batches as they come
     evaluation   answers and ranks in one pass, and each on its own in batches as they come
     serving      users in one forward pass, and each user's LoRA merged into the weights, run and taken out again;
     next token   the same for one more token of each, behind prompts that were read
@@ -97,7 +97,7 @@ class Bench:
         ways = {
             "like length": lambda: answer_by_length(self.model, self.asked),
             "one at a time": lambda: [self.model.generate([row])[0] for row in self.rows],
-            "as they come": lambda: sum(map(self.model.generate, cut(self.rows, TOGETHER)), start=[]),
+            "as they come": lambda: [c for part in cut(self.rows, TOGETHER) for c in self.model.generate(part)],
         }
 
         def agreement(found: dict[str, list]) -> dict[str, float]:

@@ -29,7 +29,9 @@ notebooks/NAME-KEY.ipynb, with the KEY of its parameters that its result has too
 
 With default parameters, and only if every notebook succeeded, the pages of the book are then replaced by
 what ran (book/NAME.ipynb and book/results/NAME.json) and the book is built.  A run with -p leaves book/ as
-it is; to read it as a book, name another folder with --book."""
+it is; to read it as a book, name another folder with --book.
+
+`python -m ilora table --help` says how the systems of the paper's Table 1 are run and compared."""
 
 
 class Failure(Exception):
@@ -57,6 +59,11 @@ class Job:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments`; return the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if [*arguments[:1]] == ["table"]:
+        from ilora import table  # takes seconds, which `python -m ilora --help` need not
+
+        return table.main(arguments[1:])
     options = parse(arguments)
     try:
         given = local_paths(parse_parameters(options.parameters))
@@ -79,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line; usage errors exit with code 2."""
     known = "\n".join(f"  {name:15s}{parameter.meaning}" for name, parameter in PARAMETERS.items())
     parser = argparse.ArgumentParser(

@@ -1,9 +1,7 @@
-"""Why an adapter for each history may help: gradients of groups of sequences compared, and what a gate does.
+"""Why an adapter for each history may help: gradients of groups of sequences, and what a gate does.
 
-The paper's Figs. 1 and 3: sequences are clustered on SASRec's representations, the gradient of the training
-loss is summed over each cluster, and clusters are compared by the cosine of their gradients. What is here
-beyond the paper: a permutation test of similarity against distance, and the similarity of two halves of one
-cluster, without which a low cosine may be noise (the diagonal of Fig. 3 is 1 by definition).
+The paper's Figs. 1 and 3: sequences are clustered on SASRec's representations, and the gradient of the training
+loss is summed over each cluster. similarity.py compares the sums.
 
     Letters: n sequences, G groups, S snapshots of training, K experts, dim the width of a representation.
 """
@@ -14,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from scipy import stats
 from scipy.cluster.hierarchy import leaves_list, linkage
@@ -25,10 +22,10 @@ from tqdm import tqdm
 from ilora import runs
 from ilora.evaluation import interval
 from ilora.model import LanguageRecommender, Questions
-from ilora.recommenders import SASRec
+from ilora.recommenders import SequenceModel
 from ilora.training import load_snapshot
 
-RESTARTS, PERMUTATIONS = 10, 9999
+RESTARTS = 10
 GATE = "gate"  # the kind of the gate's own weights, beside q_proj, ..., down_proj
 LEAST_PERSONAL = 0.01  # a gate that moves less of its weight than this is called constant
 
@@ -37,7 +34,7 @@ LEAST_PERSONAL = 0.01  # a gate that moves less of its weight than this is calle
 
 
 @torch.no_grad()
-def representations(encoder: SASRec, history: np.ndarray, batch_size: int = 4096) -> np.ndarray:
+def representations(encoder: SequenceModel, history: np.ndarray, batch_size: int = 4096) -> np.ndarray:
     """z of padded histories (n, window) -> (n, dim), the gate's input (Eq. 10)."""
     encoder.eval()
     device = encoder.item_embeddings.device
@@ -168,112 +165,26 @@ def products_along(
     return {kind: np.stack([one[kind] for one in found]) for kind in found[0]}
 
 
-# ---------------------------------------------------------------- similarity
-
-
-def joined(products: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Inner products of whole groups from those of `halves`: (..., 2G, 2G) -> (..., G, G)."""
-    found = {}
-    for kind, part in products.items():
-        groups = part.shape[-1] // 2
-        found[kind] = part.reshape(*part.shape[:-2], groups, 2, groups, 2).sum((-3, -1))
-    return found
-
-
-def cosines(products: dict[str, np.ndarray], gate: bool = False) -> dict[str, np.ndarray]:
-    """Cosine similarity of the groups' gradients, over "all" parameters and for each kind: (..., G, G) each.
-
-    The gate's own weights are left out unless `gate`, as LoRA has none to compare; what the gate does to the
-    gradients of A and B stays. Raises UserError if a group's gradient is zero: it has no direction.
-    """
-    wanted = {kind: part for kind, part in products.items() if gate or kind != GATE}
-    return {kind: _cosine(part) for kind, part in {"all": sum(wanted.values()), **wanted}.items()}
-
-
-def _cosine(products: np.ndarray) -> np.ndarray:
-    norm = np.sqrt(np.diagonal(products, axis1=-2, axis2=-1))
-    if not (norm > 0).all():
-        raise runs.UserError("a group's gradient is zero and has no direction: take a state from after the first step")
-    return products / norm[..., :, None] / norm[..., None, :]
-
-
-def repeatability(cosine: np.ndarray) -> np.ndarray:
-    """Similarity of a group with another sample of itself, as large: (..., 2G, 2G) of `halves` -> (..., G).
-
-    It is what the diagonal would be if it were not 1 by definition, and the most that noise lets two groups
-    reach. From the cosine c of the group's two halves, which are half as large: 2c / (1 + c) (Spearman and Brown).
-    """
-    first = np.arange(0, cosine.shape[-1], 2)
-    between = cosine[..., first, first + 1]
-    return 2 * between / (1 + between)
-
-
-def off_diagonal(matrix: np.ndarray) -> np.ndarray:
-    """Each pair's entry of a symmetric (..., G, G), once: (..., G (G - 1) / 2), in the order of scipy's pdist."""
-    return matrix[(..., *np.triu_indices(matrix.shape[-1], 1))]
-
-
-def mantel(
-    similarity: np.ndarray, distance: np.ndarray, permutations: int = PERMUTATIONS, seed: int = 0
-) -> dict[str, float]:
-    """Spearman's rank correlation of two symmetric (G, G) over pairs, with a two-sided permutation test.
-
-    Pairs share members and are not independent, so that the usual p value of a correlation does not hold. Here
-    what is permuted are the G members (clusters, or sequences of different users): rows and columns of one
-    matrix together (Mantel 1967). All G! orders where there are no more than `permutations`, else that many.
-    """
-    one, other = np.triu_indices(len(similarity), 1)
-    ranks, against = (stats.zscore(stats.rankdata(matrix[one, other])) for matrix in (similarity, distance))
-    square = np.zeros(distance.shape)
-    square[one, other] = square[other, one] = against
-
-    def correlation(order: np.ndarray) -> float:
-        return ranks @ square[order[one], order[other]] / len(ranks)
-
-    members, rng = np.arange(len(similarity)), np.random.default_rng(seed)
-    test = stats.permutation_test(
-        (members,), correlation, permutation_type="pairings", n_resamples=permutations, vectorized=False, rng=rng
-    )
-    return {"value": float(test.statistic), "p": float(test.pvalue), "pairs": len(ranks), "members": len(members)}
-
-
-def ranked_pairs(similarity: np.ndarray) -> pd.DataFrame:
-    """All pairs of a symmetric (n, n), most similar first: one, other (row numbers), similarity."""
-    one, other = np.triu_indices(len(similarity), 1)
-    table = pd.DataFrame({"one": one, "other": other, "similarity": similarity[one, other]})
-    return table.sort_values("similarity", ascending=False, ignore_index=True)
-
-
-def side_by_side(questions: Questions, pair: pd.Series, titles: Sequence[str]) -> pd.DataFrame:
-    """The two sequences of a row of `ranked_pairs`, oldest title first, the next one last (Fig. 1, right)."""
-    columns = {}
-    for row in (int(pair["one"]), int(pair["other"])):
-        history, _, target = questions[row]
-        read = [titles[item] for item in history]
-        window = questions.sequences.history.shape[1]
-        columns[f"user {questions.sequences.user[row]}"] = [*[""] * (window - len(read)), *read, titles[target]]
-    table = pd.DataFrame(columns)
-    return table.set_axis([*range(1, len(table)), "next"])
-
-
 # ---------------------------------------------------------------- gates
 
 
 def gate_statistics(weights: np.ndarray, users: np.ndarray) -> dict:
-    """How sharp, how balanced and how personal a gate is; weights (n, K) of one gate, users (n,).
+    """How sharp, how balanced and how personal a gate is; weights (n, K), or (layers, n, K) of a gate per layer.
 
-    entropy: mean over sequences, nats, with its interval; `largest_entropy` is ln K, that of a uniform gate.
-    use: each expert's mean weight. leads: the share of sequences in which it has the largest weight.
-    personal: the share of a gate's weight that differs from the mean gate, averaged over sequences (total
+    entropy: mean over sequences and layers, nats, with its interval by users (n,); `largest_entropy` is ln K, that
+        of a uniform gate. use: each expert's mean weight, (K,) or (layers, K). leads: the share of sequences in
+        which it has the largest weight.
+    personal: the share of a gate's weight that differs from the mean gate, averaged over sequences and layers (total
         variation). constant: whether that is below LEAST_PERSONAL, and iLoRA LoRA under another name.
     """
-    entropy, experts = stats.entropy(weights, axis=1), weights.shape[1]
-    personal = float(np.abs(weights - weights.mean(0)).sum(1).mean() / 2)
+    experts = weights.shape[-1]
+    entropy = stats.entropy(weights, axis=-1).reshape(-1, len(users)).mean(0)
+    personal = float(np.abs(weights - weights.mean(-2, keepdims=True)).sum(-1).mean() / 2)
     return {
         "entropy": interval(entropy, users),
         "largest_entropy": float(np.log(experts)),
-        "use": weights.mean(0).astype(float).tolist(),
-        "leads": (np.bincount(weights.argmax(1), minlength=experts) / len(weights)).tolist(),
+        "use": weights.mean(-2).astype(float).tolist(),
+        "leads": (weights.argmax(-1)[..., None] == np.arange(experts)).mean(-2).tolist(),
         "personal": personal,
         "constant": personal < LEAST_PERSONAL,
     }

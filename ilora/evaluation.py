@@ -6,15 +6,16 @@ likelihood or score, where every answer is valid by construction.
 """
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import numpy as np
 import pandas as pd
 import torch
 from scipy import stats
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from ilora.model import LanguageRecommender, Questions
-from ilora.recommenders import Recommender
+from ilora.model import Questions
 
 NO_ANSWER = -1
 QUESTION = ["user", "position", "target", "candidates"]  # the columns that say what was asked
@@ -22,46 +23,64 @@ RESAMPLES = 2000
 SORTED = 4096  # questions that are sorted by length together
 
 
-def ask(
-    recommender: LanguageRecommender, questions: Questions, batch_size: int = 16, write: bool = True
-) -> pd.DataFrame:
-    """Outcomes of a language recommender, one row a question in the order of `questions`.
+class System(Protocol):
+    """What can be asked: it has `rank` or `generate`, or both. A row is one of Questions.
 
-    user, position, target, candidates (a digest of them): what was asked; answer: the item named, NO_ANSWER if
-    invalid; valid, hit; rank: the target's place among the candidates by likelihood, from 1. With `write=False`
-    the first-ranked candidate is the answer.
+    Optional: `answer(rows)`, the results of `rank` and `generate` where both together cost less; `length(row)`, so that
+    rows of like length are asked together.
     """
-    recommender.eval()
-    answer, rank = np.full(len(questions), NO_ANSWER), np.zeros(len(questions), int)
-    with tqdm(total=len(questions), unit="question", desc="asking", mininterval=1) as bar:
+
+    def rank(self, rows: list[tuple[np.ndarray, np.ndarray, int]]) -> Tensor:
+        """(rows, candidates) scores of the candidates."""
+
+    def generate(self, rows: list[tuple[np.ndarray, np.ndarray, int]]) -> list[int | None]:
+        """For each row the column of the candidate that the system names; None for an invalid answer."""
+
+
+def ask(recommender: System, questions: Questions, batch_size: int = 0, write: bool = True) -> pd.DataFrame:
+    """Outcomes of any system, one row a question in the order of `questions`.
+
+    user, position, target, candidates (a digest of them): what was asked; answer: the item that `generate` names,
+    NO_ANSWER if invalid; valid, hit; rank: the target's place among the candidates by `rank`, from 1. Without
+    `generate`, or with `write=False`, the first-ranked candidate is the answer; without `rank` there is no such column.
+    batch_size: questions at once; 0: 256 on a GPU, else 16, whose prompts fit a processor's cache.
+    """
+    on_gpu = getattr(recommender, "device", torch.device("cpu")).type == "cuda"
+    batch_size = batch_size or (256 if on_gpu else 16)
+    writes, ranks = write and hasattr(recommender, "generate"), hasattr(recommender, "rank")
+    if not writes and not ranks:
+        raise ValueError(f"{type(recommender).__name__} can only write: ask it with write=True")
+    if isinstance(recommender, nn.Module):
+        recommender.eval()
+    answer, place = np.full(len(questions), NO_ANSWER), np.zeros(len(questions), int)
+    with tqdm(total=len(questions), unit="question", desc="asking", mininterval=1, delay=1) as bar:
         for index, batch in _batches(recommender, questions, batch_size):
-            scores, column = recommender.answer(batch) if write else (recommender.rank(batch), None)
-            scores = scores.cpu().numpy()
-            column = scores.argmax(1) if column is None else column
+            scores, column = _answers(recommender, batch, ranks, writes)
+            if ranks:
+                scores = scores.cpu().numpy()
+                place[index] = _rank(scores, np.array([row[1] == row[2] for row in batch]))
+            column = column if writes else scores.argmax(1)
             answer[index] = [NO_ANSWER if c is None else row[1][c] for c, row in zip(column, batch, strict=True)]
-            rank[index] = _rank(scores, np.array([row[1] == row[2] for row in batch]))
             bar.update(len(batch))
-    return _outcomes(questions, answer, rank)
+    return _outcomes(questions, answer, place if ranks else None)
 
 
-def _batches(
-    recommender: LanguageRecommender, questions: Questions, batch_size: int
-) -> Iterator[tuple[np.ndarray, list]]:
+def _answers(recommender: System, batch: list, ranks: bool, writes: bool) -> tuple[Tensor | None, list | None]:
+    """Scores of the candidates and the columns named, either only where it is wanted."""
+    if ranks and writes and hasattr(recommender, "answer"):
+        return recommender.answer(batch)
+    return recommender.rank(batch) if ranks else None, recommender.generate(batch) if writes else None
+
+
+def _batches(recommender: System, questions: Questions, batch_size: int) -> Iterator[tuple[np.ndarray, list]]:
     """Numbers and rows of questions of like length; sorted within SORTED at a time, which bounds the memory."""
     for first in range(0, len(questions), SORTED):
         rows = [questions[i] for i in range(first, min(first + SORTED, len(questions)))]
-        order = np.argsort([recommender.length(row) for row in rows], kind="stable")
+        order = np.arange(len(rows))
+        if hasattr(recommender, "length"):
+            order = np.argsort([recommender.length(row) for row in rows], kind="stable")
         for index in np.split(order, range(batch_size, len(order), batch_size)):
             yield first + index, [rows[i] for i in index]
-
-
-@torch.no_grad()
-def score(recommender: Recommender, questions: Questions) -> pd.DataFrame:
-    """Outcomes of a recommender without language: the answer is the candidate with the highest score."""
-    recommender.eval()
-    asked = (questions.sequences.history, questions.candidates)
-    scores = recommender.score(*(torch.from_numpy(ids).to(recommender.device) for ids in asked))
-    return choose(questions, scores.cpu().numpy())
 
 
 def choose(questions: Questions, scores: np.ndarray) -> pd.DataFrame:
@@ -78,23 +97,24 @@ def _rank(scores: np.ndarray, is_target: np.ndarray) -> np.ndarray:
     return 1 + ((scores > own) | (scores == own) & earlier).sum(1)
 
 
-def _outcomes(questions: Questions, answer: np.ndarray, rank: np.ndarray) -> pd.DataFrame:
+def _outcomes(questions: Questions, answer: np.ndarray, rank: np.ndarray | None) -> pd.DataFrame:
     asked = questions.sequences
     digest = pd.util.hash_pandas_object(pd.DataFrame(questions.candidates), index=False) % 2**16  # of each row: small
     columns = (asked.user, asked.position, asked.target, digest.astype(np.int64))
     outcomes = pd.DataFrame(dict(zip(QUESTION, columns, strict=True)))
-    return outcomes.assign(answer=answer, valid=answer != NO_ANSWER, hit=answer == asked.target, rank=rank)
+    outcomes = outcomes.assign(answer=answer, valid=answer != NO_ANSWER, hit=answer == asked.target)
+    return outcomes if rank is None else outcomes.assign(rank=rank)
 
 
 def metrics(outcomes: pd.DataFrame, seed: int = 0) -> dict[str, dict[str, float]]:
     """name -> {value, low, high, n}: each a mean over sequences with its 95 % interval.
 
     valid_ratio, hit_ratio (right of all, the paper's), hit_ratio_of_valid (right of valid, the released code's),
-    rank_hit_ratio@k and rank_ndcg@k for k = 1, 5, 10.
+    rank_hit_ratio@k and rank_ndcg@k for k = 1, 5, 10, of a system that ranks.
     """
-    rank = outcomes["rank"].to_numpy()
     values = {"valid_ratio": outcomes["valid"], "hit_ratio": outcomes["hit"]}
-    for k in (1, 5, 10):
+    for k in (1, 5, 10) if "rank" in outcomes else ():
+        rank = outcomes["rank"].to_numpy()
         values[f"rank_hit_ratio@{k}"] = rank <= k
         if k > 1:
             values[f"rank_ndcg@{k}"] = np.where(rank <= k, 1 / np.log2(1 + rank), 0.0)

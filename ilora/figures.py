@@ -4,6 +4,7 @@ Colours are Okabe and Ito's, which colour-blind readers tell apart; for a print 
 a hatch or the order says the same. Every function returns the axes it drew on, for a title among others.
 """
 
+import io
 import itertools
 import textwrap
 
@@ -12,6 +13,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 
 DASHES, HATCHES, MARKERS = ["-", "--", "-.", ":"], ["", "//", "..", "xx"], "os^Dvx*P"
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000"]
@@ -47,6 +49,37 @@ def intervals(table: pd.DataFrame, label: str, chance: float | None = None, ax: 
     return ax
 
 
+def panels(tables: dict[str, pd.DataFrame], label: str, mark: str, at: float) -> np.ndarray:
+    """`intervals` of several tables side by side, an axes each, with a marked line; rows are the systems of all."""
+    rows = list(dict.fromkeys(row for table in tables.values() for row in table.index))
+    size = (2.2 + 2.4 * len(tables), 1.1 + 0.3 * len(rows))
+    figure, axes = plt.subplots(1, len(tables), figsize=size, squeeze=False, sharey=True)
+    for ax, (name, table) in zip(axes[0], tables.items(), strict=True):
+        intervals(table.reindex(rows), "", at, ax)
+        ax.texts[-1].set_text(mark)
+        ax.set(title=f"{name}, n = {int(table['n'].iloc[0])}", xlabel="")
+    figure.supxlabel(f"{label}, with 95 % interval", fontsize=10)
+    return axes[0]
+
+
+def error_parts(tables: dict[str, pd.DataFrame]) -> np.ndarray:
+    """Standard errors by cause, for each system of each table of `table.summary`, an axes a table."""
+    causes = {"error_users": "users", "error_seeds": "seeds", "error_draws": "draws of candidates"}
+    size = (2.2 + 2.4 * len(tables), 1.3 + 0.42 * max(map(len, tables.values())))
+    figure, axes = plt.subplots(1, len(tables), figsize=size, squeeze=False, sharex=True)
+    for ax, (name, table) in zip(axes[0], tables.items(), strict=True):
+        place = np.arange(len(table))
+        for index, (cause, meaning) in enumerate(causes.items()):
+            look = {"color": COLOURS[index], "hatch": HATCHES[index], "edgecolor": "white"}
+            label = meaning if ax is axes[0, 0] else None
+            ax.barh(place + 0.27 * (index - 1), table[cause].astype(float).fillna(0), 0.27, label=label, **look)
+        ax.set(yticks=place, yticklabels=table.index if ax is axes[0, 0] else [], title=name)
+        ax.invert_yaxis()
+    figure.supxlabel("standard error of HitRatio@1", fontsize=10)
+    figure.legend(loc="outside upper center", ncols=len(causes))
+    return axes[0]
+
+
 def losses(histories: dict[str, pd.DataFrame], span: int = 20, ax: Axes | None = None) -> Axes:
     """Training loss against sequences seen, one line a run: the mean of the last `span` steps."""
     ax = ax or plt.subplots()[1]
@@ -69,20 +102,87 @@ def lines(table: pd.DataFrame, x: str, y: str, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def trend(table: pd.DataFrame, x: str, y: str, ax: Axes | None = None) -> Axes:
-    """Means with 95 % intervals against `x`, one line a system; a table of `sweep.over_seeds`."""
-    ax = ax or plt.subplots()[1]
-    systems = table["system"].unique()
-    step = 0.006 * np.ptp(table[x])  # beside each other, so that no interval hides another
-    for index, (system, marker, dash) in enumerate(zip(systems, itertools.cycle(MARKERS), itertools.cycle(DASHES))):
-        own = table[table["system"] == system]
-        error = [own["value"] - own["low"], own["high"] - own["value"]]
-        place = own[x] + (index - (len(systems) - 1) / 2) * step
-        ax.errorbar(place, own["value"], yerr=error, marker=marker, linestyle=dash, capsize=3, label=system)
-    ax.set(xticks=sorted(table[x].unique()), ylabel=f"{y}, mean with 95 % interval")
+def trend(table: pd.DataFrame, x: str, y: str, by: str | None = None, title: str = "") -> np.ndarray:
+    """Means with 95 % intervals over seeds against `x`, one line a system, a small grey point for each seed.
+
+    A table of `comparisons.over_seeds`; `by` names a column for each value of which there is an axes.
+    """
+    parts = dict(list(table.groupby(by, sort=False))) if by and len(table) else {"": table}
+    figure, axes = _panels(len(parts), (6.4, 2.9, 3.6))
+    systems = list(table["system"].unique())
+    step = 0.015 * np.ptp(table[x]) if len(table) else 0  # beside each other, so that nothing hides another
+    for ax, (part, own) in zip(axes, parts.items(), strict=True):
+        lines = list(own.groupby("system", sort=False))
+        for index, (system, line) in enumerate(lines):
+            number = systems.index(system)
+            look = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
+            place = line[x] + (index - (len(lines) - 1) / 2) * step
+            error = [line["value"] - line["low"], line["high"] - line["value"]]
+            dash = DASHES[number % len(DASHES)]
+            ax.errorbar(place, line["value"], yerr=error, linestyle=dash, capsize=3, label=system, **look)
+            for at, values in zip(place + step / 2, line["runs"], strict=True):
+                ax.scatter([at] * len(values), values, s=7, color="0.4", linewidths=0, zorder=3)
+        named = part if isinstance(part, str) else f"{by} {part:g}"
+        ax.set(title=textwrap.fill(named, 30), xlabel=x, xticks=sorted(own[x].unique()))
+    axes[0].set_ylabel(y)
     if len(systems) > 1:
-        ax.figure.legend(loc="outside upper center", ncols=min(len(systems), 3))
-    return ax
+        lines = {text: line for ax in axes for line, text in zip(*ax.get_legend_handles_labels(), strict=True)}
+        figure.legend(lines.values(), lines, loc="outside lower center", ncols=min(len(systems), 3))
+    _finish(axes[0], table, f"{title}\nmeans with 95 % intervals{_seeds(table)}".strip())
+    return axes
+
+
+def differences(table: pd.DataFrame, what: str, title: str) -> np.ndarray:
+    """Differences from the default with 95 % intervals over seeds, a small grey point for each seed.
+
+    A table of `comparisons.paired`: a row for each variant, an axes for each setting.
+    """
+    settings, variants = table["setting"].unique(), list(table["variant"].unique())
+    figure, axes = _panels(len(settings), (6.4, 3.0, 1.4 + 0.4 * len(variants)))
+    for ax, setting in zip(axes, settings, strict=False):
+        own = table[table["setting"] == setting]
+        place = np.array([variants.index(variant) for variant in own["variant"]])
+        error = [own["value"] - own["low"], own["high"] - own["value"]]
+        ax.axvline(0, color="0.4", linewidth=1)
+        ax.errorbar(own["value"], place, xerr=error, fmt="o", capsize=3, color=COLOURS[0])
+        for at, values in zip(place, own["runs"], strict=True):
+            ax.scatter(values, [at + 0.22] * len(values), s=10, color="0.4", linewidths=0)
+        ax.set_title(textwrap.fill(f"{setting}{_seeds(own)}", 34), fontsize=9)
+        ax.locator_params("x", nbins=4)
+    axes[0].set(yticks=range(len(variants)), yticklabels=variants, ylim=(len(variants) - 0.4, -0.6))
+    figure.supxlabel(f"{what} less that of the default, by seed, with 95 % interval", fontsize=10)
+    _finish(axes[0], table, title)
+    return axes
+
+
+def _panels(count: int, size: tuple[float, float, float]) -> tuple[Figure, np.ndarray]:
+    """Axes that share their scales, at most three in a row; size: least width of the figure, axes' width and height."""
+    least, wide, high = size
+    columns, rows = min(max(count, 1), 3), -(-max(count, 1) // 3)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(max(least, wide * columns), high * rows), squeeze=False, sharex=True, sharey=True
+    )
+    for surplus in axes.flat[max(count, 1) :]:
+        surplus.remove()
+    for ax in axes.flat[: max(count, 1)]:
+        ax.xaxis.set_tick_params(labelbottom=True)
+    return figure, axes.flat[: max(count, 1)]
+
+
+def _finish(ax: Axes, table: pd.DataFrame, title: str) -> None:
+    """A title over all axes of a figure, wrapped to its width; in a small one where there is nothing to show."""
+    figure, wrapped = ax.figure, [textwrap.fill(line, int(14 * ax.figure.get_figwidth())) for line in title.split("\n")]
+    figure.suptitle("\n".join(wrapped), fontsize="medium", x=0.01, ha="left")
+    if table.empty:
+        figure.set_size_inches(6.4, 1.2)
+        ax.set(xticks=[], yticks=[], xlim=(0, 1), ylim=(0, 1), ylabel="")
+        ax.text(0.5, 0.5, "no such runs in the results", ha="center", va="center")
+
+
+def _seeds(table: pd.DataFrame) -> str:
+    """ ", n = 3 seeds", or "2 to 3", of means over seeds."""
+    counts = sorted(table["n"].unique())
+    return f", n = {' to '.join(str(n) for n in dict.fromkeys([counts[0], counts[-1]]))} seeds" if counts else ""
 
 
 def long_tail(counts: np.ndarray, what: str, ax: Axes | None = None) -> Axes:
@@ -149,24 +249,37 @@ def gate_by_label(weights: np.ndarray, labels: np.ndarray, what: str, ax: Axes |
     return ax
 
 
-def heat_maps(matrices: dict[str, np.ndarray], what: str, label: str) -> np.ndarray:
-    """Symmetric matrices (G, G) with values from -1 to 1 side by side under one colour scale, an axes each (Fig. 3).
+def heat_maps(matrices: dict[str, np.ndarray], what: str, label: str, rows: int = 1) -> np.ndarray:
+    """Symmetric matrices (G, G) with values from -1 to 1 under one colour scale, an axes each (Fig. 3).
 
-    Brown is above 0, purple below, white is 0; the values are written into the cells.
+    Brown is above 0, purple below, white is 0. Up to three in a row have their values in the cells; of more, which are
+    smaller, the colours span what is off the diagonal, and the diagonal is grey.
     """
-    figure, axes = plt.subplots(1, len(matrices), figsize=(1.2 + 3.1 * len(matrices), 3.4), squeeze=False, sharey=True)
-    for ax, (name, matrix) in zip(axes[0], matrices.items(), strict=True):
-        image = ax.imshow(matrix, vmin=-1, vmax=1, cmap="PuOr_r")
+    columns = -(-len(matrices) // rows)
+    small = columns > 3
+    wide, high = (1.2, 1.3) if small else (3.1, 3.4)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(1.2 + wide * columns, high * rows), squeeze=False, sharex=True, sharey=True
+    )
+    off = {name: np.where(np.eye(len(matrix)), np.nan, matrix) for name, matrix in matrices.items()}
+    limit = max(np.nanmax(np.abs(matrix)) for matrix in off.values()) if small else 1
+    colours = plt.get_cmap("PuOr_r").with_extremes(bad="0.8")
+    for ax, (name, matrix) in zip(axes.flat, (off if small else matrices).items(), strict=True):
+        image = ax.imshow(matrix, vmin=-limit, vmax=limit, cmap=colours)
         for (row, column), value in np.ndenumerate(np.round(matrix, 2) + 0.0):  # no -0.00
-            ink = _ink(image.to_rgba(value))
-            ax.text(column, row, f"{value:.2f}", ha="center", va="center", color=ink, fontsize=56 / len(matrix))
-        ticks = range(len(matrix))
-        ax.set(title=name, xlabel=label, xticks=ticks, yticks=ticks, xticklabels=[t + 1 for t in ticks])
+            if not small:
+                ink = _ink(image.to_rgba(value))
+                ax.text(column, row, f"{value:.2f}", ha="center", va="center", color=ink, fontsize=56 / len(matrix))
+        ticks = [] if small else range(len(matrix))
+        ax.set(xticks=ticks, yticks=ticks, xticklabels=[t + 1 for t in ticks])
+        ax.set_title(name, fontsize=8 if small else None)
         ax.set_yticklabels([t + 1 for t in ticks])
         ax.grid(visible=False)
-    axes[0, 0].set_ylabel(label)
-    figure.colorbar(image, ax=axes[0], label=what, fraction=0.05)
-    return axes[0]
+    for ax in axes[-1]:
+        ax.set_xlabel("" if small else label)
+    axes[0, 0].set_ylabel("" if small else label)
+    figure.colorbar(image, ax=axes, label=textwrap.fill(what, 30), fraction=0.05)
+    return axes.ravel()
 
 
 def relation(
@@ -186,6 +299,87 @@ def relation(
     axes[0, 0].set_ylabel(y)
     figure.supxlabel(x, fontsize=10)
     return axes[0]
+
+
+def idea() -> Figure:
+    """The method in one picture; on the page `idea` stands what this prints into book/assets/idea.svg:
+
+    python -c "from ilora import figures as f; f.style(); print(f.svg(f.idea()), end='')"
+    """
+    figure, ax = plt.subplots(figsize=(7.6, 4.6))
+    ax.set(xlim=(0, 100), ylim=(0, 64))
+    ax.axis("off")
+    frozen, trained = {"facecolor": "#d9e6f2", "edgecolor": "#0072B2"}, {"facecolor": "#fdebc8", "edgecolor": "#B36B00"}
+    plain = {"facecolor": "white", "edgecolor": "0.4"}
+    boxes = {
+        "history": (1, 27, 17, 12, "history\nof ten titles", plain),
+        "prompt": (27, 50, 21, 11, "prompt: history\nand 20 candidates", plain),
+        "SASRec": (27, 6, 14, 10, "SASRec", frozen),
+        "z": (46, 6, 8, 10, "z", plain),
+        "gate": (59, 6, 14, 10, "gate", trained),
+        "W": (60, 45, 12, 16, "W", frozen),
+        "A": (60, 28, 12, 6, "A", trained),
+        "middle": (75, 28, 11, 6, "K w times", trained),
+        "B": (88, 28, 11, 6, "B", trained),
+        "title": (85, 50, 14, 11, "next title", plain),
+    }
+    for x, y, width, height, text, look in boxes.values():
+        ax.add_patch(plt.Rectangle((x, y), width, height, linewidth=1.4, **look))
+        ax.text(x + width / 2, y + height / 2, text, ha="center", va="center")
+    for expert in range(1, 4):  # A, the middle and B are cut into four experts
+        for x, y, width, *_ in (boxes[name] for name in ("A", "middle", "B")):
+            ax.plot([x + width * expert / 4] * 2, [y, y + 1.2], color="#B36B00", linewidth=1.2)
+    arrows = [
+        ((18, 36), (27, 53)), ((18, 30), (27, 13)), ((48, 55.5), (60, 55.5)), ((72, 55.5), (85, 55.5)),
+        ((41, 11), (46, 11)), ((54, 11), (59, 11)), ((73, 11), (80.5, 28)), ((52, 55.5), (60, 31)),
+        ((72, 31), (75, 31)), ((86, 31), (88, 31)), ((93.5, 34), (79, 55)),
+    ]  # fmt: skip
+    for start, end in arrows:
+        ax.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": "0.3", "linewidth": 1.2})
+    ax.text(66, 63, "each projection of the language model", ha="center", va="center", fontsize=9)
+    ax.text(79.5, 18, "K weights", ha="left", va="center", fontsize=9)
+    ax.text(80, 42, "+", ha="center", va="center", fontsize=14)
+    ax.text(1, 2, "blue is frozen, orange is trained", fontsize=9)
+    return figure
+
+
+def svg(figure: Figure) -> str:
+    """The figure as an SVG document whose text stays text, which keeps it small; closes it. Equal for equal figures."""
+    text = io.StringIO()
+    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "ilora", "font.sans-serif": ["DejaVu Sans"]}):
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    plt.close(figure)
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
+
+
+def scored(scores: dict[str, np.ndarray], titles: list[str], right: int, ax: Axes | None = None) -> Axes:
+    """Shares of each system for the titles on offer, bars side by side, in the order given; `right` is the answer's."""
+    ax = ax or plt.subplots(figsize=(6.4, 0.9 + 0.26 * len(titles)))[1]
+    place, height = np.arange(len(titles)), 0.8 / len(scores)
+    for index, (name, share) in enumerate(scores.items()):
+        look = {"color": COLOURS[index], "hatch": HATCHES[index], "edgecolor": "white"}
+        ax.barh(place + (index - (len(scores) - 1) / 2) * height, share, height, label=name, **look)
+    names = [f"{title} (read next)" if index == right else title for index, title in enumerate(titles)]
+    ax.set(xlim=(0, 1), xlabel="share of the probability of the twenty titles", yticks=place, yticklabels=names)
+    ax.get_yticklabels()[right].set_fontweight("bold")
+    ax.invert_yaxis()
+    ax.grid(visible=False, axis="y")
+    ax.figure.legend(loc="outside upper center", ncols=len(scores))
+    return ax
+
+
+def experts_at(trend: pd.DataFrame, experts: int, weights: np.ndarray | None, names: list[str]) -> np.ndarray:
+    """HitRatio@1 against the number of experts with `experts` marked, beside gate weights (n, experts) where known."""
+    width = [1, 1.4] if weights is not None else [1]
+    axes = plt.subplots(1, len(width), figsize=(7.4, 3.6), width_ratios=width, squeeze=False)[1][0]
+    error = [trend["value"] - trend["low"], trend["high"] - trend["value"]]
+    axes[0].errorbar(trend["experts"], trend["value"], yerr=error, fmt="o-", capsize=3, color="0.5")
+    here = trend[trend["experts"] == experts]
+    axes[0].plot(here["experts"], here["value"], "o", markersize=11, color=COLOURS[5])
+    axes[0].set(xticks=trend["experts"], xlabel="experts K", ylabel="HitRatio@1, mean with 95 % interval")
+    if weights is not None:
+        gate_bars(weights, names, axes[1])
+    return axes
 
 
 def _ink(colour: str | tuple[float, ...]) -> str:

@@ -23,8 +23,9 @@ from ilora import data, runs
 from ilora.adapter import ILoraConfig, gate_weights
 from ilora.guidance import GUIDANCE
 from ilora.language_model import Projector, load_language_model
+from ilora.morec import MoRec  # noqa: F401, one of those that SequenceModel.from_pretrained finds
 from ilora.prompts import NO_ITEM, NO_LABEL, Prompts, read_answer
-from ilora.recommenders import SASRec
+from ilora.recommenders import SequenceModel
 
 TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -88,7 +89,7 @@ class LanguageRecommender(nn.Module):
         self,
         language_model: nn.Module,
         prompts: Prompts,
-        encoder: SASRec | None = None,
+        encoder: SequenceModel | None = None,
         adapter: LoraConfig | None = None,
         seed: int = 0,
         guidance: str = "sequence",
@@ -232,7 +233,9 @@ class LanguageRecommender(nn.Module):
 
     @torch.no_grad()
     def gate_weights(self, rows: list[tuple[np.ndarray, np.ndarray, int]]) -> Tensor:
-        """(rows, K) weights of the experts, Eq. 11."""
+        """Weights of the experts, Eq. 11: (rows, K), or (layers, rows, K) of a gate per layer; LoRA's one has 1."""
+        if not self.gated:
+            return torch.ones(len(rows), 1)
         z = self._guidance(self._batch(rows, answers=False))["sequence_embeds"]
         return gate_weights(self.language_model, z).cpu()
 
@@ -242,9 +245,7 @@ class LanguageRecommender(nn.Module):
         histories, candidates, targets = zip(*rows, strict=True)
         batch = self.prompts.batch(histories, candidates, targets if answers else None, self.encoder is not None)
         if self.encoder is not None:
-            window, padding = self.encoder.window, len(self.prompts.titles)
-            padded = [[padding] * (window - len(history)) + list(history)[-window:] for history in histories]
-            batch["history"] = torch.tensor(padded)
+            batch["history"] = self.encoder.pad(histories)
         batch["prompt"] = batch["attention_mask"].bool()
         if answers:
             batch["prompt"] &= batch["labels"] == NO_LABEL
@@ -310,7 +311,7 @@ class LanguageRecommender(nn.Module):
         about = json.loads((folder / "recommender.json").read_text(encoding="utf-8"))
         language_model, tokenizer = load_language_model(base_model or about["base_model"], dataset, device)
         prompts = Prompts(tokenizer, about["titles"], *about["wording"])
-        encoder = SASRec.from_pretrained(folder / "encoder") if (folder / "encoder").is_dir() else None
+        encoder = SequenceModel.from_pretrained(folder / "encoder") if (folder / "encoder").is_dir() else None
         guided = {name: about[name] for name in ("seed", "guidance") if name in about}
         model = cls(language_model, prompts, encoder, **guided)
         if encoder is not None:

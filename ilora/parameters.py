@@ -62,18 +62,31 @@ PARAMETERS: dict[str, Parameter] = {
     "experts": _at_least(1, "number of experts K; a divisor of rank; 1 is LoRA"),
     "gate": _one_of(("linear", "convolutional"), "how the sequence representation becomes expert weights"),
     "guidance": _one_of(("sequence", "random", "token"), "what the gate reads: SASRec's state, noise or the prompt"),
+    "gate_per_layer": Parameter(
+        bool, "a gate for each adapted layer, instead of one for all", lambda _: True, "True or False"
+    ),
+    "gate_top_k": Parameter(
+        int, "experts with weight for one history; 0: all", lambda value: value == 0 or value > 1, "0 or at least 2"
+    ),
     "epochs": _at_least(1, "passes over the training sequences"),
     "learning_rate": Parameter(float, "peak learning rate", lambda value: 0 < value < 1, "above 0 and below 1"),
     "batch_size": _at_least(1, "sequences per optimiser step"),
+    "micro_batch_size": _at_least(1, "sequences at once on a device; changes a result by rounding alone"),
     "train_limit": _at_least(0, "training sequences used; 0: all"),
     "test_limit": _at_least(0, "test sequences used; 0: all"),
     "gradient_limit": _at_least(0, "training sequences whose gradients are compared; 0: all"),
     "encoder_epochs": _at_least(1, "SASRec: passes over the training users"),
     "eval_windows": _one_of(("last", "all"), "test windows: each user's last, or all"),
+    "text_encoder": Parameter(
+        str, "MoRec: a sentence-transformers model by name or folder", lambda value: bool(value.strip()), "a name"
+    ),
+    "chat_url": Parameter(str, "ChatRec: base URL of an OpenAI-compatible endpoint", lambda value: True, "a URL"),
+    "chat_model": Parameter(str, "ChatRec: the model's name there", lambda value: True, "a name"),
+    "chat_limit": _at_least(1, "ChatRec: questions asked of the endpoint"),
     "device": Parameter(str, "auto, cpu, cuda, cuda:N or mps", bool, "auto, cpu, cuda, cuda:N or mps"),
 }
 
-_KINDS = {int: "a whole number", float: "a number", str: "text"}
+_KINDS = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
 
 
 def check_parameters(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,6 +127,8 @@ def _check_together(values: Mapping[str, Any]) -> None:
     if rank % experts:
         divisors = ", ".join(str(k) for k in range(1, rank + 1) if rank % k == 0)
         raise UserError(f"experts = {experts} does not divide rank = {rank}: choose experts among {divisors}")
+    if "experts" in values and (top_k := values.get("gate_top_k", 0)) > experts:
+        raise UserError(f"gate_top_k = {top_k} keeps more than experts = {experts}: choose at most that many, or 0")
     if values.get("dataset") in ("csv", "llara") and values.get("data_dir") == "":
         raise UserError(f"dataset = {values['dataset']!r} needs data_dir, the folder that holds its files")
     if "device" in values:
@@ -127,6 +142,8 @@ def parse_parameters(pairs: Collection[tuple[str, str]]) -> dict[str, Any]:
 
 def _parse(name: str, text: str) -> Any:
     kind = PARAMETERS[name].type if name in PARAMETERS else str
+    if kind is bool:
+        return {"True": True, "False": False}.get(text, text)  # as papermill reads them; bool("False") is True
     try:
         return kind(text)
     except ValueError:

@@ -13,7 +13,7 @@ import pandas as pd
 from ilora import __version__, data, evaluation, language_model, pretraining, runs
 from ilora.model import LanguageRecommender, Questions, adapter_config
 from ilora.prompts import Prompts
-from ilora.recommenders import Popularity, SASRec
+from ilora.recommenders import Popularity, SequenceModel
 from ilora.training import TrainingArguments, fit
 from ilora.world import make_world
 
@@ -32,11 +32,11 @@ def questions(
     return Questions(sequences, len(dataset.items), seed)
 
 
-def baselines(dataset: data.Dataset, encoder: SASRec, asked: Questions) -> dict[str, pd.DataFrame]:
+def baselines(dataset: data.Dataset, encoder: SequenceModel, asked: Questions) -> dict[str, pd.DataFrame]:
     """Outcomes of the recommenders without language, on the same questions and candidates."""
     return {
-        "popularity": evaluation.score(Popularity.from_dataset(dataset), asked),
-        "SASRec": evaluation.score(encoder, asked),
+        "popularity": evaluation.ask(Popularity.from_dataset(dataset), asked),
+        type(encoder).__name__: evaluation.ask(encoder, asked),
     }
 
 
@@ -57,7 +57,7 @@ def attainable(
 
 
 def untuned(
-    dataset: data.Dataset, base_model: str = "embedded", encoder: SASRec | None = None, device: str = "auto"
+    dataset: data.Dataset, base_model: str = "embedded", encoder: SequenceModel | None = None, device: str = "auto"
 ) -> LanguageRecommender:
     """The language model as it is, with text-only prompts unless an encoder is given."""
     model, tokenizer = language_model.load_language_model(base_model, dataset, device)
@@ -67,7 +67,7 @@ def untuned(
 
 def tuned(
     dataset: data.Dataset,
-    encoder: SASRec,
+    encoder: SequenceModel | None,
     base_model: str = "embedded",
     device: str = "auto",
     **settings: int | float | str,
@@ -78,7 +78,7 @@ def tuned(
     return model, pd.read_csv(folder / "history.csv")
 
 
-def snapshots(dataset: data.Dataset, encoder: SASRec, **settings: int | float | str) -> list[Path]:
+def snapshots(dataset: data.Dataset, encoder: SequenceModel | None, **settings: int | float | str) -> list[Path]:
     """What training kept of the model on the way, earliest first; settings as for `tuned`.
 
     Files for `training.load_snapshot`, evenly spaced; the last one is of the last step, be it the best or not.
@@ -88,13 +88,15 @@ def snapshots(dataset: data.Dataset, encoder: SASRec, **settings: int | float | 
 
 def tuned_folder(
     dataset: data.Dataset,
-    encoder: SASRec,
+    encoder: SequenceModel | None,
     base_model: str = "embedded",
     rank: int = 8,
     alpha: float = 32,
     dropout: float = 0.0,
     experts: int = 1,
     gate: str = "linear",
+    gate_per_layer: bool = False,
+    gate_top_k: int = 0,
     guidance: str = "sequence",
     epochs: int = 1,
     learning_rate: float = 3e-3,
@@ -102,28 +104,33 @@ def tuned_folder(
     train_limit: int = 0,
     seed: int = 0,
     device: str = "auto",
+    micro_batch_size: int = 32,
+    window: int = 0,
 ) -> Path:
     """The folder of a language model tuned with LoRA (experts 1) or iLoRA as LLaRA does; made once and kept.
 
+    Without an encoder prompts are text alone, as TALLRec has them. window: items of a history; 0 for the encoder's.
     It holds recommender/, history.csv and snapshots/step-*.safetensors.
     Validation, HitRatio@1 by ranking after each epoch, chooses the epoch. Parameters are those of the notebooks.
     """
-    window = encoder.window
-    train = questions(dataset, "train", window, train_limit, seed=seed)
-    validation = questions(dataset, "validation", window, VALIDATION_LIMIT, seed=seed)
+    if encoder is None and (experts > 1 or not window):
+        raise runs.UserError("without an encoder give a window, and one expert: there is nothing for a gate to read")
+    train = questions(dataset, "train", window or encoder.window, train_limit, seed=seed)
+    validation = questions(dataset, "validation", window or encoder.window, VALIDATION_LIMIT, seed=seed)
     on_gpu = runs.pick_device(device).type == "cuda"
     arguments = TrainingArguments(
         epochs, batch_size, learning_rate, weight_decay=1e-5, seed=seed, precision="bf16" if on_gpu else "no",
-        snapshots=SNAPSHOTS, micro_batch_size=32, save_every=100, device=device,
+        snapshots=SNAPSHOTS, micro_batch_size=micro_batch_size, save_every=100, device=device,
     )  # fmt: skip
     adapter = {"rank": rank, "alpha": alpha, "dropout": dropout, "experts": experts}
-    adapter |= {"gate": gate} if experts > 1 else {}
+    gates = {"gate": gate, "gate_per_layer": gate_per_layer, "gate_top_k": gate_top_k}
+    adapter |= {name: value for name, value in gates.items() if value} if experts > 1 else {}
     guided = {"guidance": guidance} if experts > 1 and guidance != "sequence" else {}
     parameters = {
         "dataset": dataset.key, "base_model": base_model, **adapter, **guided,
         "embedded": pretraining.fingerprint(), "recipe": pretraining.VERSION,
-        "encoder": _digest(encoder), "train": len(train), "validation": len(validation),
-        "version": __version__, **arguments.identity(),
+        "encoder": encoder and _digest(encoder), "train": len(train), "validation": len(validation),
+        "version": __version__, **({"window": window} if window else {}), **arguments.identity(),
     }  # fmt: skip
 
     work = runs.home() / "training" / runs.key(parameters)
@@ -148,7 +155,7 @@ def tuned_folder(
     return folder
 
 
-def _digest(encoder: SASRec) -> str:
+def _digest(encoder: SequenceModel) -> str:
     digest = hashlib.sha256()
     for value in encoder.state_dict().values():
         digest.update(value.cpu().numpy().tobytes())

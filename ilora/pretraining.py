@@ -62,6 +62,9 @@ class Recipe:
     epochs: int = 1  # parts of the reading, between which lists grow
     vocabulary: int = VOCABULARY
     across_spaces: bool = False  # tokens may span words
+    width: int = 128  # of the model; many narrow heads beat few wide ones at choosing from a list
+    layers: int = 4
+    heads: int = 8
 
 
 PUBLIC = Recipe(448_000, 128, 3e-3, shares=(0.2, 0.02, 0.28, 0.5), spotted=0.5, invented=True, grow=True, epochs=8)
@@ -106,7 +109,7 @@ def pretrain(
     texts = [" " + " ".join(text.split()) for column in ("title", "text") for text in dataset.items[column] if text]
     tokenizer = train_tokenizer(list(wording(dataset.noun, dataset.verb)), texts, recipe)
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(_config(recipe.vocabulary))
+    model = LlamaForCausalLM(_config(recipe))
     if start is not None:
         _take_over(model, tokenizer, start)
     prompts = Prompts(tokenizer, list(dataset.items["title"]), dataset.noun, dataset.verb)
@@ -115,6 +118,7 @@ def pretrain(
     arguments = TrainingArguments(
         recipe.epochs, recipe.batch_size, recipe.learning_rate, weight_decay=0.01, seed=seed, device=device,
         precision="bf16" if on_gpu else "no", micro_batch_size=None if on_gpu else 32,
+        save_every=1000 if on_gpu else 200,
     )  # fmt: skip
     fit(Pretraining(model), rows, arguments, work)
     model.to(torch.bfloat16).cpu().save_pretrained(folder)
@@ -258,12 +262,12 @@ class Pretraining(nn.Module):
         return F.cross_entropy(logits, batch["labels"][:, 1:][learned])
 
 
-def _config(vocabulary: int) -> LlamaConfig:
-    """0.8 M parameters, and 128 for each token. Many narrow heads beat few wide ones at choosing from a list."""
+def _config(recipe: Recipe) -> LlamaConfig:
+    """The shape of a base: 0.8 M parameters at the default width and depth, and `width` for each token."""
     return LlamaConfig(
-        vocab_size=vocabulary, hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=8,
-        num_key_value_heads=8, max_position_embeddings=2048, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1,
-        eos_token_id=2,
+        vocab_size=recipe.vocabulary, hidden_size=recipe.width, intermediate_size=11 * recipe.width // 4,
+        num_hidden_layers=recipe.layers, num_attention_heads=recipe.heads, num_key_value_heads=recipe.heads,
+        max_position_embeddings=2048, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
 
 

@@ -1,9 +1,10 @@
-"""Sequence recommenders without language: popularity and SASRec, behind one contract.
+"""Recommenders behind one contract: popularity, and sequence models over item ids (SASRec, GRU4Rec, Caser).
 
 A history is a row of item ids, oldest first, filled up on the left with the padding id `n_items`.
 """
 
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +15,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ilora import runs
-from ilora.data import CANDIDATES, Dataset, Sequences
+from ilora.data import Dataset
 
 
 class Recommender(nn.Module):
     """What every recommender can do; a subclass gives `score_all`, and `encode` where it has states."""
 
-    def __init__(self, **config: int | float) -> None:
+    window = 1  # items of a history that it reads, the last ones
+
+    def __init__(self, **config: int | float | str | dict) -> None:
         super().__init__()
         self.config = config  # the arguments that make it anew
         self.n_items = config["n_items"]
@@ -42,6 +45,28 @@ class Recommender(nn.Module):
         """The representation z of each history: (batch, window) item ids -> (batch, dim)."""
         raise NotImplementedError(f"{type(self).__name__} has no sequence representation")
 
+    def pad(self, histories: Sequence[Sequence[int]]) -> Tensor:
+        """Histories without padding -> (batch, window) item ids, the last ones of each."""
+        padded = np.full((len(histories), self.window), self.n_items)
+        for row, history in zip(padded, histories, strict=True):
+            recent = history[-self.window :]
+            row[self.window - len(recent) :] = recent
+        return torch.from_numpy(padded)
+
+    @torch.no_grad()
+    def rank(self, rows: list[tuple[np.ndarray, np.ndarray, int]]) -> Tensor:
+        """Scores of each row's candidates, (rows, candidates); a row is one of `model.Questions`."""
+        histories, candidates, _ = zip(*rows, strict=True)
+        history, offered = self.pad(histories), torch.from_numpy(np.stack(candidates))
+        return self.score(history.to(self.device), offered.to(self.device))
+
+    def parameter_groups(self, weight_decay: float) -> list[dict]:
+        """All parameters, with L2 regularisation: `weight_decay` times the weights is added to the gradient.
+
+        That is Adam's coupled weight decay, the gradient of weight_decay / 2 * |weights|^2, not AdamW's.
+        """
+        return [{"params": list(self.parameters()), "weight_decay": weight_decay, "decoupled_weight_decay": False}]
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors to `folder`."""
         runs.write_json(Path(folder, "config.json"), {"class": type(self).__name__, **self.config})
@@ -49,17 +74,27 @@ class Recommender(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Recommender":
-        """Read what `save_pretrained` wrote, in eval mode. Raises UserError for anything else."""
+        """Read what `save_pretrained` wrote, in eval mode: a `cls` or one of its subclasses, as config.json says.
+
+        Raises UserError for anything else.
+        """
         try:
             config = json.loads(Path(folder, "config.json").read_text("utf-8"))
-            if config.pop("class") != cls.__name__:
-                raise KeyError(f"config.json names no {cls.__name__}")
-            model = cls(**config)
+            kinds = {kind.__name__: kind for kind in _family(cls)}
+            if (name := config.pop("class")) not in kinds:
+                raise KeyError(f"config.json names {name}, no {cls.__name__}")
+            model = kinds[name](**config)
             model.load_state_dict(safetensors.torch.load_file(Path(folder, "model.safetensors")))
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
             why = str(error).splitlines()[0]
             raise runs.UserError(f"cannot read a {cls.__name__} from {folder} ({why}): train it again") from error
         return model.eval()
+
+
+def _family(cls: type[Recommender]) -> Iterator[type[Recommender]]:
+    yield cls
+    for kind in cls.__subclasses__():
+        yield from _family(kind)
 
 
 class Popularity(Recommender):
@@ -82,49 +117,45 @@ class Popularity(Recommender):
         return self.counts.expand(len(history), -1)
 
 
-class SASRec(Recommender):
-    """Self-attentive sequential recommendation (Kang and McAuley 2018) with full-catalogue cross entropy.
+class SequenceModel(Recommender):
+    """A recommender with states, trained with full-catalogue cross entropy; a subclass gives `read`.
 
-    `encode` gives z of iLoRA's Eq. 11, the state after the history's last item. Item embeddings serve as
-    input and output. Padding is never attended to; a padded position sees itself alone, and nothing sees it.
+    `encode` gives z of iLoRA's Eq. 11, the state after the history's last item. Item embeddings serve as input and
+    output: an item's score is the inner product of its embedding and z.
     """
 
-    def __init__(
-        self,
-        n_items: int,
-        dim: int = 64,
-        window: int = 10,
-        layers: int = 2,
-        heads: int = 2,
-        dropout: float = 0.3,
-    ) -> None:
-        super().__init__(n_items=n_items, dim=dim, window=window, layers=layers, heads=heads, dropout=dropout)
-        self.window, self.heads = window, heads
+    def __init__(self, n_items: int, dim: int, window: int, dropout: float, **config: int | float | str | dict) -> None:
+        super().__init__(n_items=n_items, dim=dim, window=window, dropout=dropout, **config)
+        self.window = window
         self.items = nn.Embedding(n_items + 1, dim, padding_idx=n_items)
-        self.positions = nn.Embedding(window, dim)
         self.dropout = nn.Dropout(dropout)
-        block = nn.TransformerEncoderLayer(dim, heads, dim, dropout, batch_first=True, norm_first=True)
-        self.blocks = nn.TransformerEncoder(block, layers, nn.LayerNorm(dim), enable_nested_tensor=False)
-        for embedding in (self.items, self.positions):
-            nn.init.normal_(embedding.weight, std=0.02)
-        nn.init.zeros_(self.items.weight[n_items])
+
+    def _start_small(self) -> None:
+        """Draw all embeddings anew, so small that the first scores are nearly equal; the padding's is zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+        nn.init.zeros_(self.items.weight[self.n_items])
 
     @property
     def item_embeddings(self) -> Tensor:
         """(n_items, dim)"""
         return self.items.weight[: self.n_items]
 
+    def read(self, items: Tensor, real: Tensor) -> Tensor:
+        """(batch, length, dim) embeddings, (batch, length) bool, false for padding -> (batch, n, dim).
+
+        n states, the last one after the last item; n = length where there is one after each item, else 1.
+        """
+        raise NotImplementedError
+
     def states(self, history: Tensor) -> Tensor:
-        """State after each item: (batch, length <= window) item ids -> (batch, length, dim)."""
-        length = history.shape[1]
-        if length > self.window:
-            raise ValueError(f"a history of {length} items is longer than the window of {self.window}: cut it")
-        past = torch.ones(length, length, dtype=torch.bool, device=history.device).tril()
-        itself = torch.eye(length, dtype=torch.bool, device=history.device)
-        seen = past & (history != self.n_items)[:, None, :] | itself  # (batch, query, key)
-        place = torch.arange(self.window - length, self.window, device=history.device)
-        state = self.dropout(self.items(history) + self.positions(place))
-        return self.blocks(state, mask=~seen.repeat_interleave(self.heads, dim=0))
+        """States: (batch, length <= window) item ids -> (batch, n, dim), see `read`."""
+        if history.shape[1] > self.window:
+            raise ValueError(
+                f"a history of {history.shape[1]} items is longer than the window of {self.window}: cut it"
+            )
+        return self.read(self.items(history), history != self.n_items)
 
     def encode(self, history: Tensor) -> Tensor:
         return self.states(history)[:, -1]
@@ -137,81 +168,96 @@ class SASRec(Recommender):
         return torch.from_numpy(np.stack(rows))
 
     def forward(self, batch: Tensor, progress: float = 0.0, step_seed: int = 0) -> Tensor:
-        """Cross entropy of the next item after every item of a row: summed, over window and rows."""
-        history, following = batch[:, :-1], batch[:, 1:]
-        real = history != self.n_items
-        logits = self.states(history)[real] @ self.item_embeddings.T
-        return functional.cross_entropy(logits, following[real], reduction="sum") / history.numel()
+        """Cross entropy of the item after each state: summed, over states and rows, padding counted with 0."""
+        states = self.states(batch[:, :-1])
+        n = states.shape[1]
+        real = batch[:, -1 - n : -1] != self.n_items
+        logits = states[real] @ self.item_embeddings.T
+        return functional.cross_entropy(logits, batch[:, -n:][real], reduction="sum") / real.numel()
 
 
-class Pieces:
-    """Training rows of SASRec: every user's history cut into pieces, anew each epoch.
+class SASRec(SequenceModel):
+    """Self-attentive sequential recommendation (Kang and McAuley 2018), a state after each item.
 
-    A row is (window + 1,) item ids, `window` items and what came after the last; each item in it is a target
-    of what came before it in the row. sequences: every window of the users, `data.sequences(min_history=1)`.
+    Padding is never attended to; a padded position sees itself alone, and nothing sees it.
     """
 
-    def __init__(self, sequences: Sequences, seed: int) -> None:
-        self.sequences, self.seed = sequences, seed
-        self.window = sequences.history.shape[1]
-        _, self.first, count = np.unique(sequences.user, return_index=True, return_counts=True)
-        pieces = -(-(count + self.window - 1) // self.window)  # of each user, enough at every offset
-        self.user = np.repeat(np.arange(len(count)), pieces)
-        back = np.arange(len(self.user)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-        self.last = count[self.user] - 1
-        self.end = self.last + self.window - 1 - back * self.window  # latest row of the user's to end at
-        self.set_epoch(0)
+    def __init__(
+        self,
+        n_items: int,
+        dim: int = 64,
+        window: int = 10,
+        layers: int = 2,
+        heads: int = 2,
+        dropout: float = 0.3,
+    ) -> None:
+        super().__init__(n_items, dim, window, dropout, layers=layers, heads=heads)
+        self.heads = heads
+        self.positions = nn.Embedding(window, dim)
+        block = nn.TransformerEncoderLayer(dim, heads, dim, dropout, batch_first=True, norm_first=True)
+        self.blocks = nn.TransformerEncoder(block, layers, nn.LayerNorm(dim), enable_nested_tensor=False)
+        self._start_small()
 
-    def set_epoch(self, epoch: int) -> None:
-        """Shift every cut back by 0 to window - 1 items, at random."""
-        shift = np.random.default_rng([self.seed, epoch]).integers(self.window, size=len(self.end))
-        self.row = self.first[self.user] + np.clip(self.end - shift, 0, self.last)
-
-    def __len__(self) -> int:
-        return len(self.row)
-
-    def __getitem__(self, piece: int) -> np.ndarray:
-        row = self.row[piece]
-        return np.append(self.sequences.history[row], self.sequences.target[row])
+    def read(self, items: Tensor, real: Tensor) -> Tensor:
+        length = real.shape[1]
+        past = torch.ones(length, length, dtype=torch.bool, device=real.device).tril()
+        itself = torch.eye(length, dtype=torch.bool, device=real.device)
+        seen = past & real[:, None, :] | itself  # (batch, query, key)
+        place = torch.arange(self.window - length, self.window, device=real.device)
+        state = self.dropout(items + self.positions(place))
+        return self.blocks(state, mask=~seen.repeat_interleave(self.heads, dim=0))
 
 
-def expected_hit_ratio(
-    scores: np.ndarray, history: np.ndarray, target: np.ndarray, size: int = CANDIDATES
-) -> np.ndarray:
-    """Each row's HitRatio@1 over all draws of candidates: how probably the target scores highest of `size`.
+class GRU4Rec(SequenceModel):
+    """A gated recurrent network (Hidasi et al. 2016; one layer), a state after each item.
 
-    scores (rows, n_items), history (rows, window), target (rows,) -> (rows,). The others are drawn as in
-    `data.candidates`: distinct, neither in the history nor the target; a tie is won by lot. Exact: with m
-    items to draw from, `better` of them above the target and `ties` equal to it, the mean over j = 0..ties
-    of C(m - better - j, size - 1) / C(m, size - 1), two terms by the hockey-stick identity.
-    Raises ValueError on NaN scores, which would compare as "not better".
+    Left out: output embeddings of their own and the ranking losses on sampled items, both made for catalogues
+    that full cross entropy cannot afford. The state is zero before the first item, and so at padded positions.
     """
-    if np.isnan(scores).any():
-        raise ValueError("scores hold NaN: the model that made them is broken")
-    n_items, row = scores.shape[1], np.arange(len(scores))
-    free = np.ones((len(scores), n_items + 1), dtype=bool)  # the last column is padding
-    free[row[:, None], history] = False
-    free[row, target] = False
-    free = free[:, :n_items]
-    own = scores[row, target][:, None]
-    m, better, ties = free.sum(1), (free & (scores > own)).sum(1), (free & (scores == own)).sum(1)
 
-    def term(x: np.ndarray) -> np.ndarray:  # C(x, size) / C(m, size - 1)
-        factors = [np.maximum(x - 1 - j, 0) / (m - j) for j in range(size - 1)]
-        return x / size * np.prod(factors, axis=0)
+    def __init__(self, n_items: int, dim: int = 64, window: int = 10, dropout: float = 0.3) -> None:
+        super().__init__(n_items, dim, window, dropout)
+        self.gru = nn.GRU(dim, dim, batch_first=True)
+        self._start_small()
 
-    return (term(m - better + 1) - term(m - better - ties)) / (ties + 1)
+    def read(self, items: Tensor, real: Tensor) -> Tensor:
+        place = torch.arange(real.shape[1], device=real.device)
+        padding = (~real).sum(1, keepdim=True)  # (batch, 1), all of it on the left
+        first = ((place + padding) % len(place))[..., None].expand_as(items)  # real items first, padding behind them
+        back = ((place - padding) % len(place))[..., None].expand_as(items)
+        states, _ = self.gru(self.dropout(items.gather(1, first)))
+        return self.dropout(states.gather(1, back)) * real[..., None]
 
 
-@torch.no_grad()
-def hit_ratios(
-    recommender: Recommender, sequences: Sequences, size: int = CANDIDATES, batch_size: int = 512
-) -> np.ndarray:
-    """`expected_hit_ratio` of a recommender for each sequence, (n,)."""
-    recommender.eval()
-    parts = []
-    for start in range(0, len(sequences), batch_size):
-        part = sequences.take(slice(start, start + batch_size))
-        scores = recommender.score_all(torch.from_numpy(part.history).to(recommender.device)).cpu().numpy()
-        parts.append(expected_hit_ratio(scores, part.history, part.target, size))
-    return np.concatenate(parts)
+class Caser(SequenceModel):
+    """Convolutions over the window (Tang and Wang 2018), one state for all of it.
+
+    The window is an image of `window` x dim: `filters` horizontal filters of each height up to `heights` see that
+    many items in a row, their largest answer counts; `vertical` filters weigh the window's items for each dimension.
+    Left out: user embeddings, as test users are new; output embeddings of their own; the ReLU of the last layer,
+    because a state that is never negative could not be the opposite of an embedding; targets beyond the next item.
+    """
+
+    def __init__(
+        self,
+        n_items: int,
+        dim: int = 64,
+        window: int = 10,
+        filters: int = 16,
+        heights: int = 4,
+        vertical: int = 4,
+        dropout: float = 0.3,
+    ) -> None:
+        super().__init__(n_items, dim, window, dropout, filters=filters, heights=heights, vertical=vertical)
+        heights = range(1, min(heights, window) + 1)
+        self.horizontal = nn.ModuleList(nn.Conv1d(dim, filters, height) for height in heights)
+        self.vertical = nn.Linear(window, vertical)
+        self.last = nn.Linear(len(heights) * filters + vertical * dim, dim)
+        self._start_small()
+
+    def read(self, items: Tensor, real: Tensor) -> Tensor:
+        image = (items * real[..., None]).mT  # (batch, dim, length)
+        image = functional.pad(image, (self.window - image.shape[2], 0))  # (batch, dim, window)
+        seen = [filters(image).relu().amax(2) for filters in self.horizontal]  # each (batch, filters)
+        weighed = self.vertical(image).flatten(1)  # (batch, dim * vertical)
+        return self.last(self.dropout(torch.cat([*seen, weighed], dim=1)))[:, None]

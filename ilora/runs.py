@@ -40,7 +40,10 @@ def seed_all(seed: int) -> None:
     """Seed Python's, numpy's and torch's global generators."""
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002, libraries draw from it
-    torch.manual_seed(seed)
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:  # torch.manual_seed would put a stack trace aside for each kind of device that is missing: 1 ms a step
+        torch.default_generator.manual_seed(seed)
 
 
 def pick_device(device: str = "auto") -> torch.device:

@@ -3,7 +3,7 @@
     python -m ilora.sweep 04 --over conflict 0 0.5 1 --over seed 0 1 2 --jobs 2 --to book/results/conflict
 
 Each point is a run of its own (`python -m ilora --only 04 -p ...`) with a result of its own, so an interrupted sweep
-starts again where it stopped. `read` gives the results of a folder as one table.
+starts again where it stopped. `comparisons.read` gives the results of a folder as one table.
 """
 
 import argparse
@@ -12,12 +12,10 @@ import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-import pandas as pd
-from scipy import stats
 from tqdm import tqdm
 
 from ilora import parameters, runs
@@ -101,47 +99,22 @@ def execute(job: Job) -> str:
 
 
 def publish(jobs: Sequence[Job], folder: Path) -> None:
-    """Copy the results there are to `folder`, without names of this machine's folders."""
+    """Copy the results there are to `folder`, without names of this machine's folders.
+
+    What single users of other data than the world were asked and answered stays here: it may not be redistributed.
+    """
     for job in jobs:
         if job.result.is_file():
-            runs.write_json(folder / job.result.name, portable(json.loads(job.result.read_text(encoding="utf-8"))))
+            result = portable(json.loads(job.result.read_text(encoding="utf-8")))
+            if result["parameters"].get("dataset", "world") != "world":
+                result["outcomes"] = {}
+            runs.write_json(folder / job.result.name, result)
 
 
 def describe(job: Job) -> str:
     """The notebook and what was given to it, as one would type it."""
     chosen = " ".join(f"-p {name} {shlex.quote(str(value))}" for name, value in job.given.items())
     return f"{job.source.stem} {chosen}"
-
-
-def read(folder: str | Path) -> pd.DataFrame:
-    """One row a result of `folder`: its parameters, and `<system>.<metric>` for each value that it measured.
-
-    Raises UserError if the folder holds no results.
-    """
-    paths = sorted(Path(folder).glob("*.json"))
-    if not paths:
-        raise runs.UserError(f"{folder} holds no results: make them with python -m ilora.sweep")
-    rows = []
-    for path in paths:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        values = pd.json_normalize(result["metrics"]).filter(regex=r"\.value$").iloc[0]
-        measured = {name.removesuffix(".value"): value for name, value in values.items()}
-        rows.append(result["parameters"] | measured | {"device": result["device"]["name"], "commit": result["commit"]})
-    return pd.DataFrame(rows)
-
-
-def over_seeds(table: pd.DataFrame, by: str, columns: Mapping[str, str]) -> pd.DataFrame:
-    """Means over the runs of each value of `by`, with 95 % intervals (Student's t: runs are few).
-
-    columns: system -> column of `table`. Long form: system, `by`, value, low, high, n; by system, then by value.
-    """
-    rows = []
-    for (system, column), (at, runs_of) in itertools.product(columns.items(), table.groupby(by)):
-        values = runs_of[column].dropna()
-        mean, n = values.mean(), len(values)
-        half = stats.t.ppf(0.975, n - 1) * values.sem() if n > 1 else float("nan")
-        rows.append({"system": system, by: at, "value": mean, "low": mean - half, "high": mean + half, "n": n})
-    return pd.DataFrame(rows)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,9 @@ resumed run repeats the uninterrupted one bit for bit on the CPU, and two proces
 import io
 import logging
 import math
-import shutil
 import time
-from collections.abc import Callable, Iterator, Sized
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sized
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -28,8 +27,6 @@ from tqdm import tqdm
 from transformers import get_scheduler
 
 from ilora import runs
-from ilora.data import Dataset, sequences
-from ilora.recommenders import Pieces, SASRec, hit_ratios
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +106,7 @@ def fit(
     total = arguments.epochs * batches.per_epoch
     optimizer = torch.optim.AdamW(_groups(inner, arguments))
     schedule = _schedule(optimizer, arguments, total)
-    model, optimizer = accelerator.prepare(inner, optimizer)
+    model = accelerator.prepare(inner)  # its optimizer would look for packages in every step, and has no other use here
     live = {"model": _trainable(inner), "optimizer": optimizer, "schedule": schedule}
     checkpoints = Checkpoints(folder / "checkpoints", arguments.identity() | {"rows": len(train)})
     history, best = checkpoints.load(live)
@@ -160,7 +157,8 @@ def fit(
 def _backward(accelerator: Accelerator, model: nn.Module, rows: list, arguments: TrainingArguments,
               step: int, total: int) -> float:  # fmt: skip
     """Add the gradient of the mean loss over a global batch; return that loss, the same in every process."""
-    inner, world = accelerator.unwrap_model(model), accelerator.num_processes
+    world = accelerator.num_processes
+    inner = model.module if world > 1 else model
     at_once = world * (arguments.micro_batch_size or arguments.batch_size)
     parts = world * math.ceil(arguments.batch_size / at_once)  # the same number in every process and step
     cuts = np.linspace(0, len(rows), parts + 1).round().astype(int)
@@ -303,46 +301,3 @@ class Checkpoints:
             self.good = [path]
             return state["history"], state["best"]
         return [], None
-
-
-def fit_recommender(
-    dataset: Dataset, seed: int = 0, epochs: int = 20, window: int = 10, device: str = "auto"
-) -> tuple[SASRec, pd.DataFrame]:
-    """SASRec trained on the train split, and its history; made once and kept under home()/recommenders.
-
-    Validation chooses the epoch: `hit_ratio` is HitRatio@1 over all windows and all draws of candidates.
-    """
-    arguments = TrainingArguments(epochs, batch_size=128, learning_rate=5e-3, seed=seed, device=device)
-    pieces = Pieces(sequences(dataset, "train", window, min_history=1), seed)
-    validation = sequences(dataset, "validation", window)
-    config = {"n_items": len(dataset.items), "window": window, "dropout": 0.2}
-    parameters = {"dataset": dataset.key, "model": "SASRec", **config, **arguments.identity()}
-
-    work = runs.home() / "training" / runs.key(parameters)
-
-    def make(folder: Path) -> None:
-        runs.seed_all(seed)
-        model = SASRec(**config)
-
-        def validate() -> dict[str, float]:
-            return {"hit_ratio": hit_ratios(model, validation).mean()}
-
-        with _one_thread():
-            history = fit(model, pieces, arguments, work, validate, "hit_ratio")
-        history.to_csv(folder / "history.csv", index=False)
-        model.save_pretrained(folder)
-
-    folder = runs.cached("recommenders", parameters, make, note=f"SASRec on {dataset.name}")
-    shutil.rmtree(work, ignore_errors=True)
-    return SASRec.from_pretrained(folder), pd.read_csv(folder / "history.csv")
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """SASRec's matrices are so small that CPU threads wait for each other longer than they work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

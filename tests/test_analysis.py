@@ -1,11 +1,12 @@
+import gc
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from scipy.cluster.hierarchy import linkage
-from scipy.spatial.distance import pdist, squareform
 
-from ilora import analysis, runs
+from ilora import analysis, runs, similarity
 from ilora.data import Sequences
 from ilora.language_model import load_language_model
 from ilora.model import TARGET_MODULES, LanguageRecommender, Questions, adapter_config
@@ -97,11 +98,11 @@ def test_experts_keep_sequences_apart():
         gate[:2] = 50 * torch.linalg.pinv(z).T  # the first sequence to expert 0, the second to expert 1
     weights = model.gate_weights(list(asked))
     torch.testing.assert_close(weights[:, :2], torch.eye(2, dtype=torch.float64), rtol=0, atol=1e-9)
-    cosines = analysis.cosines(analysis.products(analysis.gradients(model, asked, np.arange(2))))
+    cosines = similarity.cosines(analysis.products(analysis.gradients(model, asked, np.arange(2))))
     assert abs(cosines["all"][0, 1]) < 1e-9
     with torch.no_grad():
         gate.zero_()
-    cosines = analysis.cosines(analysis.products(analysis.gradients(model, asked, np.arange(2))))
+    cosines = similarity.cosines(analysis.products(analysis.gradients(model, asked, np.arange(2))))
     assert abs(cosines["all"][0, 1]) > 1e-3
 
 
@@ -114,7 +115,29 @@ def test_while_b_is_zero_only_b_has_a_gradient():
     found = analysis.gradients(model, asked, LABELS)
     of_b = [p.numel() for n, p in model.named_parameters() if "q_proj.lora_B" in n]
     assert (found["q_proj"] != 0).sum() <= 3 * sum(of_b) < found["q_proj"].numel()
-    assert np.isfinite(analysis.cosines(analysis.products(found))["all"]).all()
+    assert np.isfinite(similarity.cosines(analysis.products(found))["all"]).all()
+
+
+def test_memory_grows_with_groups_and_not_with_sequences(monkeypatch):
+    """Bytes of all tensors before a batch: of 9, 18 and 36 sequences in three groups, then of 36 in six groups."""
+    model, held = make(ADAPTERS["iLoRA"]), []
+    loss = analysis._loss
+
+    def watched(model, rows):
+        held[-1].append(sum(thing.nbytes for thing in gc.get_objects() if isinstance(thing, torch.Tensor)))
+        return loss(model, rows)
+
+    monkeypatch.setattr(analysis, "_loss", watched)
+    for n, groups in ((9, 3), (18, 3), (36, 3), (36, 6)):
+        held.append([])
+        gc.collect()
+        found = analysis.gradients(model, questions(n), np.arange(n) % groups, batch_size=3)
+        vector = sum(part[0].nbytes for part in found.values())
+        del found
+        assert len(held[-1]) == n // 3 // groups * groups
+    of_nine, *others, six_groups = (max(values[1:]) for values in held)  # the first loss has no gradients beside it
+    assert others == [of_nine, of_nine]
+    assert six_groups - of_nine == 3 * vector
 
 
 @pytest.mark.parametrize("labels", [LABELS[:-1], np.where(LABELS == 1, 0, LABELS), LABELS - 1])
@@ -146,103 +169,6 @@ def test_products_along_are_those_of_the_kept_states(tmp_path):
         for kind, part in expected.items():
             np.testing.assert_allclose(found[kind][place], part, rtol=1e-5)
     assert not np.allclose(found["q_proj"][0], found["q_proj"][1], rtol=0.01)
-
-
-# ---------------------------------------------------------------- similarity
-
-VECTORS = {
-    "one": torch.tensor([[2.0, 0], [0, 3], [-1, 0]]),
-    "two": torch.tensor([[1.0], [4], [1]]),
-    "gate": torch.tensor([[1.0], [1], [0]]),
-}
-
-
-def test_cosines_of_known_vectors():
-    found = analysis.cosines(analysis.products(VECTORS))
-    assert list(found) == ["all", "one", "two"]
-    np.testing.assert_allclose(found["one"], [[1, 0, -1], [0, 1, 0], [-1, 0, 1]], atol=1e-7)
-    np.testing.assert_allclose(found["two"], np.ones((3, 3)), atol=1e-7)
-    a, b, c = 4 / 5**0.5 / 5, -1 / 10**0.5, 4 / 5 / 2**0.5
-    np.testing.assert_allclose(found["all"], [[1, a, b], [a, 1, c], [b, c, 1]], atol=1e-7)
-    with_gate = analysis.cosines(analysis.products({name: VECTORS[name][:2] for name in ("one", "gate")}), gate=True)
-    assert list(with_gate) == ["all", "one", "gate"]
-    np.testing.assert_allclose(with_gate["all"][0, 1], 1 / 5**0.5 / 10**0.5, atol=1e-7)
-
-
-def test_a_zero_gradient_has_no_direction():
-    with pytest.raises(runs.UserError, match="zero"):
-        analysis.cosines(analysis.products({"one": torch.tensor([[1.0, 0], [0, 0]])}))
-
-
-def test_halves_join_to_the_whole():
-    rng = np.random.default_rng(0)
-    vectors = torch.from_numpy(rng.normal(size=(len(LABELS), 5)))
-    cut = analysis.halves(LABELS)
-    np.testing.assert_array_equal(cut // 2, LABELS)
-    assert np.bincount(cut).tolist() == [1, 1, 1, 1, 4, 3]
-
-    def sums(labels):
-        return torch.stack([vectors[labels == label].sum(0) for label in np.unique(labels)])
-
-    whole, parts = (analysis.products({"one": sums(labels)}) for labels in (LABELS, cut))
-    np.testing.assert_allclose(analysis.joined(parts)["one"], whole["one"])
-    stacked = {"one": np.stack([parts["one"], 2 * parts["one"]])}
-    np.testing.assert_allclose(analysis.joined(stacked)["one"], [whole["one"], 2 * whole["one"]])
-
-
-def test_repeatability_is_the_similarity_of_another_sample():
-    rng, size = np.random.default_rng(0), 200_000
-    signal = rng.normal(size=(3, size)) * np.array([[0.0], [0.5], [2.0]])
-    half = np.repeat(signal, 2, axis=0) / 2 + rng.normal(size=(6, size)) * np.sqrt(0.5)
-    other = signal + rng.normal(size=(3, size))
-    drawn = np.vstack([half[::2] + half[1::2], other])
-    expected = np.diag(analysis._cosine(drawn @ drawn.T)[:3, 3:])
-    np.testing.assert_allclose(analysis.repeatability(analysis._cosine(half @ half.T)), expected, atol=0.01)
-    assert np.ptp(expected) > 0.5
-
-
-def test_pairs_are_in_the_order_of_pdist():
-    points = np.random.default_rng(0).normal(size=(5, 2))
-    np.testing.assert_array_equal(analysis.off_diagonal(squareform(pdist(points))), pdist(points))
-
-
-def symmetric(rng, n):
-    return squareform(rng.normal(size=n * (n - 1) // 2))
-
-
-def test_the_permutation_test_is_level_under_independence():
-    """Distances of points share members, so that a test of pairs as if independent would reject too often."""
-    rng = np.random.default_rng(0)
-    p = []
-    for _ in range(200):
-        one, other = (squareform(pdist(rng.normal(size=(8, 1)))) for _ in range(2))
-        p.append(analysis.mantel(one, other, permutations=99)["p"])
-    for level in (0.1, 0.3, 0.5, 0.8):
-        assert abs(np.mean(np.array(p) <= level) - level) < 4 * np.sqrt(level * (1 - level) / 200)
-
-
-def test_a_planted_relation_is_found_with_its_sign():
-    rng = np.random.default_rng(0)
-    distance = squareform(pdist(rng.normal(size=(8, 3))))
-    similarity = -distance + 0.2 * symmetric(rng, 8)
-    found = analysis.mantel(similarity, distance, permutations=999)
-    assert found["value"] < -0.8 and found["p"] < 0.01
-    assert (found["pairs"], found["members"]) == (28, 8)
-    assert analysis.mantel(-(distance**3), distance, permutations=9)["value"] == pytest.approx(-1)  # ranks
-    assert analysis.mantel(symmetric(rng, 8), distance, permutations=99)["p"] > 0.05
-
-
-def test_pairs_are_ranked_and_shown():
-    asked = questions(4)
-    similarity = squareform([0.1, 0.9, -0.5, 0.2, 0.3, 0.0])
-    pairs = analysis.ranked_pairs(similarity)
-    assert pairs["similarity"].tolist() == [0.9, 0.3, 0.2, 0.1, 0.0, -0.5]
-    assert pairs.iloc[0][["one", "other"]].tolist() == [0, 2] and pairs.iloc[-1][["one", "other"]].tolist() == [0, 3]
-    table = analysis.side_by_side(asked, pairs.iloc[0], TITLES)
-    assert list(table.columns) == ["user 0", "user 2"] and list(table.index) == [1, 2, 3, 4, 5, 6, "next"]
-    history, _, target = asked[2]
-    read = [title for title in table["user 2"] if title]
-    assert read == [*(TITLES[item] for item in history), TITLES[target]]
 
 
 # ---------------------------------------------------------------- clusters
@@ -305,6 +231,18 @@ def test_a_personal_gate_is_not():
     assert found["entropy"]["value"] == pytest.approx(0, abs=1e-9)
     assert found["leads"] == found["use"] == [0.25] * 4
     assert found["largest_entropy"] == pytest.approx(np.log(4))
+
+
+def test_gates_per_layer_are_averaged_over_layers_and_used_by_each():
+    users = np.arange(48)
+    personal, same = np.eye(4)[users % 4], np.full((48, 4), 0.25)
+    found = analysis.gate_statistics(np.stack([personal, same]), users)
+    alone = [analysis.gate_statistics(weights, users) for weights in (personal, same)]
+    for name in ("personal", "largest_entropy"):
+        assert found[name] == pytest.approx(np.mean([one[name] for one in alone]))
+    assert found["entropy"]["value"] == pytest.approx(np.log(4) / 2) and found["entropy"]["n"] == 48
+    for name in ("use", "leads"):
+        assert found[name] == [one[name] for one in alone]
 
 
 def test_a_gate_that_follows_groups_is_told_from_one_that_does_not():

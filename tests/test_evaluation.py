@@ -9,7 +9,7 @@ from scipy import stats
 
 from ilora import evaluation
 from ilora.data import Sequences
-from ilora.evaluation import NO_ANSWER, ask, choose, difference, interval, metrics, score
+from ilora.evaluation import NO_ANSWER, ask, choose, difference, interval, metrics
 from ilora.model import Questions
 from ilora.recommenders import Popularity
 
@@ -261,25 +261,31 @@ def test_choose_answers_with_the_highest_score():
     assert found["valid"].all()
 
 
-def test_score_asks_a_recommender_about_the_candidates():
+def test_a_recommender_that_only_ranks_answers_with_the_first_ranked():
     asked = questions(users=8)
-    popularity = Popularity(ITEMS)
+    popularity = Popularity(ITEMS).train()
     popularity.counts += torch.randperm(ITEMS)
-    found = score(popularity, asked)
-    expected = asked.candidates[np.arange(40), popularity.counts.numpy()[asked.candidates].argmax(1)]
-    np.testing.assert_array_equal(found["answer"], expected)
+    found = ask(popularity, asked, batch_size=16)
+    assert not popularity.training
+    scores = popularity.counts.numpy()[asked.candidates]
+    np.testing.assert_array_equal(found["answer"], asked.candidates[np.arange(40), scores.argmax(1)])
+    pd.testing.assert_frame_equal(found, choose(asked, scores))
     np.testing.assert_array_equal(found["user"], asked.sequences.user)
-    np.testing.assert_array_equal(found["target"], asked.sequences.target)
+    assert found["valid"].all()
 
 
-class Oracle:
-    """Stands for a LanguageRecommender: knows item `target`, writes nothing valid for odd targets."""
+class Writer:
+    """Knows item `target`, writes nothing valid for odd targets; it can only write, as a chat model."""
+
+    def generate(self, rows):
+        return [None if target % 2 else list(candidates).index(target) for _, candidates, target in rows]
+
+
+class Oracle(Writer):
+    """Stands for a LanguageRecommender: it ranks too."""
 
     def __init__(self):
         self.sizes = []
-
-    def eval(self):
-        pass
 
     def length(self, row):
         return int(row[0][0])  # any order that is not that of the questions
@@ -287,9 +293,6 @@ class Oracle:
     def rank(self, rows):
         self.sizes.append(len(rows))
         return torch.tensor(np.array([-np.abs(candidates - target + 0.4) for _, candidates, target in rows]))
-
-    def generate(self, rows):
-        return [None if target % 2 else list(candidates).index(target) for _, candidates, target in rows]
 
     def answer(self, rows):
         return self.rank(rows), self.generate(rows)
@@ -342,3 +345,17 @@ def test_memory_of_asking_does_not_grow_with_the_questions(monkeypatch):
         ask(oracle, asked)
         tracemalloc.stop()
     assert peaks[2] - peaks[1] < 32 * 2000
+
+
+def test_a_system_that_only_writes_has_no_rank_and_no_metrics_of_it():
+    asked = questions()
+    written, full = ask(Writer(), asked, batch_size=16), ask(Oracle(), asked)
+    pd.testing.assert_frame_equal(written, full.drop(columns="rank"))
+    assert metrics(written) == {name: row for name, row in metrics(full).items() if not name.startswith("rank")}
+    systems = {"chat": written, "model": full}
+    assert evaluation.table(systems)["n"].tolist() == [40, 40]
+    assert list(evaluation.table(systems, "rank_hit_ratio@1").index) == ["model"]
+    assert evaluation.summary(systems).loc["chat", "rank_ndcg@10"] == "-"
+    assert difference(written, full)["value"] == 0
+    with pytest.raises(ValueError, match="Writer can only write"):
+        ask(Writer(), asked, write=False)

@@ -11,7 +11,14 @@ from ilora import figures
 RNG = np.random.default_rng(0)
 TABLE = pd.DataFrame({"value": [0.5, 0.1], "low": [0.4, 0.0], "high": [0.7, 0.2], "n": [9, 9]}, index=["a", "b"])
 HISTORY = pd.DataFrame({"examples": np.arange(50) * 8, "loss": np.linspace(3, 1, 50)})
+RUNS = [[0.4, 0.5, 0.6]] * 4
 TREND = pd.DataFrame({"system": list("aabb"), "conflict": [0, 1, 0, 1], "value": 0.5, "low": 0.4, "high": 0.7})
+TREND = TREND.assign(n=3, runs=RUNS, setting=["world", "world", "movielens, epochs 2, train_limit 40000", "lastfm"])
+PAIRED = TREND.assign(variant=["random", "token", "random", "random"], value=[-0.1, 0.1, 0.2, 0.3])
+PAIRED = PAIRED.assign(low=PAIRED["value"] - 0.1, high=PAIRED["value"] + 0.1)
+MAPS = {f"LoRA {kind}": np.corrcoef(RNG.normal(size=(8, 20))) for kind in "abcdefgh"}
+EXPERTS = pd.DataFrame({"experts": [1, 4], "value": [0.5, 0.6], "low": [0.4, 0.5], "high": [0.6, 0.7]})
+SHARES = RNG.dirichlet([1] * 20, size=2)
 GATES, GROUPS = RNG.dirichlet([1, 1, 1, 1], size=12), np.arange(12) % 3
 
 
@@ -28,12 +35,20 @@ DRAW = {
     "intervals": lambda: figures.intervals(TABLE, "HitRatio@1", chance=0.05),
     "losses": lambda: figures.losses({"LoRA": HISTORY, "iLoRA": HISTORY}),
     "lines": lambda: figures.lines(pd.DataFrame(RNG.random((5, 10))), "knob", "share"),
-    "trend": lambda: figures.trend(TREND, "conflict", "HitRatio@1"),
+    "trend": lambda: figures.trend(TREND, "conflict", "HitRatio@1", title="the gain grows with conflict: a lot")[0],
+    "trends": lambda: figures.trend(TREND, "conflict", "HitRatio@1", by="setting")[0],
+    "no trend": lambda: figures.trend(TREND[:0], "conflict", "HitRatio@1", by="setting", title="nothing")[0],
+    "differences": lambda: figures.differences(PAIRED, "HitRatio@1", "1 of 4 variants can be told apart")[0],
+    "no differences": lambda: figures.differences(PAIRED[:0], "HitRatio@1", "")[0],
+    "heat_maps": lambda: figures.heat_maps({"LoRA": np.eye(8), "iLoRA": np.eye(8)}, "cosine", "cluster")[0],
+    "small heat_maps": lambda: figures.heat_maps(MAPS, "cosine off the diagonal", "cluster", rows=2)[0],
     "long_tail": lambda: figures.long_tail(np.array([5, 1, 3]), "items"),
     "agreement": lambda: figures.agreement(np.eye(4), "share of stories with the same first follower"),
     "state_map": lambda: figures.state_map(RNG.normal(size=(30, 2)), np.arange(30) % 10, "group"),
     "gate_bars": lambda: figures.gate_bars(GATES, [f"user {n}" for n in range(12)]),
     "gate_by_label": lambda: figures.gate_by_label(GATES, GROUPS, "group"),
+    "scored": lambda: figures.scored({"LoRA": SHARES[0], "iLoRA": SHARES[1]}, [f"title {n}" for n in range(20)], 7),
+    "experts_at": lambda: figures.experts_at(EXPERTS, 4, GATES, [f"user {n}" for n in range(12)])[0],
 }
 
 
@@ -62,6 +77,49 @@ def test_a_trend_has_a_line_with_intervals_for_each_system():
     np.testing.assert_allclose([bar[:, 1] for bar in bars.get_segments()], [[0.4, 0.7]] * 2)
 
 
+def test_a_trend_names_its_seeds_and_shows_each_of_them():
+    ax = DRAW["trend"]()
+    assert "n = 3 seeds" in ax.figure.get_suptitle()
+    points = np.vstack([dots.get_offsets() for dots in ax.collections if len(dots.get_offsets()) == 3])
+    np.testing.assert_allclose(points[:, 1].reshape(-1, 3), RUNS)
+    assert "n = 2 to 3 seeds" in figures.trend(TREND.assign(n=[2, 3, 3, 3]), "conflict", "y")[0].figure.get_suptitle()
+
+
+def test_panels_are_of_one_scale_and_named():
+    axes = figures.trend(TREND, "conflict", "HitRatio@1", by="setting")
+    assert [ax.get_title("left").replace("\n", " ") for ax in axes] == list(dict.fromkeys(TREND["setting"]))
+    assert len({ax.get_ylim() for ax in axes}) == 1
+    four = TREND.assign(conflict=[0.0, 0.5, 0.75, 1.0])
+    axes = figures.trend(four, "value", "HitRatio@1", by="conflict")
+    assert [ax.get_title("left") for ax in axes] == ["conflict 0", "conflict 0.5", "conflict 0.75", "conflict 1"]
+    assert len(axes[0].figure.axes) == 4  # four panels in two rows, and no empty ones
+
+
+def test_differences_have_a_row_for_each_variant_and_a_panel_for_each_setting():
+    axes = figures.differences(PAIRED, "HitRatio@1", "a title")
+    assert [label.get_text() for label in axes[0].get_yticklabels()] == ["random", "token"]
+    drawn = [
+        (ax.containers[0].lines[0].get_xdata().tolist(), ax.containers[0].lines[0].get_ydata().tolist()) for ax in axes
+    ]
+    assert drawn == [([-0.1, 0.1], [0, 1]), ([0.2], [0]), ([0.3], [0])]
+    assert all("n = 3 seeds" in ax.get_title("left").replace("\n", " ") for ax in axes)
+
+
+@pytest.mark.parametrize("name", ["no trend", "no differences"])
+def test_a_figure_without_runs_says_so(name):
+    ax = DRAW[name]()
+    assert [text.get_text() for text in ax.texts] == ["no such runs in the results"]
+
+
+def test_small_heat_maps_show_what_is_off_the_diagonal():
+    axes = figures.heat_maps(MAPS, "cosine", "cluster", rows=2)
+    image = axes[0].images[0]
+    off = np.concatenate([matrix[~np.eye(8, dtype=bool)] for matrix in MAPS.values()])
+    assert image.get_clim() == pytest.approx((-np.abs(off).max(), np.abs(off).max()))
+    assert np.isnan(np.diag(image.get_array().filled(np.nan))).all()
+    assert len(axes) == 8 and not axes[0].texts
+
+
 def test_bars_are_the_gates_weights():
     ax = figures.gate_bars(GATES, ["user 7"] * 12)  # of one user, and still a bar each
     widths = [[bar.get_width() for bar in bars] for bars in ax.containers]
@@ -69,6 +127,20 @@ def test_bars_are_the_gates_weights():
     assert len({bar.get_y() for bar in ax.containers[0]}) == 12
     heights = [[bar.get_height() for bar in bars] for bars in DRAW["gate_by_label"]().containers]
     np.testing.assert_allclose(np.array(heights).T, [GATES[group == GROUPS].mean(0) for group in range(3)])
+
+
+def test_scored_titles_have_a_bar_a_system_and_the_answer_is_named():
+    ax = DRAW["scored"]()
+    np.testing.assert_allclose([[bar.get_width() for bar in bars] for bars in ax.containers], SHARES)
+    names = [label.get_text() for label in ax.get_yticklabels()]
+    assert names[7] == "title 7 (read next)" and names[8] == "title 8"
+
+
+def test_the_number_of_experts_is_marked_beside_its_gates():
+    trend, bars = figures.experts_at(EXPERTS, 4, GATES, [""] * 12)
+    assert [list(line.get_xdata()) for line in trend.lines[-1:]] == [[4]]
+    assert len(bars.containers) == 4
+    assert len(figures.experts_at(EXPERTS, 1, None, [])) == 1
 
 
 @pytest.mark.parametrize(("colour", "ink"), [("#0072B2", "white"), ("#E69F00", "black"), ("white", "black")])

@@ -10,7 +10,7 @@ from ilora.data import Sequences
 from ilora.language_model import load_language_model
 from ilora.model import LanguageRecommender, Questions, adapter_config, causal_mask
 from ilora.prompts import NO_ITEM, NO_LABEL, Prompts, read_answer
-from ilora.recommenders import SASRec
+from ilora.recommenders import Caser, GRU4Rec, SASRec
 from ilora.world import titles
 
 WORDS = " ".join(titles()["title"]).split()
@@ -332,6 +332,10 @@ def test_the_gate_sees_the_encoders_representation_of_the_history():
     torch.testing.assert_close(model.gate_weights(rows), weights.detach(), rtol=1e-5, atol=1e-5)
 
 
+def test_lora_is_one_expert_of_weight_one():
+    assert make("lora").gate_weights(question_rows()).tolist() == [[1.0]] * 4
+
+
 def test_a_history_beyond_the_window_is_cut_at_its_old_end():
     model = make("ilora")
     history, candidates, target = question_rows(lengths=(9,))[0]
@@ -402,6 +406,28 @@ def test_ilora_without_an_encoder_is_refused():
         LanguageRecommender(
             language_model, Prompts(tokenizer, TITLES, "story", "read"), None, adapter_config(experts=4)
         )
+
+
+@pytest.mark.parametrize("kind", [GRU4Rec, Caser])
+def test_any_sequence_model_may_be_the_encoder(tmp_path, kind):
+    language_model, tokenizer = load_language_model("embedded", device="cpu")
+    torch.manual_seed(1)
+    encoder, rows = kind(len(TITLES), window=6), question_rows(lengths=(1, 6, 9), offered=4)
+    torch.nn.init.normal_(encoder.items.weight, std=0.3)
+    prompts = Prompts(tokenizer, TITLES, "story", "read")
+    model = LanguageRecommender(language_model, prompts, encoder, adapter_config(experts=4), seed=7).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or "projector" in name:
+                parameter += 0.03 * torch.randn_like(parameter)
+    found = model.rank(rows)
+    for row, scores in zip(rows[:2], found, strict=False):
+        expected = torch.stack([reference_score(model, row[0], row[1], item) for item in row[1]])
+        torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-3)
+    model.save_pretrained(tmp_path / "kept", base_model="embedded")
+    again = LanguageRecommender.from_pretrained(tmp_path / "kept", device="cpu")
+    assert type(again.encoder) is kind
+    torch.testing.assert_close(again.rank(rows), found, rtol=1e-5, atol=1e-4)
 
 
 def test_a_fresh_adapter_answers_as_the_language_model_does():

@@ -2,11 +2,17 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
+import numpy as np
 import pytest
+from nbclient import NotebookClient
+from papermill.iorw import load_notebook_node
+from papermill.parameterize import parameterize_notebook
 
 ROOT = Path(__file__).parents[1]
 SMOKE = {"users": 120, "encoder_epochs": 1, "train_limit": 64, "test_limit": 16, "gradient_limit": 64, "rank": 4}
@@ -44,6 +50,68 @@ def test_a_notebook_runs_and_leaves_its_result(home, name):
     assert result["seconds"] > 0
     if name in ("03_lora", "04_ilora"):
         assert len(result["outcomes"]["hit"]) == SMOKE["test_limit"]
+    if name == "06_gradients":
+        assert result["metrics"]["groups"].keys() == {"LoRA", "iLoRA"}
+        assert result["metrics"]["gate"]["between groups"]["n"] == 96  # one sequence a training user
+
+
+def test_the_gates_of_ablations_run_and_say_what_they_are(tmp_path):
+    given = known("04_ilora", SMOKE) | {"epochs": 2, "gate_per_layer": True, "gate_top_k": 2}
+    done = papermill(tmp_path, "04_ilora", **given)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (path,) = (tmp_path / "results").glob("04_ilora-*.json")
+    metrics = json.loads(path.read_text(encoding="utf-8"))["metrics"]
+    assert [len(values) for values in metrics["training"]["validation"].values()] == [2, 2]  # one an epoch
+    use = np.array(metrics["gate"]["use"])
+    assert len(use) > 7 and use.sum(1) == pytest.approx(1)  # of each layer
+    assert metrics["gate"]["entropy"]["value"] <= np.log(2) and metrics["gate"]["constant"] is False
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_chapter_5_can_be_made_of_any_results(tmp_path, count):
+    folder = tmp_path / "sweeps"
+    folder.mkdir()
+    for path in sorted((ROOT / "book" / "results" / "sweeps").glob("04_*.json"))[:count]:
+        shutil.copy(path, folder)
+    done = papermill(tmp_path, "05_ablations", results=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(list((tmp_path / "results").glob("05_ablations-*.json"))) == 1
+
+
+TURNED = """
+def seen():
+    return player.prompt.value, player.gate.value, player.ranking.value
+
+before = seen()
+player.history.value = [*player.history.value, titles[0]]
+longer = seen()
+player.draw.value = 7
+drawn = seen()
+player.history.value = []
+empty = seen()
+print(json.dumps([before, longer, drawn, empty, titles[0], player.history.allowed_tags]))
+"""
+
+
+def test_the_live_widgets_follow_the_history_and_the_draw(home, monkeypatch):
+    """In a kernel, as a reader would: values are set, the prompt, the gate and the ranking change with them."""
+    monkeypatch.setenv("ILORA_HOME", str(home))
+    monkeypatch.setenv("JUPYTER_PATH", f"{sys.prefix}/share/jupyter")
+    notebook = parameterize_notebook(
+        load_notebook_node(str(ROOT / "notebooks" / "11_play.ipynb")), known("11_play", SMOKE)
+    )
+    notebook.cells.append(nbformat.v4.new_code_cell(f"import json{TURNED}"))
+    NotebookClient(notebook, resources={"metadata": {"path": ROOT}}).execute()
+    *_, printed = notebook.cells[-1].outputs
+    before, longer, drawn, empty, title, offered = json.loads(printed["text"])
+    prompt, gate, ranking = range(3)
+    assert title not in before[prompt].split(" is one of: ")[0] and title in longer[prompt]
+    assert all(one != other for one, other in zip(before, longer, strict=True))
+    assert longer[gate] == drawn[gate]  # which reads the history alone
+    assert longer[ranking] != drawn[ranking] and longer[prompt] != drawn[prompt]
+    assert longer[ranking].count("<tr>") == 20 and longer[gate].count("<th>expert") == 4
+    assert empty == ["Add a title to the history.", "", ""]
+    assert len(offered) == 120
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,10 @@ REFUSED = [
         {"experts": 3, "rank": 8},
         "experts = 3 does not divide rank = 8: choose experts among 1, 2, 4, 8",
     ),
+    ({"gate_per_layer": "true"}, "'gate_per_layer' must be True or False, not 'true' (str)"),
+    ({"gate_per_layer": 1}, "'gate_per_layer' must be True or False, not 1 (int)"),
+    ({"gate_top_k": 1}, "'gate_top_k' must be 0 or at least 2, not 1"),
+    ({"gate_top_k": 4, "experts": 2}, "gate_top_k = 4 keeps more than experts = 2: choose at most that many, or 0"),
     ({"dataset": "csv", "data_dir": ""}, "dataset = 'csv' needs data_dir"),
     ({"device": "gpu"}, "device must be auto, cpu, cuda, cuda:N or mps, not 'gpu'"),
     ({"device": "cuda:x"}, "device must be auto, cpu, cuda, cuda:N or mps, not 'cuda:x'"),
@@ -85,7 +89,13 @@ def test_every_parameter_says_what_it_means():
 def test_command_line_pairs_are_read_by_type():
     pairs = [("experts", "2"), ("alpha", "16"), ("data_dir", ""), ("dataset", "world")]
     assert parse_parameters(pairs) == {"experts": 2, "alpha": 16.0, "data_dir": "", "dataset": "world"}
-    for pair, message in [(("experts", "4.0"), "a whole number, not '4.0'"), (("expert", "4"), "'experts'?")]:
+    for text, value in (("True", True), ("False", False)):
+        assert parse_parameters([("gate_per_layer", text), ("gate_top_k", "4")]) == {
+            "gate_per_layer": value,
+            "gate_top_k": 4,
+        }
+    wrong = [(("experts", "4.0"), "a whole number, not '4.0'"), (("expert", "4"), "'experts'?")]
+    for pair, message in [*wrong, (("gate_per_layer", "no"), "True or False, not 'no'")]:
         with pytest.raises(UserError, match=message):
             parse_parameters([pair])
 

@@ -313,7 +313,7 @@ def test_a_warm_start_keeps_the_embeddings_of_shared_tokens(base):
     texts = [" Granite Voyage", " Zebra Quixote", " a mountain film"]
     tokenizer = train_tokenizer(list(wording("film", "watched")), texts, PUBLIC)
     torch.manual_seed(0)
-    model = pretraining.LlamaForCausalLM(pretraining._config(5000))
+    model = pretraining.LlamaForCausalLM(pretraining._config(replace(PUBLIC, vocabulary=5000)))
     pretraining._take_over(model, tokenizer, EMBEDDED)
     new, kept = model.get_input_embeddings().weight, old_model.get_input_embeddings().weight
     shared = sorted(set(tokenizer.get_vocab()) & set(old.get_vocab()))

@@ -3,7 +3,6 @@
 import ast
 import json
 import re
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -181,7 +180,7 @@ def test_the_copy_in_the_book_is_its_source_run_from_top_to_bottom(source):
 
 def toc():
     contents = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
-    return [contents["root"], *(chapter["file"] for chapter in contents["chapters"])]
+    return [contents["root"], *(chapter["file"] for part in contents["parts"] for chapter in part["chapters"])]
 
 
 def test_the_book_holds_every_notebook_and_its_own_configuration():
@@ -203,12 +202,7 @@ def test_the_results_that_pages_show_are_whole():
         assert result.keys() >= keys, path.name
 
 
-def test_the_book_builds_without_a_warning_and_asks_the_network_for_nothing(tmp_path):
-    book = shutil.copytree(ROOT / "book", tmp_path / "book", ignore=shutil.ignore_patterns("_build"))
-    command = [Path(sys.executable).with_name("jupyter-book"), "build", book, "-W", "-n", "--keep-going"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    html = book / "_build" / "html"
+def test_the_book_builds_without_a_warning_and_asks_the_network_for_nothing(html):
     loads = re.compile(r"""<(?:script|img|iframe|source)[^>]*\ssrc=["'](?:https?:)?//|<link[^>]*\shref=["']https?:""")
     for page in toc():
         text = (html / f"{page}.html").read_text(encoding="utf-8")

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from ilora import runs, training
-from ilora.data import Dataset, candidates, sequences
-from ilora.recommenders import Pieces, Popularity, SASRec, expected_hit_ratio, hit_ratios
+from ilora import runs
+from ilora.data import Dataset, sequences
+from ilora.model import Questions
+from ilora.recommenders import Caser, GRU4Rec, Popularity, Recommender, SASRec, SequenceModel
 
 ITEMS = 40
 
@@ -25,13 +26,18 @@ def dataset(users=40):
     return Dataset(name="law", key="law", items=items, events=events, users=people)
 
 
-@pytest.fixture
-def model():
+def make(kind, window=6):
+    """A small model all of whose weights matter."""
     torch.manual_seed(0)
-    model = SASRec(ITEMS, dim=8, window=6).eval()
+    model = kind(ITEMS, dim=8, window=window).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter)
     return model
+
+
+@pytest.fixture(params=[SASRec, GRU4Rec, Caser])
+def model(request):
+    return make(request.param)
 
 
 def histories(rows, length, window=6):
@@ -40,10 +46,10 @@ def histories(rows, length, window=6):
     return history
 
 
-# ---------------------------------------------------------------- SASRec
+# ---------------------------------------------------------------- what all sequence models have in common
 
 
-def test_padding_is_never_attended_to(model):
+def test_padding_is_never_read(model):
     history = histories(5, length=4)
     before = model.encode(history)
     with torch.no_grad():
@@ -53,13 +59,24 @@ def test_padding_is_never_attended_to(model):
     assert torch.isfinite(model.states(torch.full((1, 6), ITEMS))).all()
 
 
-def test_a_state_knows_only_what_came_before(model):
-    history = histories(5, length=6)
+@pytest.mark.parametrize("kind", [SASRec, GRU4Rec])
+def test_a_state_knows_only_what_came_before(kind):
+    model, history = make(kind), histories(5, length=6)
     other = history.clone()
     other[:, 4] = (other[:, 4] + 1) % ITEMS
     before, after = model.states(history), model.states(other)
     torch.testing.assert_close(after[:, :4], before[:, :4])
     assert (after[:, 4:] - before[:, 4:]).abs().amax(-1).min() > 1e-3
+
+
+def test_every_item_of_the_window_and_its_place_count(model):
+    history = histories(5, length=6)
+    before = model.encode(history)
+    for place in range(6):
+        other = history.clone()
+        other[:, place] = (other[:, place] + 1) % ITEMS
+        assert (model.encode(other) - before).abs().amax(-1).min() > 1e-4
+    assert (model.encode(history.flip(1)) - before).abs().amax(-1).min() > 1e-3
 
 
 def test_rows_of_a_batch_do_not_meet(model):
@@ -76,7 +93,9 @@ def test_scores_are_those_of_the_whole_catalogue(model):
     )
 
 
-def test_loss_is_the_cross_entropy_of_each_next_item(model):
+@pytest.mark.parametrize("kind", [SASRec, GRU4Rec])
+def test_loss_is_the_cross_entropy_of_each_next_item(kind):
+    model = make(kind)
     batch = torch.cat([histories(2, length=6), torch.tensor([[3], [4]])], dim=1)
     batch[0, :4] = ITEMS  # padding is no target, and the first item is the target of nothing
     terms = []
@@ -88,30 +107,113 @@ def test_loss_is_the_cross_entropy_of_each_next_item(model):
     torch.testing.assert_close(model(batch), sum(terms) / 12)
 
 
+def test_loss_of_one_state_is_the_cross_entropy_of_the_last_item():
+    model = make(Caser)
+    batch = torch.cat([histories(3, length=4), torch.tensor([[3], [4], [5]])], dim=1)
+    expected = functional.cross_entropy(model.score_all(batch[:, :6]), batch[:, 6])
+    torch.testing.assert_close(model(batch), expected)
+
+
 def test_a_history_longer_than_the_window_is_refused(model):
     with pytest.raises(ValueError, match="7 items is longer than the window of 6"):
         model.encode(torch.zeros(1, 7, dtype=torch.long))
 
 
+def test_rank_scores_the_candidates_of_questions():
+    rows = sequences(dataset(), "test", window=9)
+    asked = Questions(rows, ITEMS, seed=0)
+    questions = [asked[i] for i in range(len(asked))]
+    assert {len(history) for history, _, _ in questions} == {3, 4, 5, 6, 7, 8, 9}
+    offered = torch.from_numpy(asked.candidates)
+    for recommender in (make(SASRec), make(GRU4Rec), make(Caser), Popularity.from_dataset(dataset())):
+        scores = recommender.rank(questions)
+        assert scores.shape == (len(asked), 20) and not scores.requires_grad
+        recent = torch.from_numpy(rows.history[:, 3:])  # the window of the model: the last 6
+        torch.testing.assert_close(scores, recommender.score(recent, offered))
+
+
+def test_l2_is_added_to_the_gradient_as_adam_couples_it(model):
+    def step(optimizer):
+        optimizer.zero_grad()
+        model(torch.cat([histories(4, length=6), torch.ones(4, 1, dtype=torch.long)], dim=1)).backward()
+        optimizer.step()
+        return [parameter.detach().clone() for parameter in model.parameters()]
+
+    start = [parameter.detach().clone() for parameter in model.parameters()]
+    expected = step(torch.optim.Adam(model.parameters(), lr=0.01, weight_decay=0.3))
+    with torch.no_grad():
+        for parameter, value in zip(model.parameters(), start, strict=True):
+            parameter.copy_(value)
+    found = step(torch.optim.AdamW(model.parameter_groups(0.3), lr=0.01))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+# ---------------------------------------------------------------- GRU4Rec and Caser, written out
+
+
+def test_gru4rec_is_a_gated_recurrent_unit_from_item_to_item():
+    """Cho et al. 2014 in torch's form, one item at a time."""
+    model, history = make(GRU4Rec), histories(3, length=4)
+    gru, states = model.gru, model.states(history)
+    for row in range(3):
+        state = torch.zeros(8)
+        for place in range(2, 6):
+            item = model.items.weight[history[row, place]]
+            reset_i, update_i, new_i = (gru.weight_ih_l0 @ item + gru.bias_ih_l0).chunk(3)
+            reset_h, update_h, new_h = (gru.weight_hh_l0 @ state + gru.bias_hh_l0).chunk(3)
+            update = torch.sigmoid(update_i + update_h)
+            new = torch.tanh(new_i + torch.sigmoid(reset_i + reset_h) * new_h)
+            state = (1 - update) * new + update * state
+            torch.testing.assert_close(states[row, place], state)
+        assert (states[row, :2] == 0).all()
+
+
+def test_caser_is_filters_over_the_image_of_the_window():
+    """Tang and Wang 2018, Eqs. 3 to 9, a filter and a place at a time."""
+    model, history = make(Caser), histories(3, length=4)
+    for row in range(3):
+        image = torch.stack([model.items.weight[i] if i != ITEMS else torch.zeros(8) for i in history[row]])
+        features = []
+        for height, layer in enumerate(model.horizontal, start=1):
+            for weight, bias in zip(layer.weight, layer.bias, strict=True):  # weight: (dim, height)
+                places = [(weight.T * image[at : at + height]).sum() + bias for at in range(6 - height + 1)]
+                features.append(max(max(places), torch.tensor(0.0)))
+        assert len(features) == 4 * 16
+        for column in range(8):
+            for weight, bias in zip(model.vertical.weight, model.vertical.bias, strict=True):
+                features.append((weight * image[:, column]).sum() + bias)
+        state = model.last.weight @ torch.stack(features) + model.last.bias
+        torch.testing.assert_close(model.encode(history)[row], state, rtol=1e-4, atol=1e-4)
+
+
+def test_caser_of_a_small_window_has_no_filters_higher_than_it():
+    model = make(Caser, window=3)
+    assert [layer.kernel_size for layer in model.horizontal] == [(1,), (2,), (3,)]
+    assert model.encode(histories(2, length=1, window=3)).shape == (2, 8)
+
+
 # ---------------------------------------------------------------- files
 
 
-def test_saved_models_come_back(tmp_path, model):
+def test_saved_models_come_back_by_their_own_class_and_by_a_common_one(tmp_path, model):
     popularity = Popularity.from_dataset(dataset())
-    for saved in (model, popularity):
+    for saved, common in ((model, SequenceModel), (popularity, Recommender)):
         saved.save_pretrained(tmp_path)
-        loaded = type(saved).from_pretrained(tmp_path)
         history = histories(3, length=4)
-        torch.testing.assert_close(loaded.score_all(history), saved.score_all(history), rtol=0, atol=0)
-        assert not loaded.training
+        for kind in (type(saved), common):
+            loaded = kind.from_pretrained(tmp_path)
+            assert type(loaded) is type(saved) and not loaded.training
+            torch.testing.assert_close(loaded.score_all(history), saved.score_all(history), rtol=0, atol=0)
 
 
-def test_what_is_not_a_saved_model_is_refused(tmp_path, model):
+def test_what_is_not_a_saved_model_is_refused(tmp_path):
     with pytest.raises(runs.UserError, match=r"cannot read a SASRec.*No such file"):
         SASRec.from_pretrained(tmp_path)
-    model.save_pretrained(tmp_path)
-    with pytest.raises(runs.UserError, match=r"cannot read a Popularity.*names no Popularity"):
-        Popularity.from_pretrained(tmp_path)
+    make(SASRec).save_pretrained(tmp_path)
+    for other in (Popularity, GRU4Rec):
+        with pytest.raises(runs.UserError, match=rf"cannot read a {other.__name__}.*names SASRec, no {other.__name__}"):
+            other.from_pretrained(tmp_path)
     weights = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(weights[:-9])
     with pytest.raises(runs.UserError, match=r"cannot read a SASRec"):
@@ -130,76 +232,3 @@ def test_popularity_counts_the_training_users_alone():
     torch.testing.assert_close(popularity.score(histories(1, 3), offered), popularity.counts[offered])
     with pytest.raises(NotImplementedError, match="Popularity has no sequence representation"):
         popularity.encode(histories(1, 3))
-
-
-# ---------------------------------------------------------------- expected HitRatio@1
-
-
-def test_expected_hit_ratio_equals_all_draws_written_out():
-    random = np.random.default_rng(0)
-    scores = random.integers(0, 5, (30, 9)).astype(float)  # many ties
-    history = np.array([[9, 0, 1], [9, 9, 2]]).repeat(15, axis=0)
-    target = random.integers(3, 9, 30)
-    expected = []
-    for row in range(30):
-        free = [i for i in range(9) if i not in history[row] and i != target[row]]
-        draws = []
-        for others in itertools.combinations(free, 3):
-            values, own = scores[row, list(others)], scores[row, target[row]]
-            draws.append(0 if (values > own).any() else 1 / (1 + (values == own).sum()))
-        expected.append(np.mean(draws))
-    np.testing.assert_allclose(expected_hit_ratio(scores, history, target, size=4), expected, atol=1e-12)
-
-
-def test_expected_hit_ratio_is_the_mean_over_drawn_candidates(model):
-    rows = sequences(dataset(), "train", window=6)
-    history = torch.from_numpy(rows.history)
-    hits = []
-    for seed in range(100):
-        offered = candidates(rows, ITEMS, seed)
-        best = model.score(history, torch.from_numpy(offered)).argmax(1).numpy()
-        hits.append(np.take_along_axis(offered, best[:, None], 1)[:, 0] == rows.target)
-    expected, drawn = hit_ratios(model, rows), np.mean(hits, axis=0)
-    deviation = np.sqrt((expected * (1 - expected)).sum() / 100) / len(rows)
-    assert abs(expected.mean() - drawn.mean()) < 4 * deviation
-
-
-def test_scores_that_are_not_numbers_are_refused():
-    with pytest.raises(ValueError, match="NaN"):
-        expected_hit_ratio(np.full((1, 30), np.nan), np.array([[0]]), np.array([1]))
-
-
-# ---------------------------------------------------------------- training
-
-
-def test_pieces_are_windows_of_the_histories_and_cover_them():
-    windows = sequences(dataset(), "train", window=6, min_history=1)
-    true = {tuple(np.append(h, t)) for h, t in zip(windows.history, windows.target, strict=True)}
-    pieces, covered = Pieces(windows, seed=0), set()
-    for epoch in range(12):
-        pieces.set_epoch(epoch)
-        rows = [pieces[i] for i in range(len(pieces))]
-        assert true.issuperset(tuple(row) for row in rows)
-        covered |= {tuple(row) for row in rows}
-        assert {*windows.user} == {*windows.user[pieces.row]}
-    assert len(covered) > 0.9 * len(true)
-    assert len(pieces) < len(windows) / 3
-    first = Pieces(windows, seed=0)
-    np.testing.assert_array_equal(
-        [first[i] for i in range(20)], [(pieces.set_epoch(0), pieces[i])[1] for i in range(20)]
-    )
-
-
-def test_fit_recommender_learns_the_law_and_keeps_the_result(tmp_path, monkeypatch):
-    monkeypatch.setenv("ILORA_HOME", str(tmp_path))
-    data = dataset(users=200)
-    model, history = training.fit_recommender(data, epochs=15, device="cpu")
-    test = sequences(data, "test")
-    assert hit_ratios(model, test).mean() > 0.9
-    assert hit_ratios(Popularity.from_dataset(data), test).mean() < 0.3
-    assert history["hit_ratio"].notna().sum() == 15
-    monkeypatch.setattr(training, "fit", None)  # not called again
-    again, same = training.fit_recommender(data, epochs=15, device="cpu")
-    torch.testing.assert_close(again.item_embeddings, model.item_embeddings, rtol=0, atol=0)
-    pd.testing.assert_frame_equal(same, history)
-    assert not list((tmp_path / "training").iterdir())

@@ -1,6 +1,6 @@
-import pandas as pd
+import json
+
 import pytest
-from scipy import stats
 
 from ilora import runs, sweep
 from ilora.__main__ import Job
@@ -39,15 +39,6 @@ def test_a_sweep_runs_the_grid_skips_what_is_there_and_names_what_failed(fake, c
     assert sweep.main(command) == 1 and fake == [1, 1]  # what is there is not run again
 
 
-def test_results_are_read_as_one_table(fake, tmp_path):
-    sweep.main(["02", "--over", "seed", "0", "2", "--over", "conflict", "0", "0.5", "--to", str(tmp_path)])
-    table = sweep.read(tmp_path)
-    assert sorted(zip(table["conflict"], table["seed"], strict=True)) == [(0, 0), (0, 2), (0.5, 0), (0.5, 2)]
-    assert table["LoRA.hit_ratio"].tolist() == [0.5] * 4 and "LoRA.hit_ratio.n" not in table
-    with pytest.raises(runs.UserError, match="holds no results"):
-        sweep.read(tmp_path / "empty")
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -79,10 +70,11 @@ def test_published_results_name_no_folder_of_this_machine(home, tmp_path):
     assert str(home) not in next(tmp_path.glob("*.json")).read_text()
 
 
-def test_means_over_seeds_have_students_interval():
-    table = pd.DataFrame({"k": [1, 1, 1, 2], "a": [0.1, 0.2, 0.3, 0.5], "b": [1.0, 1.0, float("nan"), 1.0]})
-    found = sweep.over_seeds(table, "k", {"A": "a", "B": "b"}).set_index(["system", "k"])
-    low, high = stats.ttest_1samp([0.1, 0.2, 0.3], 0).confidence_interval()
-    assert found.loc[("A", 1)].tolist() == pytest.approx([0.2, low, high, 3])
-    assert found.loc[("B", 1)].tolist() == pytest.approx([1, 1, 1, 2])
-    assert found.loc[("A", 2), "value"] == 0.5 and found.loc[("A", 2), ["low", "high"]].isna().all()  # one run
+@pytest.mark.parametrize("dataset", ["world", "movielens"])
+def test_published_results_hold_single_users_of_the_world_alone(home, tmp_path, dataset):
+    job = sweep.points("02", {"dataset": dataset}, [["seed", "0"]])[0]
+    runs.Run(job.source.stem, job.parameters).save({"n": 1}, {"user": [7], "hit": [True]})
+    sweep.publish([job], tmp_path)
+    result = json.loads((tmp_path / job.result.name).read_text(encoding="utf-8"))
+    assert result["metrics"] == {"n": 1}
+    assert result["outcomes"] == ({"user": [7], "hit": [True]} if dataset == "world" else {})

@@ -15,7 +15,8 @@ from test_training import trained, weights
 
 from ilora import data, pipeline
 from ilora.recommenders import SASRec
-from ilora.training import TrainingArguments, fit, fit_recommender
+from ilora.traditional import fit_recommender
+from ilora.training import TrainingArguments, fit
 
 
 def flat(model):

@@ -1,0 +1,60 @@
+"""Widgets for a live notebook: build a history from titles, see the prompt, the gate and the ranked candidates."""
+
+from collections.abc import Sequence
+from html import escape
+
+import ipywidgets as widgets
+import numpy as np
+import pandas as pd
+
+from ilora.data import CANDIDATES
+from ilora.model import LanguageRecommender
+
+
+class Player(widgets.VBox):
+    """A history and a draw of candidates to choose; prompt, gate and ranking follow every change.
+
+    recommender: a tuned one, with or without a gate; history: item ids to begin with, oldest first.
+    Only the last items that fit into the encoder's window are read, as in training.
+    """
+
+    def __init__(self, recommender: LanguageRecommender, history: Sequence[int]) -> None:
+        self.recommender = recommender
+        self.titles = recommender.prompts.titles
+        wide = widgets.Layout(width="100%")
+        self.history = widgets.TagsInput(
+            value=[self.titles[item] for item in history], allowed_tags=self.titles, allow_duplicates=False, layout=wide
+        )
+        self.draw = widgets.IntSlider(description="candidates, draw", min=0, max=99, style={"description_width": "8em"})
+        self.prompt, self.gate, self.ranking = widgets.HTML(), widgets.HTML(), widgets.HTML()
+        for knob in (self.history, self.draw):
+            knob.observe(self.show, "value")
+        label = widgets.Label("History, oldest first: type a title, Enter adds it, Backspace removes the last")
+        tables = widgets.HBox([self.ranking, self.gate])
+        super().__init__([label, self.history, self.draw, tables, self.prompt], layout=wide)
+        self.show()
+
+    def row(self) -> tuple[np.ndarray, np.ndarray, int]:
+        """What is asked: the history's last items and twenty others; the first stands where a target is wanted."""
+        items = [self.titles.index(title) for title in self.history.value]
+        others = np.setdiff1d(np.arange(len(self.titles)), items)
+        offered = np.random.default_rng(self.draw.value).choice(others, CANDIDATES, replace=False)
+        return np.array(items[-self.recommender.encoder.window :]), offered, int(offered[0])
+
+    def show(self, _: object = None) -> None:
+        """Answer the question and write the results into the widgets."""
+        if not self.history.value:
+            self.prompt.value, self.gate.value, self.ranking.value = "Add a title to the history.", "", ""
+            return
+        row = self.row()
+        tokens, _ = self.recommender.prompts.write(row[0], row[1], behaviour=True)
+        text = escape(self.recommender.prompts.tokenizer.decode(tokens))
+        self.prompt.value = f'<pre style="white-space: pre-wrap">{text}</pre>'
+        log_likelihood = self.recommender.rank([row]).cpu().double().numpy()[0]
+        share = np.exp(log_likelihood - log_likelihood.max())
+        ranked = pd.Series(share / share.sum(), [self.titles[item] for item in row[1]], name="share of the twenty")
+        self.ranking.value = ranked.sort_values(ascending=False).to_frame().to_html(float_format="{:.3f}".format)
+        if self.recommender.gated:
+            weights = self.recommender.gate_weights([row]).numpy()[0]
+            names = [f"expert {expert + 1}" for expert in range(len(weights))]
+            self.gate.value = pd.DataFrame({"gate": weights}, names).to_html(float_format="{:.3f}".format)

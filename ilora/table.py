@@ -1,0 +1,430 @@
+"""The paper's Table 1 on data of one's own choice: systems x data sets x seeds, every cell a result of its own.
+
+    python -m ilora table --datasets movielens lastfm --data-dir DIR --seeds 0 1 2 --jobs 2 --to book/results/table
+
+All systems are asked the same questions: each test user's last window, as in the paper, with several draws of the
+candidates, and windows of all test users' histories with one draw. A cell that has a result is skipped, one that fails
+is kept as failed with its reason and tried again the next time. A row is a System in SYSTEMS.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+from ilora import data, evaluation, pipeline, runs, uncertainty
+from ilora.chat import ChatRec
+from ilora.parameters import parse_parameters
+from ilora.recommenders import Popularity, Recommender
+from ilora.traditional import choose_l2, fit_recommender, table_1
+
+SETTINGS = {  # the notebooks' parameters that a table has, and their values unless -p says otherwise
+    "conflict": 0.5, "users": 2000, "window": 10, "base_model": "embedded", "rank": 8, "alpha": 32.0, "dropout": 0.0,
+    "experts": 4, "epochs": 1, "learning_rate": 3e-3, "batch_size": 32, "train_limit": 20000, "test_limit": 1000,
+    "micro_batch_size": 32,
+    "text_encoder": "sentence-transformers/all-MiniLM-L6-v2", "chat_url": "", "chat_model": "", "chat_limit": 100,
+    "device": "auto",
+}  # fmt: skip
+WORLD = ("conflict", "users")
+ADAPTER = ("base_model", "rank", "alpha", "dropout", "epochs", "learning_rate", "batch_size", "train_limit")
+FREE = ("device", "micro_batch_size")  # what changes a result by rounding alone
+KINDS_OF_WINDOWS = ("last", "all")
+
+
+@dataclass(frozen=True)
+class System:
+    """A row of the table: `make(dataset, seed, settings)` gives what `evaluation.ask` asks.
+
+    uses: the settings that decide its result, beside those of data and questions.
+    seeds: whether it is trained, so that runs with other seeds differ.
+    """
+
+    make: Callable[[data.Dataset, int, Mapping[str, Any]], evaluation.System]
+    uses: tuple[str, ...] = ()
+    seeds: bool = True
+
+
+def trained(dataset: data.Dataset, kind: str, seed: int, settings: Mapping[str, Any]) -> Recommender:
+    """A recommender without language by the recipe of the paper's Table 1, L2 chosen on validation with seed 0."""
+    where = {"window": settings["window"], "device": settings["device"]}
+    if kind == "MoRec":  # whose text encoder is too large to be trained for a grid
+        own = {"l2": 0.0, "text_encoder": settings["text_encoder"]}
+    else:
+        own = {"l2": choose_l2(dataset, kind, **where)[0]}
+    return fit_recommender(dataset, seed, **table_1(kind, settings["window"]) | where | own)[0]
+
+
+def _recommender(kind: str, *uses: str) -> System:
+    return System(lambda dataset, seed, settings: trained(dataset, kind, seed, settings), uses)
+
+
+def _tuned(encoder: str = "", experts: bool = False) -> System:
+    """A language model with an adapter: on hybrid prompts with the items of an encoder, or on text alone."""
+
+    def make(dataset: data.Dataset, seed: int, settings: Mapping[str, Any]) -> evaluation.System:
+        items = trained(dataset, encoder, seed, settings) if encoder else None
+        chosen = {name: settings[name] for name in (*ADAPTER, *FREE)} | (
+            {"experts": settings["experts"]} if experts else {}
+        )
+        return pipeline.tuned(dataset, items, seed=seed, window=settings["window"], **chosen)[0]
+
+    return System(make, (*ADAPTER, "experts") if experts else ADAPTER)
+
+
+def _untuned(dataset: data.Dataset, seed: int, settings: Mapping[str, Any]) -> evaluation.System:
+    return pipeline.untuned(dataset, settings["base_model"], device=settings["device"])
+
+
+def _chat(dataset: data.Dataset, seed: int, settings: Mapping[str, Any]) -> evaluation.System:
+    if not settings["chat_url"] or not settings["chat_model"]:
+        raise runs.UserError("ChatRec asks an endpoint: name it with -p chat_url URL and -p chat_model NAME")
+    titles = list(dataset.items["title"])
+    return ChatRec(settings["chat_url"], settings["chat_model"], titles, dataset.noun, dataset.verb)
+
+
+SYSTEMS = {
+    "Popularity": System(lambda dataset, seed, settings: Popularity.from_dataset(dataset), seeds=False),
+    "GRU4Rec": _recommender("GRU4Rec"),
+    "Caser": _recommender("Caser"),
+    "SASRec": _recommender("SASRec"),
+    "MoRec": _recommender("MoRec", "text_encoder"),
+    "Language model": System(_untuned, ("base_model",), seeds=False),  # the paper's Llama2
+    "ChatRec": System(_chat, ("chat_url", "chat_model", "chat_limit"), seeds=False),
+    "TALLRec": _tuned(),
+    "LLaRA (GRU4Rec)": _tuned("GRU4Rec"),
+    "LLaRA (Caser)": _tuned("Caser"),
+    "LLaRA": _tuned("SASRec"),
+    "iLoRA": _tuned("SASRec", experts=True),
+}
+
+
+# ---------------------------------------------------------------- cells
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One system on one data set with one seed."""
+
+    system: str
+    dataset: str
+    seed: int
+    draws: int = 5
+    data_dir: str = ""
+    settings: Mapping[str, Any] = field(default_factory=lambda: SETTINGS)
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """What decides the result, and no more, so that a setting of other systems does not run this one again."""
+        world = WORLD if self.dataset == "world" else ()
+        uses = {"window", "test_limit", *world, *SYSTEMS[self.system].uses}.difference(FREE)
+        own = {"system": self.system, "dataset": self.dataset, "seed": self.seed, "draws": self.draws}
+        return own | {name: self.settings[name] for name in sorted(uses)}
+
+    @property
+    def result(self) -> Path:
+        return runs.home() / "results" / f"table-{runs.key(self.parameters)}.json"
+
+    @property
+    def failure(self) -> Path:
+        return self.result.with_name(self.result.name.replace("table-", "table-failed-"))
+
+    def __str__(self) -> str:
+        return f"{self.system} on {self.dataset}, seed {self.seed}"
+
+
+def run(cell: Cell) -> Path:
+    """Make the cell's system, ask it, and write its result."""
+    settings = cell.settings
+    timed = runs.Run("table", cell.parameters | {name: settings[name] for name in FREE})
+    drawn = {"conflict": settings["conflict"], "users": settings["users"], "seed": cell.seed}
+    dataset = data.load(cell.dataset, cell.data_dir, **(drawn if cell.dataset == "world" else {}))
+    system = SYSTEMS[cell.system].make(dataset, cell.seed, settings)
+    found = {}
+    for windows in KINDS_OF_WINDOWS:
+        limit = settings["test_limit"] if windows == "all" else 0
+        limit = settings["chat_limit"] if cell.system == "ChatRec" else limit
+        asked = pipeline.questions(dataset, "test", settings["window"], limit, windows)
+        found[windows] = _answers(system, asked, cell.draws if windows == "last" else 1)
+    metrics = {windows: {"hit_ratio": _share(own["hit"]), "valid_ratio": _share(own["valid"])}
+               for windows, own in found.items()}  # fmt: skip
+    metrics["notes"] = list(dataset.notes)
+    return timed.save(
+        metrics, {f"{windows} {n}": v for windows, own in found.items() for n, v in own.items()}, cell.result
+    )
+
+
+def _answers(system: evaluation.System, asked: pipeline.Questions, draws: int) -> dict[str, list]:
+    """Right and valid answers as one string of 0 and 1 a draw; windows: how many each user has, in order."""
+    found = {"hit": [], "valid": [], "questions": []}
+    for draw in range(draws):
+        asked.set_epoch(draw)
+        outcomes = evaluation.ask(system, asked)
+        for name in ("hit", "valid"):
+            found[name].append("".join("01"[int(value)] for value in outcomes[name]))
+        found["questions"].append(runs.key({"candidates": outcomes[evaluation.QUESTION].to_numpy().tolist()}))
+    return found | {"windows": np.unique(asked.sequences.user, return_counts=True)[1].tolist()}
+
+
+def _share(rows: Sequence[str]) -> float:
+    return "".join(rows).count("1") / sum(map(len, rows))
+
+
+# ---------------------------------------------------------------- running them
+
+
+def cells(
+    datasets: Sequence[str], systems: Sequence[str], seeds: Sequence[int], draws: int, data_dir: str, settings: Mapping
+) -> list[Cell]:
+    """The table's cells, those without language first; a system that is not trained has one.  Raises UserError."""
+    for name, known in [(name, SYSTEMS) for name in systems] + [(name, data.WORDS) for name in datasets]:
+        if name not in known:
+            raise runs.UserError(f"there is no {name!r} here: choose among {', '.join(known)}")
+    if draws < 1 or not seeds or min(seeds) < 0:
+        raise runs.UserError("--draws must be at least 1 and --seeds whole numbers from 0 on")
+    return [
+        Cell(system, dataset, seed, draws, data_dir, settings)
+        for system in SYSTEMS
+        if system in systems
+        for dataset in datasets
+        for seed in (seeds if SYSTEMS[system].seeds or dataset == "world" else seeds[:1])
+    ]
+
+
+def attempt(cell: Cell) -> str:
+    """Run a cell; nothing if it has a result then, else the reason, which is kept beside the results."""
+    try:
+        run(cell)
+    except Exception as error:  # a failed cell is shown as failed, and the others go on
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        runs.write_json(cell.failure, {"name": "table", "parameters": cell.parameters, "error": reason})
+        return reason
+    cell.failure.unlink(missing_ok=True)
+    return ""
+
+
+def run_all(table: Sequence[Cell], jobs: int = 1) -> list[tuple[Cell, str]]:
+    """Run the cells that have no result yet, `jobs` at once; those that failed, each with its reason."""
+    waiting = [cell for cell in table if not cell.result.is_file()]
+    failed = []
+    with tqdm(total=len(table), initial=len(table) - len(waiting), unit="cell", smoothing=0) as bar:
+        for cell, reason in _attempts(waiting, jobs):
+            bar.set_postfix_str(str(cell), refresh=False)
+            bar.update()
+            if reason:
+                failed.append((cell, reason))
+                bar.write(f"{cell} failed: {reason}", file=sys.stderr)
+    return failed
+
+
+def _attempts(waiting: Sequence[Cell], jobs: int) -> Iterator[tuple[Cell, str]]:
+    if jobs == 1:
+        yield from ((cell, attempt(cell)) for cell in waiting)
+        return
+    os.environ["TQDM_DISABLE"] = "1"  # of the processes, whose bars would write over each other
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        running = {pool.submit(attempt, cell): cell for cell in waiting}
+        try:
+            yield from ((running[future], future.result()) for future in as_completed(running))
+        except BrokenProcessPool as error:
+            raise runs.UserError(
+                "a process of the table died, as it does when memory runs out: start again with fewer --jobs; "
+                "finished cells are kept"
+            ) from error
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def publish(table: Sequence[Cell], folder: Path) -> None:
+    """Copy the results there are, failures too, to `folder`."""
+    for cell in table:
+        for path in (cell.result, cell.failure):
+            (folder / path.name).unlink(missing_ok=True)
+            if path.is_file():
+                runs.write_json(folder / path.name, json.loads(path.read_text(encoding="utf-8")))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line `arguments`; return the exit code: 1 if a cell failed."""
+    parser = argparse.ArgumentParser(
+        "python -m ilora table", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--datasets", nargs="+", default=["world"], metavar="NAME", help=f"{', '.join(data.WORDS)} (world)")
+    add("--data-dir", default="", metavar="DIR", help="folder with their files, see the README")
+    add("--systems", nargs="+", default=[s for s in SYSTEMS if s != "ChatRec"], metavar="NAME",
+        help=f"{', '.join(SYSTEMS)} (all but ChatRec, which asks chat_limit questions of an endpoint)")  # fmt: skip
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="of training (0 1 2)")
+    add("--draws", type=int, default=5, metavar="N", help="of candidates for the last windows (5)")
+    add("--jobs", type=int, default=1, metavar="N", help="cells at once (1); set OMP_NUM_THREADS to share the cores")
+    add("--to", type=Path, metavar="DIR", help="copy the results there, as the book's pages read them")
+    add("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="parameters",
+        help=f"a parameter of the notebooks: {', '.join(SETTINGS)}")  # fmt: skip
+    options = parser.parse_args(arguments)
+    try:
+        given = parse_parameters(options.parameters)
+        if unused := sorted(given.keys() - SETTINGS):
+            raise runs.UserError(f"a table has no parameter {unused[0]!r}: the ones it has are {', '.join(SETTINGS)}")
+        if options.jobs < 1:
+            raise runs.UserError(f"--jobs must be at least 1, not {options.jobs}")
+        table = cells(
+            options.datasets, options.systems, options.seeds, options.draws, options.data_dir, SETTINGS | given
+        )
+        failed = run_all(table, options.jobs)
+        if options.to:
+            publish(table, options.to)
+    except runs.UserError as error:
+        print(f"ilora: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nilora: interrupted; start again to go on", file=sys.stderr)
+        return 130
+    print(f"{len(table) - len(failed)} of {len(table)} cells are in {runs.home() / 'results'}")
+    return 1 if failed else 0
+
+
+# ---------------------------------------------------------------- reading them
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a system answered to one set of questions in all its runs."""
+
+    hit: np.ndarray  # (seeds, draws, n) bool
+    valid: np.ndarray  # (seeds, draws, n) bool
+    users: np.ndarray  # (n,)
+    questions: tuple[str, ...]  # a digest of each draw's questions
+
+
+def read(folder: str | Path) -> list[dict[str, Any]]:
+    """The results and failures of a folder.  Raises UserError if there are none."""
+    paths = sorted(Path(folder).glob("table-*.json"))
+    if not paths:
+        raise runs.UserError(f"{folder} holds no results: make them with python -m ilora table --to {folder}")
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+
+
+def answers(results: Sequence[Mapping], dataset: str, windows: str = "last") -> dict[str, Answers]:
+    """system -> its answers on a data set, runs in the order of their seeds; systems in the table's order.
+
+    Raises UserError for runs of one system that differ in a setting besides the seed.
+    """
+    found = {}
+    for system in SYSTEMS:
+        own = [r for r in results if _of(r) == (dataset, system) and "error" not in r]
+        own.sort(key=lambda result: result["parameters"]["seed"])
+        if not own:
+            continue
+        settings = [{k: v for k, v in r["parameters"].items() if k not in ("seed", *FREE)} for r in own]
+        if any(other != settings[0] for other in settings):
+            raise runs.UserError(f"the results of {system} on {dataset} are of several settings: keep one in a folder")
+        hit, valid = (
+            np.array([[_bits(row) for row in r["outcomes"][f"{windows} {name}"]] for r in own])
+            for name in ("hit", "valid")
+        )
+        of_users = own[0]["outcomes"][f"{windows} windows"]
+        users, questions = np.repeat(np.arange(len(of_users)), of_users), own[0]["outcomes"][f"{windows} questions"]
+        found[system] = Answers(hit, valid, users, tuple(questions))
+    return found
+
+
+def _of(result: Mapping) -> tuple[str, str]:
+    return result["parameters"]["dataset"], result["parameters"]["system"]
+
+
+def _bits(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode(), np.uint8) == ord("1")
+
+
+def summary(found: Mapping[str, Answers]) -> pd.DataFrame:
+    """One row a system: hit_ratio (right of all) as `uncertainty.spread` gives it, valid_ratio, hit_ratio_of_valid."""
+    rows = {}
+    for system, own in found.items():
+        row = uncertainty.spread(own.hit, own.users)
+        of_valid = own.hit.sum() / max(own.valid.sum(), 1)
+        rows[system] = row | {"valid_ratio": own.valid.mean(), "hit_ratio_of_valid": of_valid}
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def comparisons(found: Mapping[str, Answers], system: str = "iLoRA") -> pd.DataFrame:
+    """`uncertainty.compare` of one system with each that was asked the same, and Holm's p over these comparisons."""
+    rows = {
+        other: uncertainty.compare(found[system].hit, own.hit, own.users)
+        for other, own in found.items()
+        if other != system and own.questions == found[system].questions
+    }
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    return table.assign(p_holm=uncertainty.holm(table["p"]))
+
+
+def datasets(results: Sequence[Mapping]) -> list[str]:
+    """The data sets of which there are answers."""
+    found = dict.fromkeys(_of(result)[0] for result in results if "error" not in result)
+    return [name for name in data.WORDS if name in found]
+
+
+def provenance(results: Sequence[Mapping]) -> pd.DataFrame:
+    """What was run: for each data set and system the seeds, draws, settings, device, commits and seconds a run."""
+    rows = []
+    for name, system in ((name, system) for name in datasets(results) for system in SYSTEMS):
+        own = [r for r in results if _of(r) == (name, system) and "error" not in r]
+        if own:
+            uses = [use for use in SYSTEMS[system].uses if use in own[0]["parameters"]]
+            rows.append({
+                "dataset": name, "system": system, "seeds": len(own), "draws": own[0]["parameters"]["draws"],
+                "settings": ", ".join(f"{use} {own[0]['parameters'][use]}" for use in uses),
+                "device": own[0]["device"]["name"], "commit": ", ".join(sorted({r["commit"][:7] for r in own})),
+                "seconds": round(float(np.median([r["seconds"] for r in own]))),
+            })  # fmt: skip
+    return pd.DataFrame(rows).set_index(["dataset", "system"])
+
+
+def readable(summaries: Mapping[str, pd.DataFrame], printed: pd.Series | None = None) -> pd.DataFrame:
+    """Summaries of several data sets as one table for a reader, with what the paper prints beside it, if given."""
+    names = {"Language model": "Llama2"}  # what the paper calls it
+    rows = {}
+    for (dataset, own), system in ((pair, system) for pair in summaries.items() for system in pair[1].index):
+        row = own.loc[system]
+        rows[dataset, system] = {"HitRatio@1": evaluation.written(row), "valid_ratio": f"{row['valid_ratio']:.3f}"}
+        rows[dataset, system] |= {"hit_ratio_of_valid": f"{row['hit_ratio_of_valid']:.3f}", "n": int(row["n"])}
+        rows[dataset, system] |= {"seeds": int(row["seeds"]), "draws": int(row["draws"])}
+        if printed is not None:
+            known = printed.get((dataset, names.get(system, system)))
+            rows[dataset, system]["paper, other base"] = "-" if known is None else f"{known:.4f}"
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def verdicts(against: Mapping[str, pd.DataFrame], system: str = "iLoRA", level: float = 0.05) -> pd.Series:
+    """What the comparisons on each data set say after Holm's correction, in words."""
+    found = {}
+    for dataset, table in against.items():
+        sure = table[table["p_holm"] < level]
+        above, below = (list(sure.index[sure["value"] * sign > 0]) for sign in (1, -1))
+        open_ = [name for name in table.index if name not in sure.index]
+        parts = [("above", above), ("below", below), ("not told apart from", open_)]
+        found[dataset] = "; ".join(f"{word} {', '.join(names)}" for word, names in parts if names)
+    return pd.Series(found, name=system)
+
+
+def plain(value: Any) -> Any:
+    """A nested report in which missing numbers are None, as JSON has no NaN."""
+    if isinstance(value, Mapping):
+        return {name: plain(item) for name, item in value.items()}
+    return None if isinstance(value, float) and np.isnan(value) else value
+
+
+def failures(results: Sequence[Mapping]) -> pd.DataFrame:
+    """The cells that failed, with the reason of each."""
+    rows = [{**result["parameters"], "reason": result["error"]} for result in results if "error" in result]
+    return pd.DataFrame(rows, columns=["system", "dataset", "seed", "reason"])

@@ -1,0 +1,209 @@
+"""Results of sweeps are selected, paired by seed and summed up over seeds; what is not there is not an error."""
+
+import json
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from ilora import comparisons, runs
+from ilora.__main__ import plan
+
+
+def write(folder, notebook="04", metrics=None, without=(), commit="c0ffee", **given):
+    """A result as `sweep.publish` leaves it, of the notebook's defaults and what is given."""
+    (job,) = plan({"device": "cpu"} | given, [notebook])
+    parameters = {name: value for name, value in job.parameters.items() if name not in without}
+    device = {"type": "cpu", "name": "a CPU", "threads": 1}
+    result = {"name": job.source.stem, "parameters": parameters, "metrics": metrics, "device": device, "commit": commit}
+    runs.write_json(folder / f"{job.source.stem}-{runs.key(parameters)}.json", result)
+
+
+def interval(value):
+    return {"value": value, "low": value - 0.1, "high": value + 0.1, "n": 1000, "users": 200}
+
+
+def hits(lora, ilora, validation=()):
+    return {
+        "LoRA": {"hit_ratio": interval(lora)},
+        "iLoRA": {"hit_ratio": interval(ilora)},
+        "difference": interval(ilora - lora),
+        "training": {"sequences": 20000, "validation": {"LoRA": [v / 2 for v in validation], "iLoRA": [*validation]}},
+    }
+
+
+# ---------------------------------------------------------------- reading and choosing
+
+
+def test_a_result_is_a_row_with_values_and_what_it_changed(tmp_path):
+    write(tmp_path, metrics=hits(0.5, 0.6), without=("gate_per_layer", "gate_top_k"))  # of before they were there
+    write(tmp_path, metrics=hits(0.4, 0.6), conflict=1.0, guidance="random", seed=3)
+    write(tmp_path, metrics=hits(0.3, 0.3), experts=1)  # LoRA, which the others hold
+    write(tmp_path, "06", metrics={"gate": {"between groups": {"value": 0.2, "p": 0.01, "n": 9}}})
+    table = comparisons.read(tmp_path, "04").sort_values("seed")
+    assert table["iLoRA.hit_ratio"].tolist() == table["iLoRA.hit_ratio"].tolist() == [0.6, 0.6]
+    assert table["changed"].tolist() == [(), ("conflict", "guidance")]
+    assert table["setting"].tolist() == ["world", "world, conflict 1.0"]
+    assert table["gate_top_k"].tolist() == [0, 0] and table["device"].tolist() == ["a CPU"] * 2
+    assert not [name for name in table if name.endswith((".low", ".high", ".n", ".users"))]
+    (other,) = comparisons.read(tmp_path, "06").to_dict("records")
+    assert (other["gate.between groups"], other["gate.between groups.p"]) == (0.2, 0.01)
+
+
+def test_usual_frees_what_it_is_told_to(tmp_path):
+    for given in ({}, {"seed": 1}, {"conflict": 1.0}, {"conflict": 1.0, "experts": 8}, {"experts": 8}):
+        write(tmp_path, metrics=hits(0.5, 0.6), **given)
+    table = comparisons.read(tmp_path, "04")
+    assert len(comparisons.usual(table)) == 2
+    assert len(comparisons.usual(table, "conflict")) == 3
+    assert len(comparisons.usual(table, "conflict", "experts")) == 5
+    assert comparisons.varied(table, "experts", "setting")["seed"].tolist() == table["seed"].tolist()
+    alone = comparisons.usual(table, "conflict")
+    assert comparisons.varied(alone, "experts", "setting").empty
+    assert comparisons.varied(alone, "nowhere", "setting").empty
+
+
+def test_lora_is_one_expert_once_a_seed(tmp_path):
+    for experts, ilora in ((2, 0.6), (8, 0.7)):
+        write(tmp_path, metrics=hits(0.5, ilora, [0.2, 0.4]), experts=experts, epochs=2)
+    found = comparisons.with_lora(comparisons.read(tmp_path, "04"))
+    values = dict(zip(found["experts"], found["iLoRA.hit_ratio"], strict=True))
+    assert len(found) == 3 and values == {1: 0.5, 2: 0.6, 8: 0.7}
+    course = comparisons.per_epoch(found).sort_values(["experts", "epoch"])
+    assert course["epoch"].tolist() == [1, 2] * 3
+    assert course["hit_ratio"].tolist() == [0.1, 0.2, 0.2, 0.4, 0.2, 0.4]
+
+
+# ---------------------------------------------------------------- over seeds
+
+
+def test_means_over_seeds_have_students_interval():
+    table = pd.DataFrame(
+        {"k": [1, 1, 1, 2], "seed": [0, 1, 2, 0], "a": [0.1, 0.2, 0.3, 0.5], "b": [1.0, 1.0, None, 1.0]}
+    )
+    found = comparisons.over_seeds(table, ["k"], {"A": "a", "B": "b", "C": "nowhere"}).set_index(["system", "k"])
+    low, high = stats.ttest_1samp([0.1, 0.2, 0.3], 0).confidence_interval()
+    columns = ["value", "low", "high", "n"]
+    assert found.loc[("A", 1), columns].tolist() == pytest.approx([0.2, low, high, 3])
+    assert found.loc[("A", 1), "runs"] == [0.1, 0.2, 0.3]
+    assert found.loc[("B", 1), columns].tolist() == pytest.approx([1, 1, 1, 2])
+    assert found.loc[("A", 2), "value"] == 0.5 and found.loc[("A", 2), ["low", "high"]].isna().all()  # one run
+    assert "C" not in found.index
+    with pytest.raises(runs.UserError, match=r"two results of one seed at \{'k': 1\}"):
+        comparisons.over_seeds(table.assign(seed=0), ["k"], {"A": "a"})
+
+
+def test_less_is_a_difference_run_by_run():
+    table = pd.DataFrame({"seed": [1, 0, 2], "a": [0.5, 0.9, None], "b": [0.4, 0.5, 1.0]})
+    assert comparisons.less(table, "a", "b")["runs"] == pytest.approx([0.4, 0.1])
+    assert comparisons.less(table, "a", "nowhere")["n"] == 0
+
+
+def test_a_slope_is_of_each_seed_and_then_over_seeds():
+    table = pd.DataFrame({"seed": [0, 0, 1, 1, 2, 2, 3], "x": [0, 1, 0, 1, 0, 2, 1], "y": [5, 6.0, 0, 3, 1, 5, 9]})
+    found = comparisons.slope(table, "x", "y")
+    assert found["runs"] == pytest.approx([1, 3, 2]) and found["value"] == pytest.approx(2)  # seed 3 has one x alone
+    assert found["low"] < 0 < found["high"] and found["n"] == 3
+    doubled = pd.DataFrame({"seed": 0, "x": [8, 16, 32], "y": [0.1, 0.2, 0.3]})
+    assert comparisons.slope(doubled, "x", "y", per_doubling=True)["value"] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "n", "said", "of_slope"),
+    [
+        (
+            0.1,
+            0.3,
+            3,
+            "the gain is above zero: 0.200 [0.100, 0.300], n = 3 seeds",
+            "the gain grows with conflict: 0.200",
+        ),
+        (-0.3, -0.1, 3, "the gain is below zero: -0.200", "the gain falls with conflict"),
+        (-0.1, 0.5, 3, "the gain cannot be told from zero: 0.200", "the gain does not clearly change with conflict"),
+        (np.nan, np.nan, 1, "the gain: 1 seeds with a result, too few", "the gain: 1 seeds with a result, too few"),
+    ],
+)
+def test_a_sentence_says_what_its_interval_says(low, high, n, said, of_slope):
+    found = {"value": (low + high) / 2, "low": low, "high": high, "n": n}
+    assert comparisons.sentence("the gain", found).startswith(said)
+    assert comparisons.sentence("the gain", found, "conflict").startswith(of_slope)
+
+
+# ---------------------------------------------------------------- variants
+
+
+@pytest.fixture
+def paired(tmp_path):
+    """Seeds differ by far more than guidance does: pairs tell it, means would not."""
+    for seed, level in enumerate((0.1, 0.5, 0.9)):
+        write(tmp_path, metrics=hits(level - 0.05 - 0.01 * seed, level), seed=seed)
+        write(tmp_path, metrics=hits(level - 0.05, level - 0.02 - 0.001 * seed), seed=seed, guidance="random")
+        write(tmp_path, metrics=hits(0, 0.3), seed=seed, guidance="random", experts=8)  # two changes: not this question
+    write(tmp_path, metrics=hits(0.3, 0.4), guidance="token", conflict=1.0)  # its default has not been run
+    return comparisons.paired(comparisons.read(tmp_path, "04"), "guidance")
+
+
+def test_a_variant_is_compared_with_the_default_of_its_seed_and_setting(paired):
+    found = paired.set_index("variant")
+    assert list(found.index) == ["LoRA, no gate", "guidance random"] and set(found["setting"]) == {"world"}
+    differences = [-0.02, -0.021, -0.022]
+    assert found.loc["guidance random", "runs"] == pytest.approx(differences)
+    assert found.loc["guidance random", ["value", "n"]].tolist() == pytest.approx([-0.021, 3])
+    test = stats.ttest_1samp(differences, 0)
+    assert found.loc["guidance random", "p"] == pytest.approx(test.pvalue)
+    interval = test.confidence_interval()
+    assert found.loc["guidance random", ["low", "high"]].tolist() == pytest.approx([interval.low, interval.high])
+    assert found.loc["LoRA, no gate", "value"] == pytest.approx(-0.06)
+    said = "1 of 1 variants can be told from the default: guidance random (world)"  # LoRA is no variant of the gate
+    assert comparisons.told_apart(paired) == said
+    assert comparisons.told_apart(paired.assign(high=1)) == "0 of 1 variants can be told from the default"
+
+
+def test_a_question_may_change_other_parameters_along(tmp_path):
+    for given in ({}, {"rank": 16, "alpha": 64.0}, {"rank": 16, "alpha": 64.0, "experts": 8}, {"experts": 8}):
+        write(tmp_path, metrics=hits(0.5, 0.6), **given)
+    found = comparisons.paired(comparisons.read(tmp_path, "04"), "rank", "alpha", "experts")
+    assert list(found["variant"]) == ["LoRA, no gate", "rank 16, alpha 64", "rank 16, alpha 64, experts 8"]
+    assert found["p"].isna().all() and comparisons.told_apart(found).startswith("0 of 0")  # one seed tells nothing
+
+
+def test_p_values_are_adjusted_for_all_questions_each_difference_once(paired):
+    p = {"LoRA, no gate": 0.04, "guidance random": 0.01, "other": 0.02, "of one seed": None}
+    one = pd.DataFrame({"setting": "world", "variant": list(p)[:2], "p": list(p.values())[:2]})
+    other = pd.DataFrame({"setting": "world", "variant": [*list(p)[2:], "LoRA, no gate"], "p": [0.02, None, 0.04]})
+    found = comparisons.all_together([one, other])
+    assert list(found["variant"]) == list(p)
+    assert found["p, adjusted"].tolist()[:3] == pytest.approx([0.04, 0.03, 0.03]) and pd.isna(found["p, adjusted"][3])
+
+
+def test_nothing_to_compare_is_empty_and_not_an_error(tmp_path):
+    table = comparisons.read(tmp_path, "04")
+    assert table.empty and comparisons.usual(table, "conflict").empty
+    assert comparisons.with_lora(table).empty and comparisons.per_epoch(table).empty
+    found = comparisons.paired(table, "guidance")
+    assert found.empty and comparisons.told_apart(found).startswith("0 of 0")
+    assert comparisons.over_seeds(table, ["conflict"], {"LoRA": "LoRA.hit_ratio"}).empty
+    assert comparisons.slope(table, "conflict", "difference")["n"] == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert comparisons.records(comparisons.all_together([found])) == []
+
+
+def test_records_can_be_written_as_json():
+    rows = comparisons.records(pd.DataFrame([comparisons.student([0.5]) | {"p": np.nan}]))
+    assert json.loads(json.dumps(rows, allow_nan=False)) == [
+        {"value": 0.5, "low": None, "high": None, "n": 1, "runs": [0.5], "p": None}
+    ]
+
+
+def test_gates_are_read_of_runs_that_kept_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("ILORA_HOME", str(tmp_path))
+    gate = {"users": [7, 8], "weights": [[0.25, 0.75], [0.5, 0.5]]}
+    runs.Run("04", {"experts": 2, "seed": 0}).save({"gate": gate})
+    runs.Run("04", {"experts": 4, "seed": 0}).save({"gate": {"entropy": {"value": 1.0}}})
+    runs.Run("04", {"experts": 8, "seed": 1}).save({"gate": gate})
+    (experts, weights), *others = comparisons.kept_gates(runs.home() / "results", seed=0).items()
+    assert experts == 2 and not others
+    assert weights.index.tolist() == [7, 8] and weights.loc[7].tolist() == [0.25, 0.75]

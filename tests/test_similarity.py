@@ -1,0 +1,112 @@
+import numpy as np
+import pytest
+import torch
+from scipy.spatial.distance import pdist, squareform
+
+from ilora import analysis, runs, similarity
+from ilora.data import Sequences
+from ilora.model import Questions
+
+LABELS = np.array([2, 0, 2, 1, 2, 0, 2, 2, 1, 2, 2])  # groups of 2, 2 and 7
+VECTORS = {
+    "one": torch.tensor([[2.0, 0], [0, 3], [-1, 0]]),
+    "two": torch.tensor([[1.0], [4], [1]]),
+    "gate": torch.tensor([[1.0], [1], [-2]]),
+}
+
+
+def test_cosines_of_known_vectors():
+    found = similarity.cosines(analysis.products(VECTORS))
+    assert list(found) == ["all", "one", "two", "gate"]
+    np.testing.assert_allclose(found["one"], [[1, 0, -1], [0, 1, 0], [-1, 0, 1]], atol=1e-7)
+    np.testing.assert_allclose(found["two"], np.ones((3, 3)), atol=1e-7)
+    a, b, c = 4 / 5**0.5 / 5, -1 / 10**0.5, 4 / 5 / 2**0.5
+    np.testing.assert_allclose(found["all"], [[1, a, b], [a, 1, c], [b, c, 1]], atol=1e-7)
+    np.testing.assert_allclose(found["gate"], [[1, 1, -1], [1, 1, -1], [-1, -1, 1]], atol=1e-7)  # and not in "all"
+
+
+def test_a_zero_gradient_has_no_direction():
+    with pytest.raises(runs.UserError, match="zero"):
+        similarity.cosines(analysis.products({"one": torch.tensor([[1.0, 0], [0, 0]])}))
+
+
+def test_halves_join_to_the_whole():
+    rng = np.random.default_rng(0)
+    vectors = torch.from_numpy(rng.normal(size=(len(LABELS), 5)))
+    cut = analysis.halves(LABELS)
+    np.testing.assert_array_equal(cut // 2, LABELS)
+    assert np.bincount(cut).tolist() == [1, 1, 1, 1, 4, 3]
+
+    def sums(labels):
+        return torch.stack([vectors[labels == label].sum(0) for label in np.unique(labels)])
+
+    whole, parts = (analysis.products({"one": sums(labels)}) for labels in (LABELS, cut))
+    np.testing.assert_allclose(similarity.joined(parts)["one"], whole["one"])
+    stacked = {"one": np.stack([parts["one"], 2 * parts["one"]])}
+    np.testing.assert_allclose(similarity.joined(stacked)["one"], [whole["one"], 2 * whole["one"]])
+
+
+def test_repeatability_is_the_similarity_of_another_sample():
+    rng, size = np.random.default_rng(0), 200_000
+    signal = rng.normal(size=(3, size)) * np.array([[0.0], [0.5], [2.0]])
+    half = np.repeat(signal, 2, axis=0) / 2 + rng.normal(size=(6, size)) * np.sqrt(0.5)
+    other = signal + rng.normal(size=(3, size))
+    drawn = np.vstack([half[::2] + half[1::2], other])
+    expected = np.diag(similarity._cosine(drawn @ drawn.T)[:3, 3:])
+    np.testing.assert_allclose(similarity.repeatability(similarity._cosine(half @ half.T)), expected, atol=0.01)
+    assert np.ptp(expected) > 0.5
+
+
+def test_pairs_are_in_the_order_of_pdist():
+    points = np.random.default_rng(0).normal(size=(5, 2))
+    np.testing.assert_array_equal(similarity.off_diagonal(squareform(pdist(points))), pdist(points))
+
+
+def symmetric(rng, n):
+    return squareform(rng.normal(size=n * (n - 1) // 2))
+
+
+def test_the_permutation_test_is_level_under_independence():
+    """Distances of points share members, so that a test of pairs as if independent would reject too often."""
+    rng = np.random.default_rng(0)
+    p = []
+    for _ in range(200):
+        one, other = (squareform(pdist(rng.normal(size=(8, 1)))) for _ in range(2))
+        p.append(similarity.mantel(one, other, permutations=99)["p"])
+    for level in (0.1, 0.3, 0.5, 0.8):
+        assert abs(np.mean(np.array(p) <= level) - level) < 4 * np.sqrt(level * (1 - level) / 200)
+
+
+def test_a_planted_relation_is_found_with_its_sign():
+    rng = np.random.default_rng(0)
+    distance = squareform(pdist(rng.normal(size=(8, 3))))
+    found = similarity.mantel(-distance + 0.2 * symmetric(rng, 8), distance, permutations=999)
+    assert found["value"] < -0.8 and found["p"] < 0.01
+    assert (found["pairs"], found["members"]) == (28, 8)
+    assert similarity.mantel(-(distance**3), distance, permutations=9)["value"] == pytest.approx(-1)  # ranks
+    assert similarity.mantel(symmetric(rng, 8), distance, permutations=99)["p"] > 0.05
+
+
+def test_pairs_are_ranked_and_shown():
+    history = np.array([[60, 60, 60, 4, 5], [60, 60, 60, 60, 1], [7, 8, 9, 10, 11], [60, 60, 1, 2, 3]])
+    length, target = (history < 60).sum(1), np.array([6, 2, 12, 4])
+    asked = Questions(Sequences(np.arange(4), length, history, length, target), 60, seed=0)
+    pairs = similarity.ranked_pairs(squareform([0.1, 0.9, -0.5, 0.2, 0.3, 0.0]))
+    assert pairs["similarity"].tolist() == [0.9, 0.3, 0.2, 0.1, 0.0, -0.5]
+    assert pairs.iloc[0][["one", "other"]].tolist() == [0, 2] and pairs.iloc[-1][["one", "other"]].tolist() == [0, 3]
+    table = similarity.side_by_side(asked, pairs.iloc[0], [f"title {item}" for item in range(60)])
+    assert list(table.columns) == ["user 0", "user 2"] and list(table.index) == [1, 2, 3, 4, 5, "next"]
+    assert table["user 0"].tolist() == ["", "", "", "title 4", "title 5", "title 6"]
+    assert table["user 2"].tolist() == [f"title {item}" for item in range(7, 13)]
+
+
+def test_what_other_groups_lack_is_told_from_noise():
+    """Two groups with one direction and noise agree as a group does with itself; opposite ones lack twice as much."""
+    rng, size = np.random.default_rng(0), 200_000
+    noise, signal = rng.normal(size=(4, size)), rng.normal(size=size)
+    for signs, lack in (([1, 1, 1, 1], 0), ([1, 1, -1, -1], 1)):
+        half = torch.from_numpy(np.outer(signs, signal) + noise)
+        found = similarity.agreement({"one": analysis.products({"one": half})["one"][None]})
+        assert found["same"] == pytest.approx(2 / 3, abs=0.01)  # halves have cosine 1/2
+        assert found["other"] == pytest.approx(2 / 3 * (1 - 2 * lack), abs=0.01)
+        assert found["lack"] == pytest.approx(found["same"] - found["other"])

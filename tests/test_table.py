@@ -1,0 +1,155 @@
+"""Cells on the small world, run for real: asked alike, resumed, failed and shown as failed, read as a table."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from ilora import data, paper, runs, table, uncertainty
+from ilora.recommenders import Popularity
+
+FEW = {"users": 60, "test_limit": 12, "train_limit": 16, "base_model": "embedded", "device": "cpu"}
+SETTINGS = table.SETTINGS | FEW
+SMALL = ["Popularity", "Language model", "iLoRA"]
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("ILORA_HOME", str(tmp_path))
+    monkeypatch.setattr(table, "trained", lambda dataset, kind, seed, settings: encoder(dataset))
+    return tmp_path
+
+
+def encoder(dataset):
+    """An untrained SASRec: what is tested here is the table, not the recommenders."""
+    from ilora.recommenders import SASRec
+
+    return SASRec(len(dataset.items)).eval()
+
+
+def some(systems=SMALL, seeds=(0,), draws=2, **settings):
+    return table.cells(["world"], systems, list(seeds), draws, "", SETTINGS | settings)
+
+
+def test_every_row_of_the_paper_is_a_system():
+    ours = {"Language model" if name == "Llama2" else name for name in paper.table()["system"]}
+    assert ours - set(table.SYSTEMS) == set()
+
+
+def test_cells_are_asked_the_same_questions_and_can_be_read(home):
+    cells = some()
+    assert table.run_all(cells) == []
+    table.publish(cells, home / "published")
+    results = table.read(home / "published")
+    for windows, n, draws in (("last", 6, 2), ("all", 12, 1)):
+        found = table.answers(results, "world", windows)
+        assert list(found) == SMALL  # in the table's order
+        for own in found.values():
+            assert own.hit.shape == own.valid.shape == (1, draws, n) and own.users.shape == (n,)
+            assert own.questions == found["Popularity"].questions and len(set(own.questions)) == draws
+            assert not (own.hit & ~own.valid).any()
+        assert found["Popularity"].valid.all()
+    summary = table.summary(table.answers(results, "world"))
+    assert list(summary.index) == SMALL
+    assert set(summary["n"]) == {6}
+    compared = table.comparisons(table.answers(results, "world"))
+    assert list(compared.index) == SMALL[:2]
+    np.testing.assert_allclose(compared["p_holm"], uncertainty.holm(compared["p"]))
+    text = table.readable({"world": summary}, paper.table().set_index(["dataset", "system"])["hit_ratio"])
+    assert text.loc[("world", "iLoRA"), "paper, other base"] == "-"
+    assert table.provenance(results).loc[("world", "iLoRA"), "seeds"] == 1
+    assert table.verdicts({"world": compared}).name == "iLoRA"
+    json.dumps(table.plain({"a": compared.to_dict("index")}), allow_nan=False)
+
+
+def test_popularity_is_right_where_a_loop_says_so(home):
+    (cell,) = some(["Popularity"], draws=1)
+    table.run_all([cell])
+    source = data.load("world", users=60, seed=0)
+    asked = table.pipeline.questions(source, "test", windows="last")
+    counts = Popularity.from_dataset(source).counts.numpy()
+    best = [offered[counts[offered].argmax()] for _, offered, _ in asked]
+    result = json.loads(cell.result.read_text())
+    right = "".join("01"[int(item == row[2])] for item, row in zip(best, asked, strict=True))
+    assert result["outcomes"]["last hit"] == [right]
+    assert result["metrics"]["last"]["hit_ratio"] == right.count("1") / len(right)
+
+
+def test_what_is_there_is_not_run_again_and_settings_of_others_change_nothing(home, monkeypatch):
+    cells = some(["Popularity"])
+    table.run_all(cells)
+    monkeypatch.setattr(table, "run", lambda cell: pytest.fail(f"{cell} was run again"))
+    assert table.run_all(some(["Popularity"], rank=16, learning_rate=1.0)) == []
+    assert some(["iLoRA"])[0].result != some(["iLoRA"], rank=16)[0].result
+    assert some(["Popularity"])[0].result != some(["Popularity"], draws=3)[0].result
+
+
+def test_a_cell_that_fails_is_kept_as_failed_until_it_succeeds(home, monkeypatch):
+    def broken(dataset, seed, settings):
+        raise RuntimeError("no memory\nfor this")
+
+    kept = table.SYSTEMS["Popularity"]
+    monkeypatch.setitem(table.SYSTEMS, "Popularity", table.System(broken, seeds=False))
+    cells = some(["Popularity", "Language model"])
+    ((failed, reason),) = table.run_all(cells)
+    assert failed.system == "Popularity" and reason == "RuntimeError: no memory"
+    table.publish(cells, home / "published")
+    shown = table.failures(table.read(home / "published"))
+    assert shown[["system", "reason"]].values.tolist() == [["Popularity", "RuntimeError: no memory"]]
+    assert list(table.answers(table.read(home / "published"), "world")) == ["Language model"]
+    monkeypatch.setitem(table.SYSTEMS, "Popularity", kept)
+    assert table.run_all(cells) == []
+    table.publish(cells, home / "published")
+    assert table.failures(table.read(home / "published")).empty
+
+
+def test_several_processes_give_the_same_answers(home):
+    cells = some(["Popularity", "Language model"], seeds=(0, 1))
+    assert len(cells) == 4
+    assert table.run_all(cells, jobs=2) == []
+    together = [json.loads(cell.result.read_text())["outcomes"] for cell in cells]
+    for cell in cells:
+        cell.result.unlink()
+    table.run_all(cells)
+    assert together == [json.loads(cell.result.read_text())["outcomes"] for cell in cells]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--systems", "SASrec"], "there is no 'SASrec' here: choose among Popularity"),
+        (["--datasets", "movilens"], "there is no 'movilens' here: choose among world"),
+        (["--draws", "0"], "--draws must be at least 1"),
+        (["--seeds", "-1"], "whole numbers from 0 on"),
+        (["--jobs", "0"], "--jobs must be at least 1"),
+        (["-p", "guidance", "random"], "a table has no parameter 'guidance'"),
+        (["-p", "rank", "six"], "parameter 'rank' must be a whole number"),
+    ],
+)
+def test_a_wrong_command_ends_in_one_sentence(home, capsys, arguments, sentence):
+    assert table.main(arguments) == 1
+    printed = capsys.readouterr().err.strip()
+    assert printed.startswith("ilora: ") and sentence in printed and "\n" not in printed
+
+
+def test_mixed_settings_are_refused_and_other_questions_not_compared():
+    def result(system, seed, questions, **settings):
+        part = {"last hit": ["01"], "last valid": ["11"], "last questions": [questions], "last windows": [1, 1]}
+        about = {"system": system, "dataset": "movielens", "seed": seed, "draws": 1, **settings}
+        return {"parameters": about, "outcomes": part}
+
+    same = [result("iLoRA", 0, "a"), result("iLoRA", 1, "a"), result("Popularity", 0, "a")]
+    assert table.answers(same, "movielens")["iLoRA"].hit.tolist() == [[[False, True]], [[False, True]]]
+    with pytest.raises(runs.UserError, match="several settings"):
+        table.answers([result("iLoRA", 0, "a", rank=8), result("iLoRA", 1, "a", rank=16)], "movielens")
+    found = table.answers([*same, result("SASRec", 0, "b")], "movielens")
+    assert list(table.comparisons(found).index) == ["Popularity"]  # SASRec was asked something else
+
+
+def test_hits_of_valid_answers_are_the_ratio_of_sums():
+    hit, valid = np.array([[[1, 0, 1, 0]]], bool), np.array([[[1, 1, 1, 0]]], bool)
+    found = {"iLoRA": table.Answers(hit, valid, np.arange(4), ("a",))}
+    row = table.summary(found).loc["iLoRA"]
+    assert (row["value"], row["hit_ratio_of_valid"], row["valid_ratio"]) == (0.5, pytest.approx(2 / 3), 0.75)
+    assert isinstance(table.summary(found), pd.DataFrame)

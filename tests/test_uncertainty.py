@@ -1,0 +1,111 @@
+"""Spread by its parts, exact tests against their definitions, and how often intervals hold the truth."""
+
+from itertools import product
+from math import comb
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from ilora.uncertainty import compare, holm, mcnemar, spread, user_test
+
+
+def table(seeds=3, draws=4, users=60, windows=2, sd=(0.0, 0.0, 0.0, 1.0), mean=0.0, seed=0):
+    """Values with effects of seeds, draws and users, and noise, of these standard deviations; and their users."""
+    rng = np.random.default_rng(seed)
+    user = np.repeat(np.arange(users), windows)
+    effects = rng.normal(size=seeds)[:, None, None] * sd[0] + rng.normal(size=draws)[:, None] * sd[1]
+    effects = effects + (rng.normal(size=users) * sd[2])[user]
+    return mean + effects + sd[3] * rng.normal(size=(seeds, draws, len(user))), user
+
+
+def test_the_parts_are_the_errors_of_three_means():
+    values, users = table(windows=1, sd=(1, 1, 1, 1))
+    found = spread(values, users)
+    assert found["error_seeds"] == pytest.approx(stats.sem(values.mean((1, 2))))
+    assert found["error_draws"] == pytest.approx(stats.sem(values.mean((0, 2))))
+    assert found["error_users"] == pytest.approx(stats.sem(values.mean((0, 1))))
+    assert found["sd_draws"] == pytest.approx(values.mean((0, 2)).std(ddof=1))
+    assert (found["seeds"], found["draws"], found["n"], found["users"]) == (3, 4, 60, 60)
+
+
+@pytest.mark.parametrize(("place", "part"), list(enumerate(["seeds", "draws", "users"])))
+def test_what_varies_is_named(place, part):
+    sd = [0.0, 0.0, 0.0, 0.05]
+    sd[place] = 1.0
+    found = spread(*table(sd=sd))
+    errors = {name: found[f"error_{name}"] for name in ("seeds", "draws", "users")}
+    assert max(errors, key=errors.get) == part
+    assert errors[part] > 10 * sorted(errors.values())[1]
+
+
+def test_users_alone_give_students_interval():
+    values, users = table(seeds=1, draws=1, windows=1)
+    found = spread(values, users)
+    low, high = stats.t.interval(0.95, 59, values.mean(), stats.sem(values.ravel()))
+    assert (found["low"], found["high"]) == pytest.approx((low, high))
+    assert found["error_seeds"] is None and found["error_draws"] is None and found["sd_draws"] is None
+
+
+def test_windows_of_one_user_are_not_counted_as_independent():
+    values, users = table(seeds=1, draws=1, windows=1)
+    often = spread(np.repeat(values, 5, axis=2), np.repeat(users, 5))
+    assert often["error_users"] == pytest.approx(spread(values, users)["error_users"])
+
+
+def test_the_interval_holds_the_truth_about_as_often_as_it_says():
+    """Seeds, draws and users vary at once; taking users alone would miss most often."""
+    inside, narrow = 0, 0
+    for seed in range(400):
+        found = spread(*table(seeds=5, draws=5, sd=(0.3, 0.3, 1.0, 1.0), mean=0.4, seed=seed))
+        inside += found["low"] < 0.4 < found["high"]
+        narrow += abs(found["value"] - 0.4) < 1.96 * found["error_users"]
+    assert 0.92 <= inside / 400 <= 1.0
+    assert narrow / 400 < 0.85
+
+
+def test_values_without_any_spread_have_no_width():
+    found = spread(np.ones((2, 2, 5)), np.arange(5))
+    assert found["low"] == found["value"] == found["high"] == 1
+
+
+def test_mcnemar_is_the_binomial_of_the_questions_that_differ():
+    one = np.array([1, 1, 1, 1, 1, 1, 1, 0, 1, 0], bool)
+    other = np.array([0, 0, 0, 0, 0, 0, 0, 1, 1, 0], bool)
+    found = mcnemar(one, other)
+    assert (found["one_alone"], found["other_alone"]) == (7, 1)
+    assert found["p"] == pytest.approx(2 * sum(comb(8, k) for k in (0, 1)) / 2**8)
+    assert mcnemar(one, one)["p"] == 1
+
+
+def test_the_test_over_users_counts_all_signs():
+    difference, users = np.array([0.5, 0.5, 1.0, -1.0, 2.0, 0.0]), np.array([0, 0, 1, 2, 3, 4])
+    sums = np.array([1.0, 1.0, -1.0, 2.0])
+    signed = [np.dot(signs, sums) for signs in product((1, -1), repeat=4)]
+    assert user_test(difference, users) == pytest.approx(np.mean(np.abs(signed) >= abs(sums.sum()) - 1e-9))
+    assert user_test(np.zeros(4), np.arange(4)) == 1
+
+
+def test_users_without_a_difference_are_seldom_told_apart():
+    rejected = [user_test(np.random.default_rng(seed).normal(size=30), np.arange(30)) < 0.05 for seed in range(200)]
+    assert 0.01 < np.mean(rejected) < 0.1
+
+
+def test_holm_steps_down():
+    p = [0.01, 0.04, 0.03, 0.005]
+    np.testing.assert_allclose(holm(p), [0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.7]).max() == 1
+
+
+def test_runs_are_paired_and_one_run_meets_all():
+    rng = np.random.default_rng(1)
+    one, other, users = rng.random((3, 2, 40)) < 0.7, rng.random((5, 2, 40)) < 0.4, np.arange(40)
+    found = compare(one, other, users)
+    paired = spread(one.astype(float) - other[:3], users)
+    assert {name: found[name] for name in paired} == paired
+    exact = [mcnemar(one[s, d], other[s, d])["p"] for s in range(3) for d in range(2)]
+    assert found["mcnemar_least"] == min(exact) and found["mcnemar_largest"] == max(exact)
+    assert found["mcnemar_median"] == pytest.approx(np.median(exact))
+    single = compare(one, other[:1], users)
+    assert single["seeds"] == 3 and single["value"] == pytest.approx(one.mean() - other[0].mean())
+    assert found["p"] < 0.01

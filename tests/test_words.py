@@ -1,0 +1,126 @@
+"""What the pages in words tell a reader to type: Python that runs, commands and parameters that exist."""
+
+import re
+import shlex
+
+import pytest
+import torch
+from conftest import ROOT
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from ilora import data, parameters, pipeline
+from ilora.pretraining import EMBEDDED
+
+PAGES = sorted((ROOT / "book").glob("*.md"))
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+def blocks(page, language):
+    text = (ROOT / "book" / f"{page}.md").read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)
+
+
+@pytest.fixture
+def somewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ILORA_HOME", str(tmp_path / "artifacts"))
+    return tmp_path
+
+
+def test_the_code_on_the_page_of_the_adapter_runs(somewhere, monkeypatch):
+    """On the embedded model, in the place of the large one."""
+    model_of, tokenizer_of = AutoModelForCausalLM.from_pretrained, AutoTokenizer.from_pretrained
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_pretrained", lambda *_, **__: model_of(EMBEDDED, dtype=torch.float32)
+    )
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda _: tokenizer_of(EMBEDDED))
+    here, (first, *code) = {}, blocks("adapter", "python")
+    assert len(code) == 8
+    exec(first, here)
+    for name, matrix in here["model"].named_parameters():
+        if "lora_B" in name:  # zero, so that nothing below would differ from the base
+            torch.nn.init.normal_(matrix, std=0.05)
+    for block in code:
+        exec(block, here)
+    torch.testing.assert_close(here["weights"].sum(1), torch.ones(2))
+    assert here["weights"].shape == (2, 4)
+    z, batch, model = here["z"], here["batch"], here["model"]
+    with torch.no_grad():
+        one_user = model(**batch, sequence_embeds=z[:1].expand(2, -1)).logits
+        assert (one_user - AutoModelForCausalLM.from_pretrained()(**batch).logits).abs().max() > 0.1
+        torch.testing.assert_close(here["merged"], one_user, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(here["plain"](**batch).logits, one_user, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(model(**batch, sequence_embeds=z).logits, here["logits"], atol=1e-3, rtol=1e-3)
+    assert here["own"].gate == "mlp" and here["sparse"].gate_top_k == 2
+
+
+def test_the_code_on_the_page_of_own_data_runs_and_its_folder_is_read(somewhere):
+    here, code = {}, blocks("own_data", "python")
+    assert len(code) == 2
+    for block in code:
+        exec(block, here)
+    assert here["mine"].noun == "film" and here["mine"].name == "csv"
+    world = data.load("world", users=120)
+    assert len(here["mine"].events) == len(world.events)
+    assert list(here["mine"].items["title"]) == list(world.items["title"])
+
+
+def test_the_files_on_the_page_of_own_data_are_of_the_form_it_describes(somewhere):
+    """The excerpts alone are too few to learn from, and that is all that is wrong with them."""
+    events, items = blocks("own_data", "text")
+    (somewhere / "events.csv").write_text(events)
+    (somewhere / "items.csv").write_text(items)
+    with pytest.raises(parameters.UserError, match="csv has 2 items, but each question offers 20"):
+        data.load("csv", str(somewhere))
+
+
+def commands():
+    for page in PAGES:
+        for block in blocks(page.stem, "bash"):
+            yield from ((page.stem, shlex.split(line)) for line in block.replace("\\\n", " ").splitlines() if line)
+
+
+@pytest.mark.parametrize(("page", "command"), list(commands()))
+def test_a_command_names_what_is_there(page, command):
+    if command[0] == "make":
+        assert re.search(rf"^{command[1]}:", MAKEFILE, re.M)
+    for word in command:
+        if word.startswith("notebooks/"):
+            assert (ROOT / word).is_file()
+    given = [(command[at + 1], command[at + 2]) for at, word in enumerate(command) if word == "-p"]
+    given = [pair for pair in given if pair[0] != "data_dir"]  # a folder of the reader's
+    if ("dataset", "csv") in given:
+        given.remove(("dataset", "csv"))  # which needs one
+    parameters.parse_parameters(given)
+
+
+def test_files_that_pages_name_are_there():
+    for page in PAGES:
+        for name in re.findall(r"`((?:ilora|notebooks|book|tests)/[\w/.]+\.\w+)`", page.read_text(encoding="utf-8")):
+            assert (ROOT / name).is_file() or "NN_name" in name, (page.name, name)
+
+
+def test_a_quantised_base_becomes_a_recommender_as_the_page_of_gpus_says(somewhere, monkeypatch):
+    """The block as it stands, on a CPU: a random Llama whose layers fill whole blocks of 64 weights, and the world."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: the quantised base is not tried")
+    model_of, tokenizer_of = AutoModelForCausalLM.from_pretrained, AutoTokenizer.from_pretrained
+
+    def load(_, quantization_config, device_map):
+        assert quantization_config.load_in_4bit and device_map == {"": 0}
+        return model_of(somewhere / "base", quantization_config=quantization_config, device_map="cpu")
+
+    shape = AutoConfig.from_pretrained(EMBEDDED)
+    shape.intermediate_size = 128
+    AutoModelForCausalLM.from_config(shape, dtype=torch.float32).save_pretrained(somewhere / "base")
+
+    world = data.load("world", users=120)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda _: tokenizer_of(EMBEDDED))
+    monkeypatch.setattr(data, "load", lambda _: world)
+    here, (block,) = {}, [block for block in blocks("own_gpus", "python") if "load_in_4bit" in block]
+    exec(block, here)
+    model, asked = here["model"], pipeline.questions(world, "train", limit=4)
+    rows = [asked[row] for row in range(4)]
+    model(model.collate(rows)).backward()
+    assert any(value.grad is not None and value.grad.abs().max() > 0 for value in model.parameters())
+    assert model.eval().rank(rows).shape == (4, data.CANDIDATES)
