@@ -43,10 +43,10 @@ def ask(recommender: System, questions: Questions, batch_size: int = 0, write: b
     user, position, target, candidates (a digest of them): what was asked; answer: the item that `generate` names,
     NO_ANSWER if invalid; valid, hit; rank: the target's place among the candidates by `rank`, from 1. Without
     `generate`, or with `write=False`, the first-ranked candidate is the answer; without `rank` there is no such column.
-    batch_size: questions at once; 0: 256 on a GPU, else 16, whose prompts fit a processor's cache.
+    batch_size: questions at once; 0: 64 on a GPU, else 16, whose prompts fit a processor's cache.
     """
     on_gpu = getattr(recommender, "device", torch.device("cpu")).type == "cuda"
-    batch_size = batch_size or (256 if on_gpu else 16)
+    batch_size = batch_size or (64 if on_gpu else 16)
     writes, ranks = write and hasattr(recommender, "generate"), hasattr(recommender, "rank")
     if not writes and not ranks:
         raise ValueError(f"{type(recommender).__name__} can only write: ask it with write=True")

@@ -155,7 +155,7 @@ def run(cell: Cell) -> Path:
         limit = settings["test_limit"] if windows == "all" else 0
         limit = settings["chat_limit"] if cell.system == "ChatRec" else limit
         asked = pipeline.questions(dataset, "test", settings["window"], limit, windows)
-        found[windows] = _answers(system, asked, cell.draws if windows == "last" else 1)
+        found[windows] = _answers(system, asked, cell.draws if windows == "last" else 1, settings["micro_batch_size"])
     metrics = {windows: {"hit_ratio": _share(own["hit"]), "valid_ratio": _share(own["valid"])}
                for windows, own in found.items()}  # fmt: skip
     metrics["notes"] = list(dataset.notes)
@@ -164,12 +164,12 @@ def run(cell: Cell) -> Path:
     )
 
 
-def _answers(system: evaluation.System, asked: pipeline.Questions, draws: int) -> dict[str, list]:
+def _answers(system: evaluation.System, asked: pipeline.Questions, draws: int, at_once: int) -> dict[str, list]:
     """Right and valid answers as one string of 0 and 1 a draw; windows: how many each user has, in order."""
     found = {"hit": [], "valid": [], "questions": []}
     for draw in range(draws):
         asked.set_epoch(draw)
-        outcomes = evaluation.ask(system, asked)
+        outcomes = evaluation.ask(system, asked, at_once)
         for name in ("hit", "valid"):
             found[name].append("".join("01"[int(value)] for value in outcomes[name]))
         found["questions"].append(runs.key({"candidates": outcomes[evaluation.QUESTION].to_numpy().tolist()}))
