@@ -63,7 +63,7 @@ def panels(tables: dict[str, pd.DataFrame], label: str, mark: str, at: float) ->
 
 
 def error_parts(tables: dict[str, pd.DataFrame]) -> np.ndarray:
-    """Standard errors by cause, for each system of each table of `table.summary`, an axes a table."""
+    """Standard errors by cause, for each system of each table of `verdicts.summary`, an axes a table."""
     causes = {"error_users": "users", "error_seeds": "seeds", "error_draws": "draws of candidates"}
     size = (2.2 + 2.4 * len(tables), 1.3 + 0.42 * max(map(len, tables.values())))
     figure, axes = plt.subplots(1, len(tables), figsize=size, squeeze=False, sharex=True)

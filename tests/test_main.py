@@ -228,3 +228,8 @@ def test_widgets_and_random_ids_do_not_reach_a_copy(repository):
     assert copies[0] == copies[1]
     assert "#T_1 td" in copies[0] and "anim2<" in copies[0]
     assert "widget" not in copies[0]
+
+
+def test_the_first_word_table_makes_a_table(capsys):
+    assert runner.main(["table", "--systems", "nobody"]) == 1
+    assert "there is no 'nobody' here: choose among Popularity" in capsys.readouterr().err

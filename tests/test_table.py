@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ilora import data, paper, runs, table, uncertainty
+from ilora import data, paper, runs, table, uncertainty, verdicts
 from ilora.recommenders import Popularity
 
 FEW = {"users": 60, "test_limit": 12, "train_limit": 16, "base_model": "embedded", "device": "cpu"}
@@ -41,26 +41,26 @@ def test_cells_are_asked_the_same_questions_and_can_be_read(home):
     cells = some()
     assert table.run_all(cells) == []
     table.publish(cells, home / "published")
-    results = table.read(home / "published")
+    results = verdicts.read(home / "published")
     for windows, n, draws in (("last", 6, 2), ("all", 12, 1)):
-        found = table.answers(results, "world", windows)
+        found = verdicts.answers(results, "world", windows)
         assert list(found) == SMALL  # in the table's order
         for own in found.values():
             assert own.hit.shape == own.valid.shape == (1, draws, n) and own.users.shape == (n,)
             assert own.questions == found["Popularity"].questions and len(set(own.questions)) == draws
             assert not (own.hit & ~own.valid).any()
         assert found["Popularity"].valid.all()
-    summary = table.summary(table.answers(results, "world"))
+    summary = verdicts.summary(verdicts.answers(results, "world"))
     assert list(summary.index) == SMALL
     assert set(summary["n"]) == {6}
-    compared = table.comparisons(table.answers(results, "world"))
+    compared = verdicts.comparisons(verdicts.answers(results, "world"))
     assert list(compared.index) == SMALL[:2]
     np.testing.assert_allclose(compared["p_holm"], uncertainty.holm(compared["p"]))
-    text = table.readable({"world": summary}, paper.table().set_index(["dataset", "system"])["hit_ratio"])
+    text = verdicts.readable({"world": summary}, paper.table().set_index(["dataset", "system"])["hit_ratio"])
     assert text.loc[("world", "iLoRA"), "paper, other base"] == "-"
-    assert table.provenance(results).loc[("world", "iLoRA"), "seeds"] == 1
-    assert table.verdicts({"world": compared}).name == "iLoRA"
-    json.dumps(table.plain({"a": compared.to_dict("index")}), allow_nan=False)
+    assert verdicts.provenance(results).loc[("world", "iLoRA"), "seeds"] == 1
+    assert verdicts.verdicts({"world": compared}).name == "iLoRA"
+    json.dumps(verdicts.plain({"a": compared.to_dict("index")}), allow_nan=False)
 
 
 def test_popularity_is_right_where_a_loop_says_so(home):
@@ -95,13 +95,13 @@ def test_a_cell_that_fails_is_kept_as_failed_until_it_succeeds(home, monkeypatch
     ((failed, reason),) = table.run_all(cells)
     assert failed.system == "Popularity" and reason == "RuntimeError: no memory"
     table.publish(cells, home / "published")
-    shown = table.failures(table.read(home / "published"))
+    shown = verdicts.failures(verdicts.read(home / "published"))
     assert shown[["system", "reason"]].values.tolist() == [["Popularity", "RuntimeError: no memory"]]
-    assert list(table.answers(table.read(home / "published"), "world")) == ["Language model"]
+    assert list(verdicts.answers(verdicts.read(home / "published"), "world")) == ["Language model"]
     monkeypatch.setitem(table.SYSTEMS, "Popularity", kept)
     assert table.run_all(cells) == []
     table.publish(cells, home / "published")
-    assert table.failures(table.read(home / "published")).empty
+    assert verdicts.failures(verdicts.read(home / "published")).empty
 
 
 def test_several_processes_give_the_same_answers(home):
@@ -140,16 +140,16 @@ def test_mixed_settings_are_refused_and_other_questions_not_compared():
         return {"parameters": about, "outcomes": part}
 
     same = [result("iLoRA", 0, "a"), result("iLoRA", 1, "a"), result("Popularity", 0, "a")]
-    assert table.answers(same, "movielens")["iLoRA"].hit.tolist() == [[[False, True]], [[False, True]]]
+    assert verdicts.answers(same, "movielens")["iLoRA"].hit.tolist() == [[[False, True]], [[False, True]]]
     with pytest.raises(runs.UserError, match="several settings"):
-        table.answers([result("iLoRA", 0, "a", rank=8), result("iLoRA", 1, "a", rank=16)], "movielens")
-    found = table.answers([*same, result("SASRec", 0, "b")], "movielens")
-    assert list(table.comparisons(found).index) == ["Popularity"]  # SASRec was asked something else
+        verdicts.answers([result("iLoRA", 0, "a", rank=8), result("iLoRA", 1, "a", rank=16)], "movielens")
+    found = verdicts.answers([*same, result("SASRec", 0, "b")], "movielens")
+    assert list(verdicts.comparisons(found).index) == ["Popularity"]  # SASRec was asked something else
 
 
 def test_hits_of_valid_answers_are_the_ratio_of_sums():
     hit, valid = np.array([[[1, 0, 1, 0]]], bool), np.array([[[1, 1, 1, 0]]], bool)
-    found = {"iLoRA": table.Answers(hit, valid, np.arange(4), ("a",))}
-    row = table.summary(found).loc["iLoRA"]
+    found = {"iLoRA": verdicts.Answers(hit, valid, np.arange(4), ("a",))}
+    row = verdicts.summary(found).loc["iLoRA"]
     assert (row["value"], row["hit_ratio_of_valid"], row["valid_ratio"]) == (0.5, pytest.approx(2 / 3), 0.75)
-    assert isinstance(table.summary(found), pd.DataFrame)
+    assert isinstance(verdicts.summary(found), pd.DataFrame)

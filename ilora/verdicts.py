@@ -1,0 +1,146 @@
+"""The table read: what systems answered in all their runs, how sure their means are, and which of them differ."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ilora import data, evaluation, runs, uncertainty
+from ilora.table import FREE, SYSTEMS
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a system answered to one set of questions in all its runs."""
+
+    hit: np.ndarray  # (seeds, draws, n) bool
+    valid: np.ndarray  # (seeds, draws, n) bool
+    users: np.ndarray  # (n,)
+    questions: tuple[str, ...]  # a digest of each draw's questions
+
+
+def read(folder: str | Path) -> list[dict[str, Any]]:
+    """The results and failures of a folder.  Raises UserError if there are none."""
+    paths = sorted(Path(folder).glob("table-*.json"))
+    if not paths:
+        raise runs.UserError(f"{folder} holds no results: make them with python -m ilora table --to {folder}")
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+
+
+def answers(results: Sequence[Mapping], dataset: str, windows: str = "last") -> dict[str, Answers]:
+    """system -> its answers on a data set, runs in the order of their seeds; systems in the table's order.
+
+    Raises UserError for runs of one system that differ in a setting besides the seed.
+    """
+    found = {}
+    for system in SYSTEMS:
+        own = [r for r in results if _of(r) == (dataset, system) and "error" not in r]
+        own.sort(key=lambda result: result["parameters"]["seed"])
+        if not own:
+            continue
+        settings = [{k: v for k, v in r["parameters"].items() if k not in ("seed", *FREE)} for r in own]
+        if any(other != settings[0] for other in settings):
+            raise runs.UserError(f"the results of {system} on {dataset} are of several settings: keep one in a folder")
+        hit, valid = (
+            np.array([[_bits(row) for row in r["outcomes"][f"{windows} {name}"]] for r in own])
+            for name in ("hit", "valid")
+        )
+        of_users = own[0]["outcomes"][f"{windows} windows"]
+        users, questions = np.repeat(np.arange(len(of_users)), of_users), own[0]["outcomes"][f"{windows} questions"]
+        found[system] = Answers(hit, valid, users, tuple(questions))
+    return found
+
+
+def _of(result: Mapping) -> tuple[str, str]:
+    return result["parameters"]["dataset"], result["parameters"]["system"]
+
+
+def _bits(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode(), np.uint8) == ord("1")
+
+
+def summary(found: Mapping[str, Answers]) -> pd.DataFrame:
+    """One row a system: hit_ratio (right of all) as `uncertainty.spread` gives it, valid_ratio, hit_ratio_of_valid."""
+    rows = {}
+    for system, own in found.items():
+        row = uncertainty.spread(own.hit, own.users)
+        of_valid = own.hit.sum() / max(own.valid.sum(), 1)
+        rows[system] = row | {"valid_ratio": own.valid.mean(), "hit_ratio_of_valid": of_valid}
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def comparisons(found: Mapping[str, Answers], system: str = "iLoRA") -> pd.DataFrame:
+    """`uncertainty.compare` of one system with each that was asked the same, and Holm's p over these comparisons."""
+    rows = {
+        other: uncertainty.compare(found[system].hit, own.hit, own.users)
+        for other, own in found.items()
+        if other != system and own.questions == found[system].questions
+    }
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    return table.assign(p_holm=uncertainty.holm(table["p"]))
+
+
+def datasets(results: Sequence[Mapping]) -> list[str]:
+    """The data sets of which there are answers."""
+    found = dict.fromkeys(_of(result)[0] for result in results if "error" not in result)
+    return [name for name in data.WORDS if name in found]
+
+
+def provenance(results: Sequence[Mapping]) -> pd.DataFrame:
+    """What was run: for each data set and system the seeds, draws, settings, device, commits and seconds a run."""
+    rows = []
+    for name, system in ((name, system) for name in datasets(results) for system in SYSTEMS):
+        own = [r for r in results if _of(r) == (name, system) and "error" not in r]
+        if own:
+            uses = [use for use in SYSTEMS[system].uses if use in own[0]["parameters"]]
+            rows.append({
+                "dataset": name, "system": system, "seeds": len(own), "draws": own[0]["parameters"]["draws"],
+                "settings": ", ".join(f"{use} {own[0]['parameters'][use]}" for use in uses),
+                "device": own[0]["device"]["name"], "commit": ", ".join(sorted({r["commit"][:7] for r in own})),
+                "seconds": round(float(np.median([r["seconds"] for r in own]))),
+            })  # fmt: skip
+    return pd.DataFrame(rows).set_index(["dataset", "system"])
+
+
+def readable(summaries: Mapping[str, pd.DataFrame], printed: pd.Series | None = None) -> pd.DataFrame:
+    """Summaries of several data sets as one table for a reader, with what the paper prints beside it, if given."""
+    names = {"Language model": "Llama2"}  # what the paper calls it
+    rows = {}
+    for (dataset, own), system in ((pair, system) for pair in summaries.items() for system in pair[1].index):
+        row = own.loc[system]
+        rows[dataset, system] = {"HitRatio@1": evaluation.written(row), "valid_ratio": f"{row['valid_ratio']:.3f}"}
+        rows[dataset, system] |= {"hit_ratio_of_valid": f"{row['hit_ratio_of_valid']:.3f}", "n": int(row["n"])}
+        rows[dataset, system] |= {"seeds": int(row["seeds"]), "draws": int(row["draws"])}
+        if printed is not None:
+            known = printed.get((dataset, names.get(system, system)))
+            rows[dataset, system]["paper, other base"] = "-" if known is None else f"{known:.4f}"
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def verdicts(against: Mapping[str, pd.DataFrame], system: str = "iLoRA", level: float = 0.05) -> pd.Series:
+    """What the comparisons on each data set say after Holm's correction, in words."""
+    found = {}
+    for dataset, table in against.items():
+        sure = table[table["p_holm"] < level]
+        above, below = (list(sure.index[sure["value"] * sign > 0]) for sign in (1, -1))
+        open_ = [name for name in table.index if name not in sure.index]
+        parts = [("above", above), ("below", below), ("not told apart from", open_)]
+        found[dataset] = "; ".join(f"{word} {', '.join(names)}" for word, names in parts if names)
+    return pd.Series(found, name=system)
+
+
+def plain(value: Any) -> Any:
+    """A nested report in which missing numbers are None, as JSON has no NaN."""
+    if isinstance(value, Mapping):
+        return {name: plain(item) for name, item in value.items()}
+    return None if isinstance(value, float) and np.isnan(value) else value
+
+
+def failures(results: Sequence[Mapping]) -> pd.DataFrame:
+    """The cells that failed, with the reason of each."""
+    rows = [{**result["parameters"], "reason": result["error"]} for result in results if "error" in result]
+    return pd.DataFrame(rows, columns=["system", "dataset", "seed", "reason"])
