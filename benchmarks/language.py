@@ -259,13 +259,7 @@ class Apart:
     """A language recommender that ranks and writes in passes of their own, batches as they come."""
 
     def __init__(self, model: LanguageRecommender) -> None:
-        self.model, self.eval = model, model.eval
-
-    def length(self, row: Row) -> int:
-        return 0
-
-    def answer(self, rows: list[Row]) -> tuple[Tensor, list[int | None]]:
-        return self.model.rank(rows), self.model.generate(rows)
+        self.rank, self.generate, self.device = model.rank, model.generate, model.device
 
 
 # ---------------------------------------------------------------- serving
