@@ -11,7 +11,7 @@ export JUPYTER_PATH := $(CURDIR)/.venv/share/jupyter
 CHROMIUM := $(firstword $(foreach name,chromium chromium-browser google-chrome,$(shell command -v $(name))))
 SANDBOX := $(if $(filter 0,$(shell id -u)),--no-sandbox)
 
-.PHONY: book test pdf lock
+.PHONY: book test pdf bench lock
 
 book: .venv/installed
 	$(BIN)/python -m ilora
@@ -27,6 +27,15 @@ pdf: .venv/installed
 	$(CHROMIUM) --headless $(SANDBOX) --disable-gpu --no-pdf-header-footer --virtual-time-budget=60000 \
 		--print-to-pdf=book/_build/ilora.pdf "file://$(CURDIR)/book/_build/singlehtml/intro.html"
 	@echo "the book: book/_build/ilora.pdf"
+
+# Ratios on the CPU; DATA is a folder with LastFM and MovieLens, which are downloaded without one.
+bench: .venv/installed
+	$(BIN)/python benchmarks/language.py --device cpu
+	$(BIN)/python benchmarks/recommender.py --device cpu --data-dir "$(DATA)"
+	$(BIN)/python benchmarks/gradients.py --device cpu
+	$(BIN)/python benchmarks/world.py
+	$(BIN)/python benchmarks/padding.py --data-dir "$(DATA)"
+	$(BIN)/python benchmarks/adapter.py --device cpu
 
 .venv/installed: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("ilora needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'

@@ -1,83 +1,38 @@
-"""Gradients of eight clusters of sequences, against two other ways over the same sequences, in one run:
+"""Gradients of eight clusters of sequences, against a backward pass a sequence and against training on them.
 
-    loop    one backward for each sequence, summed by cluster: the same result
-    pass    one forward and backward in batches of like length, as training has it: the least it can cost
+    python benchmarks/gradients.py               # on the GPU if torch sees one, else on the CPU
 
-Prints and writes medians, spreads and ratios; the ways take turns, in an order that changes. Untrained adapters
-with B away from zero: what is timed does not depend on what they have learned. Needs no data and no network.
+    clusters         `analysis.gradients`: backward in batches that hold sequences of one cluster and of like length
+    usual loop       a backward pass a sequence, its prompt tokenised from text, every logit computed
+    loop             a backward pass a sequence, but with the prompts and the logits of `clusters`
+    pass             forward and backward in batches of like length, as training has it: the least it can cost
 
-    python benchmarks/gradients.py --sequences 1000 --rounds 5 --out book/results/benchmarks/gradients_cpu.json
+The adapters are untrained, with B away from zero: what is timed does not depend on what they have learned.
 """
 
-import argparse
-import time
+from argparse import Namespace
+from collections.abc import Sequence
 
+import measure
 import numpy as np
 import torch
+from language import collate_text, full_loss
+from torch import Tensor
 
 from ilora import analysis, data, pipeline, runs
 from ilora.model import LanguageRecommender, Questions, adapter_config
 from ilora.recommenders import SASRec
 
-
-def main() -> None:
-    options = arguments()
-    run = runs.Run("benchmark-gradients", {"device": options.device})
-    model, asked = prepare(options)
-    z = analysis.representations(model.encoder, asked.sequences.history)
-    labels, _ = analysis.clusters(z)
-    ways = {
-        "clusters": lambda: analysis.gradients(model, asked, labels, options.batch_size),
-        "loop": lambda: analysis.gradients(model, asked, labels, batch_size=1),
-        "pass": lambda: one_pass(model, asked, options.batch_size),
-    }
-    seconds, found = {name: [] for name in ways}, {}
-    for turn in range(options.rounds + 1):  # the first round warms up
-        for name in sorted(ways, reverse=bool(turn % 2)):
-            if name == "loop" and turn > options.rounds_of_loop:
-                continue
-            began = time.perf_counter()
-            found[name] = ways[name]()
-            if run.device.type == "cuda":
-                torch.cuda.synchronize()
-            if turn:
-                seconds[name].append(time.perf_counter() - began)
-    report = {name: summary(values) for name, values in seconds.items()}
-    report["clusters / pass"] = summary(np.divide(seconds["clusters"], seconds["pass"]))
-    report["loop / clusters"] = summary(np.divide(seconds["loop"], seconds["clusters"][: options.rounds_of_loop]))
-    report["largest relative difference"] = max(
-        float((found["clusters"][kind] - part).norm() / part.norm()) for kind, part in found["loop"].items()
-    )
-    began = time.perf_counter()
-    analysis.clusters(np.random.default_rng(0).normal(size=(40_000, z.shape[1])))
-    report["seconds to cluster 40,000 sequences"] = time.perf_counter() - began
-    for name, value in report.items():
-        print(f"{name:36s}", value)
-    result = {"name": run.name, "parameters": vars(options), "metrics": report, "seconds": run.seconds}
-    result |= {"peak_memory_mib": round(run.peak_memory_mib), "device": runs.describe_device(run.device)}
-    runs.write_json(options.out, result | {"versions": runs.versions(), "commit": runs.commit()})
+GOALS = {"usual loop": {"at_least": 5}, "pass": {"at_least": 0.83}}  # at most 1.2 times the pass
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sequences", type=int, default=1000)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--rounds-of-loop", type=int, default=3)
-    parser.add_argument("--experts", type=int, default=4, help="1: LoRA")
-    parser.add_argument("--base-model", default="embedded")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", default=str(runs.home() / "results" / "benchmark-gradients.json"))
-    return parser.parse_args()
-
-
-def prepare(options: argparse.Namespace) -> tuple[LanguageRecommender, Questions]:
+def prepare(options: Namespace) -> tuple[LanguageRecommender, Questions]:
     """An untrained iLoRA on the world, whose A and B both have gradients, and the sequences."""
     runs.seed_all(0)
-    source = data.load("world")
-    plain = pipeline.untuned(source, options.base_model, device=options.device)
+    source = data.load("world", users=options.users)
+    plain = pipeline.untuned(source, device=options.device)
     encoder = SASRec(len(source.items)).eval()
-    model = LanguageRecommender(plain.language_model, plain.prompts, encoder, adapter_config(experts=options.experts))
+    model = LanguageRecommender(plain.language_model, plain.prompts, encoder, adapter_config(experts=4))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -85,22 +40,56 @@ def prepare(options: argparse.Namespace) -> tuple[LanguageRecommender, Questions
     return model.eval(), pipeline.questions(source, "train", limit=options.sequences)
 
 
+def usual_loop(model: LanguageRecommender, asked: Questions, labels: np.ndarray) -> dict[str, Tensor]:
+    """What `analysis.gradients` gives, from a backward pass a sequence."""
+    kinds = analysis._adapter_parameters(model)
+    found = {kind: torch.zeros(labels.max() + 1, sum(p.numel() for p in own)) for kind, own in kinds.items()}
+    for row, label in enumerate(labels):
+        model.zero_grad()
+        batch = {name: value.to(model.device) for name, value in collate_text(model, [asked[row]]).items()}
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
+            loss = full_loss(model, batch, hybrid=True)
+        loss.backward()
+        for kind, own in kinds.items():
+            found[kind][label] += torch.cat([parameter.grad.flatten() for parameter in own]).cpu()
+    model.zero_grad()
+    return found
+
+
 def one_pass(model: LanguageRecommender, asked: Questions, batch_size: int) -> None:
     """What an epoch of training does but for the optimiser."""
     rows = sorted((asked[row] for row in range(len(asked))), key=model.length)
     for start in range(0, len(rows), batch_size):
-        batch = {
-            name: value.to(model.device) for name, value in model.collate(rows[start : start + batch_size]).items()
-        }
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
-            loss = model(batch)
-        loss.backward()
+        analysis._loss(model, rows[start : start + batch_size]).backward()
     model.zero_grad()
 
 
-def summary(values: np.ndarray) -> dict[str, float]:
-    low, middle, high = np.quantile(values, (0, 0.5, 1))
-    return {"median": float(middle), "low": float(low), "high": float(high), "rounds": len(values)}
+def largest_difference(found: dict[str, dict[str, Tensor]], others: Sequence[str]) -> float:
+    """Between gradients of a kind of module, as a share of their norm."""
+    own = found["clusters"]
+    return max(float((own[kind] - found[name][kind]).norm() / own[kind].norm()) for name in others for kind in own)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = measure.parser(__doc__, rounds=3, sequences=1000, batch_size=32, users=2000).parse_args(arguments)
+    run, out = measure.start("gradients", options)
+    model, asked = prepare(options)
+    z = analysis.representations(model.encoder, asked.sequences.history)
+    labels, _ = analysis.clusters(z)
+    ways = {
+        "clusters": lambda: analysis.gradients(model, asked, labels, options.batch_size),
+        "usual loop": lambda: usual_loop(model, asked, labels),
+        "loop": lambda: analysis.gradients(model, asked, labels, batch_size=1),
+        "pass": lambda: one_pass(model, asked, options.batch_size),
+    }
+    measured, found = measure.compare(ways, options.rounds, run.device, GOALS)
+    measured["rows"] = len(asked)
+    measured["agreement"] = {"largest difference": largest_difference(found, ["usual loop", "loop"])}
+    many = np.random.default_rng(0).normal(size=(options.sequences * 40, z.shape[1]))
+    clustering, _ = measure.timed(lambda: analysis.clusters(many), torch.device("cpu"))
+    measure.show("gradients", measured)
+    run.save({"gradients": measured, "clustering": {"rows": len(many), "seconds": clustering}}, path=out)
+    print(out)
 
 
 if __name__ == "__main__":

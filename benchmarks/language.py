@@ -39,12 +39,12 @@ Row = tuple[np.ndarray, np.ndarray, int]
 Ways = dict[str, Callable]
 TOGETHER = 16  # rows of a batch in evaluation
 GOALS = {  # part -> way -> how many times the first way's time it should take
-    "training": {"Trainer": 2},
-    "prompts": {"text": 10},
-    "ranking": {"20 passes": 8},
-    "answers": {"one at a time": 5, "as they come": 1.5},
-    "serving": {"merged": 10},
-    "next token": {"merged": 10},
+    "training": {"Trainer": {"at_least": 2}},
+    "prompts": {"text": {"at_least": 10}},
+    "ranking": {"20 passes": {"at_least": 8}},
+    "answers": {"one at a time": {"at_least": 5}, "as they come": {"at_least": 1.5}},
+    "serving": {"merged": {"at_least": 10}},
+    "next token": {"merged": {"at_least": 10}},
 }
 
 
@@ -194,16 +194,21 @@ def collate_text(model: LanguageRecommender, rows: Sequence[Row]) -> dict[str, T
     return batch | {"history": torch.tensor(np.array(histories))}
 
 
+def full_loss(model: LanguageRecommender, batch: dict[str, Tensor], hybrid: bool) -> Tensor:
+    """Mean over rows of -log P(answer), from all logits."""
+    logits = model._logits(batch, hybrid, keep=0)[:, :-1].float()
+    labels = batch["labels"][:, 1:]
+    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=NO_LABEL, reduction="sum")
+    return loss / len(labels)
+
+
 class Usual(transformers.Trainer):
-    """Trainer on the curriculum of `fit`, with the loss over all logits."""
+    """Trainer on the curriculum of `fit`, with `full_loss`."""
 
     def compute_loss(self, model: LanguageRecommender, inputs: dict[str, Tensor], *_: object, **__: object) -> Tensor:
         step, total = self.state.global_step, self.state.max_steps
         hybrid = np.random.default_rng(_mix(self.args.seed, step)).random() < step / total
-        logits = model._logits(inputs, hybrid, keep=0)[:, :-1].float()
-        labels = inputs["labels"][:, 1:]
-        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=NO_LABEL, reduction="sum")
-        return loss / len(labels)
+        return full_loss(model, inputs, hybrid)
 
 
 def train_by_trainer(model: LanguageRecommender, train: Questions, batch_size: int, epochs: int = 1) -> None:
@@ -254,13 +259,7 @@ class Apart:
     """A language recommender that ranks and writes in passes of their own, batches as they come."""
 
     def __init__(self, model: LanguageRecommender) -> None:
-        self.model, self.eval = model, model.eval
-
-    def length(self, row: Row) -> int:
-        return 0
-
-    def answer(self, rows: list[Row]) -> tuple[Tensor, list[int | None]]:
-        return self.model.rank(rows), self.model.generate(rows)
+        self.rank, self.generate, self.device = model.rank, model.generate, model.device
 
 
 # ---------------------------------------------------------------- serving

@@ -18,15 +18,16 @@ from tqdm import tqdm
 from ilora import runs
 
 Ways = Mapping[str, Callable[[], Any]]
+Goals = Mapping[str, Mapping[str, float]]  # way -> its ratio's goal, {"at_least": number} or {"at_most": number}
 RESULTS = Path(__file__).resolve().parents[1] / "book" / "results" / "benchmarks"
 
 
-def parser(description: str, rounds: int, **numbers: int) -> argparse.ArgumentParser:
+def parser(description: str, **numbers: int) -> argparse.ArgumentParser:
     """What all benchmarks can be told, and further numbers with their defaults."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--out", type=Path, help="the JSON to write (book/results/benchmarks/NAME_DEVICE.json)")
-    for name, default in {"rounds": rounds, **numbers}.items():
+    for name, default in numbers.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=f"({default})")
     return parser
 
@@ -74,13 +75,13 @@ def ratios(seconds: Mapping[str, Sequence[float]]) -> dict[str, dict]:
 
 
 def compare(
-    ways: Ways, rounds: int, device: torch.device, goals: Mapping[str, float] | None = None
+    ways: Ways, rounds: int, device: torch.device, goals: Goals | None = None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """`ratios` of ways that take turns, each with its goal if it has one, and what each way returned."""
     seconds, results = take_turns(ways, rounds, device)
     found = ratios(seconds)
-    for name, goal in (goals or {}).items():
-        found[name]["goal"] = goal
+    for name in found.keys() & (goals or {}).keys():
+        found[name] |= goals[name]
     return found | {"rounds": rounds}, results
 
 
@@ -89,7 +90,7 @@ def show(part: str, found: Mapping[str, Any]) -> None:
     for name, value in found.items():
         if isinstance(value, dict) and "time_ratio" in value:
             time, ratio = value["seconds"], value["time_ratio"]
-            goal = f"  goal {value['goal']}" if "goal" in value else ""
+            goal = "".join(f"  goal {kind} {value[kind]}" for kind in ("at_least", "at_most") if kind in value)
             columns = f"{time['median']:9.4f} s  x {ratio['median']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})"
-            print(f"{part:12}{name:22}{columns}{goal}", flush=True)
-    print(f"{part:12}", {name: value for name, value in found.items() if name in ("rows", "agreement")}, flush=True)
+            print(f"{part:14}{name:24}{columns}{goal}", flush=True)
+    print(f"{part:14}", {name: value for name, value in found.items() if name in ("rows", "agreement")}, flush=True)

@@ -80,6 +80,33 @@ def error_parts(tables: dict[str, pd.DataFrame]) -> np.ndarray:
     return axes[0]
 
 
+def ratios(table: pd.DataFrame, label: str) -> Axes:
+    """Ratios with their quartiles on a logarithmic scale, each with its goal as a bar across; of `speed.ratios`.
+
+    A ratio that misses its goal is an open square in another colour, one without a goal a grey point.
+    """
+    ax = plt.subplots(figsize=(6.4, 0.9 + 0.3 * len(table)))[1]
+    place = np.arange(len(table))[::-1]
+    for met, colour, marker, meaning in (
+        (True, 0, "o", "goal met"),
+        (False, 5, "s", "goal missed"),
+        (None, 7, ".", "no goal"),
+    ):
+        own = np.array([found is met for found in table["met"]], bool)
+        if own.any():
+            found = table[own]
+            error = [found["value"] - found["low"], found["high"] - found["value"]]
+            look = {"color": COLOURS[colour], "fmt": marker, "capsize": 3, "label": meaning}
+            ax.errorbar(found["value"], place[own], xerr=error, mfc="white" if met is False else None, **look)
+    ax.plot(table["aim"], place, "|", color="0.2", markersize=13, markeredgewidth=2, label="goal")
+    ax.axvline(1, color="0.4", linewidth=1)
+    names = [": ".join(map(str, row)) for row in table.index]
+    ax.set(yticks=place, yticklabels=names, xscale="log", xlabel=label, ylim=(-0.6, len(table) - 0.4))
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.figure.legend(loc="outside upper center", ncols=4)
+    return ax
+
+
 def losses(histories: dict[str, pd.DataFrame], span: int = 20, ax: Axes | None = None) -> Axes:
     """Training loss against sequences seen, one line a run: the mean of the last `span` steps."""
     ax = ax or plt.subplots()[1]

@@ -6,12 +6,14 @@ A history is a row of item ids, oldest first, filled up on the left with the pad
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from ilora import runs
@@ -172,8 +174,32 @@ class SequenceModel(Recommender):
         states = self.states(batch[:, :-1])
         n = states.shape[1]
         real = batch[:, -1 - n : -1] != self.n_items
-        logits = states[real] @ self.item_embeddings.T
-        return functional.cross_entropy(logits, batch[:, -n:][real], reduction="sum") / real.numel()
+        return _CrossEntropy.apply(states[real], self.item_embeddings, batch[:, -n:][real]) / real.numel()
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Cross entropy over all items, summed: (n, dim) states, (items, dim) embeddings, (n,) item ids -> a number.
+
+    What autograd needs for it, and most of a training step on a CPU, is passes over (n, items) numbers. Here the
+    logits become their own gradient, softmax - 1 at the target, in the memory that they lie in.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, items: Tensor, target: Tensor) -> Tensor:
+        logits = states @ items.T
+        largest = logits.amax(1, keepdim=True)
+        of_target = logits.gather(1, target[:, None])
+        total = logits.sub_(largest).exp_().sum(1, keepdim=True)
+        gradient = logits.div_(total)
+        gradient[torch.arange(len(target), device=target.device), target] -= 1
+        ctx.save_for_backward(states, items, gradient)
+        return (total.log() + largest - of_target).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_loss: Tensor) -> tuple[Tensor, Tensor, None]:
+        states, items, gradient = ctx.saved_tensors
+        return of_loss * (gradient @ items), of_loss * (gradient.T @ states), None
 
 
 class SASRec(SequenceModel):

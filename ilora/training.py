@@ -104,7 +104,7 @@ def fit(
     inner = model.to(accelerator.device if several else runs.pick_device(arguments.device))
     batches = Batches(train, arguments)
     total = arguments.epochs * batches.per_epoch
-    optimizer = torch.optim.AdamW(_groups(inner, arguments))
+    optimizer = torch.optim.AdamW(_groups(inner, arguments), fused=True)
     schedule = _schedule(optimizer, arguments, total)
     model = accelerator.prepare(inner)  # its optimizer would look for packages in every step, and has no other use here
     live = {"model": _trainable(inner), "optimizer": optimizer, "schedule": schedule}

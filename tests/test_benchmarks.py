@@ -1,35 +1,177 @@
-"""The benchmark at a size that measures nothing: that it runs, reports, and writes what a result must hold."""
+"""The benchmarks at sizes that measure nothing: that both ways give the same, and what a result must hold."""
 
-import importlib.util
+import argparse
 import json
 import math
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "adapter.py"
+from ilora import speed
+from ilora.prompts import NO_LABEL
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import adapter as benchmark
+import gradients
+import language
+import measure
+import padding
+import recommender
+import world
+
+WHOLE = {"name", "parameters", "metrics", "seconds", "peak_memory_mib", "device", "versions", "commit", "date"}
 SMALL = ["--smoke", "--device", "cpu", "--rounds", "2", "--rows", "2", "--tokens", "12", "--answer", "3"]
+SMALL += ["--more-rows", "3"]
+
+
+def run(script, folder, **options):
+    """What `main` writes, whole."""
+    flags = [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    script.main([*flags, "--device", "cpu", "--out", str(folder / f"{script.__name__}_cpu.json")])
+    result = speed.read(folder)[f"{script.__name__}_cpu"]
+    assert result.keys() >= WHOLE
+    assert result["parameters"].items() >= {"device": "cpu", **options}.items()
+    return result["metrics"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def home(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ILORA_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
+
+
+# ---------------------------------------------------------------- the harness
+
+
+def test_ways_take_turns_and_ratios_are_taken_within_a_round(monkeypatch):
+    calls, clock = [], iter(range(100))
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clock))
+    ways = {name: lambda name=name: calls.append(name) or name.upper() for name in "abc"}
+    seconds, results = measure.take_turns(ways, 3, torch.device("cpu"))
+    assert ["".join(calls[place : place + 3]) for place in range(0, 12, 3)] == ["cab", "abc", "bca", "cab"]
+    assert seconds == {name: [1, 1, 1] for name in "abc"} and results == {"a": "A", "b": "B", "c": "C"}
+    found = measure.ratios({"one": [1.0, 2.0, 4.0], "other": [3.0, 4.0, 8.0]})  # 3, 2 and 2 times
+    assert found["other"]["time_ratio"] == {"median": 2, "low": 2, "high": 2.5}
+    assert found["one"]["seconds"] == {"median": 2, "low": 1.5, "high": 3}
+
+
+def test_a_way_without_the_part_it_has_a_goal_for_is_left_alone():
+    found, _ = measure.compare(
+        {"a": int, "b": int}, 1, torch.device("cpu"), {"b": {"at_least": 2}, "c": {"at_most": 1}}
+    )
+    assert found["b"]["at_least"] == 2 and found.keys() == {"a", "b", "rounds"}
+
+
+# ---------------------------------------------------------------- each script
 
 
 @pytest.fixture(scope="module")
-def benchmark():
-    specification = importlib.util.spec_from_file_location("benchmark", SCRIPT)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+def bench():
+    options = dict.fromkeys(("examples", "questions", "clients"), 4)
+    names = argparse.Namespace(dataset="world", data_dir="", users=120, device="cpu", batch_size=3, **options)
+    return language.Bench(names)
 
 
-def test_every_part_is_measured_and_written(benchmark, tmp_path, capsys):
-    parts = [part for part in benchmark.PARTS if part != "compile"]
-    benchmark.main([*SMALL, "--out", str(tmp_path / "result.json")])
+def test_language(tmp_path):
+    sizes = {"users": 120, "examples": 3, "questions": 3, "clients": 3, "batch_size": 2, "rounds": 1}
+    metrics = run(language, tmp_path, **sizes)
+    assert metrics.keys() == language.PARTS.keys()
+    assert metrics["prompts"]["agreement"] == {"equal ids": True}
+    assert metrics["answers"]["agreement"]["equal answers"] == 1
+    assert metrics["answers"]["agreement"]["valid answers"] > 0
+    assert metrics["evaluation"]["agreement"] == {"equal answers": 1, "equal ranks": 1}
+    for part in ("ranking", "serving", "next token"):
+        assert metrics[part]["agreement"]["largest difference"] < 1e-4
+    for part, goals in language.GOALS.items():
+        assert all(metrics[part][way]["at_least"] == goal["at_least"] for way, goal in goals.items())
+
+
+def test_training_from_text_has_the_loss_of_fit(bench):
+    rows = [bench.train[row] for row in range(3)]
+    usual, own = language.collate_text(bench.model, rows), bench.model.collate(rows)
+    assert usual.keys() == own.keys()
+    for name in own:
+        assert torch.equal(usual[name], own[name]), name
+    assert (own["labels"] != NO_LABEL).any()
+    torch.testing.assert_close(language.full_loss(bench.model, usual, hybrid=True), bench.model(own))
+
+
+def test_both_trainings_change_the_adapter(bench):
+    weight = next(value for name, value in bench.model.named_parameters() if "lora_A" in name)
+    for train in (language.train_by_fit, language.train_by_trainer):
+        before = weight.detach().clone()
+        train(bench.model, bench.train, 3)
+        assert not torch.equal(before, weight) and not bench.model.training
+
+
+def test_a_user_is_served_with_the_own_adapter(bench):
+    """What the ways of serving agree on is no answer that every user would get."""
+    inputs, z = language.prompts_of(bench.model, bench.clients)
+    own, others = (language.next_logits(bench.model, inputs, given) for given in (z, z.roll(1, 0) + 1))
+    assert (own - others).abs().max() / own.std() > 1e-3
+    before = [parameter.clone() for parameter in bench.model.parameters()]
+    language.serve_merged(bench.model, [language.prompts_of(bench.model, [row])[0] for row in bench.clients], z)
+    for one, other in zip(before, bench.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other)  # merged, and taken out again
+
+
+def test_gradients(tmp_path):
+    metrics = run(gradients, tmp_path, users=120, sequences=80, batch_size=4, rounds=1)
+    found = metrics["gradients"]
+    assert found.keys() >= {"clusters", "usual loop", "loop", "pass"}
+    assert found["agreement"]["largest difference"] < 1e-4
+    assert metrics["clustering"]["rows"] == 3200
+
+
+def test_recommender(tmp_path):
+    metrics = run(recommender, tmp_path, dataset="world", users=120, epochs=1, long=2, rounds=1)
+    for way in ("pieces", "windows"):
+        found = metrics["SASRec"][way]
+        assert len(found["hit_ratio"]) == 2 and 0 < max(found["hit_ratio"]) < 1
+        assert found["seconds_per_epoch"] == found["seconds"]["median"]
+    assert metrics["SASRec"]["rows"] == 96 * 19  # every event of a training user but the first
+
+
+def test_world(tmp_path):
+    found = run(world, tmp_path, users=50, events=12)["world"]
+    assert found["events"] == 600 and found["windows"] == 50 * 9 and found["candidates"] == 50 * 9 * 20
+    assert found["seconds"]["value"] == pytest.approx(sum(found["parts"].values()))
+    assert (found["seconds"]["at_most"], found["peak_gib"]["at_most"]) == (120, 6)
+    assert 0 < found["peak_gib"]["value"] < 20
+
+
+def test_padding(tmp_path):
+    length = np.array([4, 1, 3, 2])
+    assert padding.share(length, 2, 2) == pytest.approx(1 - 10 / (2 * 4 + 2 * 3))
+    assert padding.share(length, 4, 2) == pytest.approx(1 - 10 / (2 * 2 + 2 * 4))
+    found = run(padding, tmp_path, dataset="world", users=120, examples=100, batch_size=16, micro_batch_size=4)[
+        "padding"
+    ]
+    assert found["share"]["as they come"] > found["share"]["training"] > found["share"]["evaluation"] >= 0
+
+
+# ---------------------------------------------------------------- the adapter
+
+
+def test_every_part_is_measured_and_written(tmp_path, capsys):
+    parts = [part for part in benchmark.PARTS if part != "largest batch"]
+    benchmark.main([*SMALL, "--out", str(tmp_path / "result.json"), "--parts", *parts])
     result = json.loads((tmp_path / "result.json").read_text())
-    assert {"name", "parameters", "metrics", "seconds", "device", "versions", "commit", "date"} <= result.keys()
+    assert result.keys() >= WHOLE
     assert result["parameters"] == {
-        "device": "cpu", "rounds": 2, "rows": 2, "tokens": 12, "answer": 3, "smoke": True
+        "device": "cpu", "rounds": 2, "rows": 2, "more_rows": 3, "tokens": 12, "answer": 3, "smoke": True
     }  # fmt: skip
     metrics = result["metrics"]
     assert set(metrics) == {"matmul", *parts}
+    assert {part: metrics[part]["rows"] for part in parts if metrics[part]["rows"] != 2} == {
+        "experts": 1, "adapter, more rows": 3, "compile, more rows": 3,
+    }  # fmt: skip
+    assert metrics["compile"]["iLoRA, compiled"]["at_most"] == 1.02
     printed = capsys.readouterr().out
     for part in parts:
         first, *others = benchmark.PARTS[part]
@@ -37,7 +179,7 @@ def test_every_part_is_measured_and_written(benchmark, tmp_path, capsys):
             found = metrics[part][variant]
             assert 0 < found["seconds"]["low"] <= found["seconds"]["median"] <= found["seconds"]["high"]
             assert found["tokens_per_second"] > 0 and 0 < found["share_of_matrix_rate"] < 1
-            assert f"{part:14}{variant} " in printed
+            assert f"{part:20}{variant} " in printed
         assert metrics[part][first]["time_ratio"] == {"median": 1, "low": 1, "high": 1}
     mib = {name: found["step_mib"] for name, found in metrics["experts"].items() if isinstance(found, dict)}
     assert mib["LoRA"] <= mib["iLoRA"] < mib["every expert's output"]
@@ -45,7 +187,7 @@ def test_every_part_is_measured_and_written(benchmark, tmp_path, capsys):
     assert metrics["logits"]["answer logits"]["memory_ratio"] < 1
 
 
-def test_a_part_that_fails_is_reported_and_the_others_go_on(benchmark, tmp_path, capsys, monkeypatch):
+def test_a_part_that_fails_is_reported_and_the_others_go_on(tmp_path, capsys, monkeypatch):
     def too_large(*_, **__):
         raise torch.OutOfMemoryError("no room for every expert\nand more")
 
@@ -58,9 +200,44 @@ def test_a_part_that_fails_is_reported_and_the_others_go_on(benchmark, tmp_path,
     assert "no room for every expert" in capsys.readouterr().out
 
 
-def test_the_formula_written_out_is_the_adapter(benchmark):
+def test_parts_that_a_time_limit_leaves_out_say_so(tmp_path):
+    benchmark.main([*SMALL, "--minutes", "1e-9", "--parts", "adapter", "--out", str(tmp_path / "result.json")])
+    metrics = json.loads((tmp_path / "result.json").read_text())["metrics"]
+    assert metrics["adapter"] == {"error": "TimeoutError: not begun, 1e-09 minutes are over"}
+
+
+@pytest.mark.parametrize("most", [9, 20, 33])
+def test_the_largest_batch_is_found_from_above_and_from_below(monkeypatch, most):
+    """A device of 20 rows by the memory of one, and of `most` in truth."""
+    options = argparse.Namespace(device="cpu", smoke=True, rows=2, more_rows=3, tokens=12, answer=3, rounds=1)
+    bench = benchmark.Bench(options)
+    monkeypatch.setattr(benchmark, "free", lambda: None)
+    monkeypatch.setattr(bench, "memory", lambda step: 2.0)
+    monkeypatch.setattr(benchmark, "room", lambda device: 20.5)
+
+    def step(rows, **how):
+        def run():
+            if rows > most:
+                raise torch.OutOfMemoryError("no room")
+
+        return run
+
+    monkeypatch.setattr(bench, "step", step)
+    found = bench.largest("largest batch")
+    assert found.keys() == benchmark.PARTS["largest batch"].keys()
+    assert all(0.96 * most - 1 <= own["rows"] <= most for own in found.values())
+
+
+def test_a_step_of_more_rows_than_the_batch_takes_them_again():
+    options = argparse.Namespace(device="cpu", smoke=True, rows=2, more_rows=3, tokens=12, answer=3, rounds=1)
+    bench = benchmark.Bench(options)
+    memory = [bench.memory(bench.step(rows)) for rows in (2, 4, 8)]
+    assert memory[0] < memory[1] < memory[2]
+
+
+def test_the_formula_written_out_is_the_adapter():
     """The variant that it is compared with computes the same: loss gradients agree."""
-    options = benchmark.argparse.Namespace(device="cpu", smoke=True, rows=2, tokens=12, answer=3, rounds=1)
+    options = argparse.Namespace(device="cpu", smoke=True, rows=2, more_rows=3, tokens=12, answer=3, rounds=1)
     bench, logits = benchmark.Bench(options), []
     for written_out in (False, True):
         torch.manual_seed(1)
@@ -73,8 +250,8 @@ def test_the_formula_written_out_is_the_adapter(benchmark):
     assert (logits[0] - bench.base(bench.ids).logits).abs().max() > 1e-2
 
 
-def test_memory_is_what_a_step_allocates_at_its_peak(benchmark):
-    options = benchmark.argparse.Namespace(device="cpu", smoke=True, rows=2, tokens=12, answer=3, rounds=1)
+def test_memory_is_what_a_step_allocates_at_its_peak():
+    options = argparse.Namespace(device="cpu", smoke=True, rows=2, more_rows=3, tokens=12, answer=3, rounds=1)
     bench = benchmark.Bench(options)
 
     def step():
@@ -85,7 +262,7 @@ def test_memory_is_what_a_step_allocates_at_its_peak(benchmark):
     assert math.isclose(bench.memory(lambda: [torch.empty(2**20) for _ in range(3)]), 12, rel_tol=0.01)
 
 
-def test_a_smoke_run_needs_a_place_of_its_own(benchmark, capsys):
+def test_a_smoke_run_needs_a_place_of_its_own(capsys):
     with pytest.raises(SystemExit):
         benchmark.main(["--smoke"])
     assert "--out" in capsys.readouterr().err

@@ -9,7 +9,7 @@ from torch.nn import functional
 from ilora import runs
 from ilora.data import Dataset, sequences
 from ilora.model import Questions
-from ilora.recommenders import Caser, GRU4Rec, Popularity, Recommender, SASRec, SequenceModel
+from ilora.recommenders import Caser, GRU4Rec, Popularity, Recommender, SASRec, SequenceModel, _CrossEntropy
 
 ITEMS = 40
 
@@ -112,6 +112,16 @@ def test_loss_of_one_state_is_the_cross_entropy_of_the_last_item():
     batch = torch.cat([histories(3, length=4), torch.tensor([[3], [4], [5]])], dim=1)
     expected = functional.cross_entropy(model.score_all(batch[:, :6]), batch[:, 6])
     torch.testing.assert_close(model(batch), expected)
+
+
+def test_the_cross_entropy_that_takes_its_memory_again_is_the_cross_entropy():
+    torch.manual_seed(0)
+    states, items = (torch.randn(n, 4, dtype=torch.double, requires_grad=True) for n in (5, 7))
+    target = torch.tensor([0, 3, 3, 6, 1])
+    assert torch.autograd.gradcheck(lambda *given: _CrossEntropy.apply(*given, target), (states, items))
+    large = 300 * states  # whose exponentials overflow
+    expected = functional.cross_entropy(large @ items.T, target, reduction="sum")
+    torch.testing.assert_close(_CrossEntropy.apply(large, items, target), expected)
 
 
 def test_a_history_longer_than_the_window_is_refused(model):

@@ -1,0 +1,78 @@
+"""SASRec's training by `fit_recommender` against a straightforward loop, over as many epochs, each validated.
+
+    python benchmarks/recommender.py --data-dir FOLDER     # of LastFM; without one it is downloaded
+
+    pieces           every item of a piece of a history is a target of what came before it: `fit_recommender`
+    windows          a row for each target with the window before it, a DataLoader over Python lists, Adam, the
+                     paper's batch of 256 and rate of 1e-3
+
+Both have the same targets in an epoch, the same model and the same cross entropy over all items.
+"""
+
+import tempfile
+from collections.abc import Sequence
+from unittest import mock
+
+import measure
+import torch
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from ilora import data
+from ilora.draws import hit_ratios
+from ilora.recommenders import SASRec
+from ilora.traditional import fit_recommender
+
+GOALS = {"windows": {"at_least": 5}}
+
+
+def by_pieces(source: data.Dataset, epochs: int, device: torch.device) -> list[float]:
+    """Validation HitRatio@1 after each epoch."""
+    with tempfile.TemporaryDirectory() as home, mock.patch.dict("os.environ", ILORA_HOME=home):  # nothing made before
+        _, history = fit_recommender(source, epochs=epochs, device=str(device))
+    return history["hit_ratio"].dropna().tolist()
+
+
+def by_windows(source: data.Dataset, epochs: int, device: torch.device) -> list[float]:
+    torch.manual_seed(0)
+    model = SASRec(len(source.items), dropout=0.2).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    train, validation = (data.sequences(source, split, min_history=least) for split, least in SPLITS.items())
+    rows = list(zip(train.history.tolist(), train.target.tolist(), strict=True))
+    found = []
+    for _ in range(epochs):
+        model.train()
+        for history, target in DataLoader(rows, batch_size=256, shuffle=True):
+            loss = F.cross_entropy(model.score_all(torch.stack(history, 1).to(device)), target.to(device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        found.append(float(hit_ratios(model, validation).mean()))
+    return found
+
+
+SPLITS = {"train": 1, "validation": data.MIN_HISTORY}  # the least history of a target, as `fit_recommender` has it
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = measure.parser(__doc__, rounds=3, epochs=3, long=20, users=2000)
+    parser.add_argument("--dataset", default="lastfm", help="(lastfm)")
+    parser.add_argument("--data-dir", default="", help="the folder with its files")
+    options = parser.parse_args(arguments)
+    run, out = measure.start("recommender", options, "data_dir")
+    source = data.load(options.dataset, options.data_dir, users=options.users)
+    ways = {"pieces": by_pieces, "windows": by_windows}
+    epochs = {name: lambda way=way: way(source, options.epochs, run.device) for name, way in ways.items()}
+    measured, _ = measure.compare(epochs, options.rounds, run.device, GOALS)
+    measured["rows"] = len(data.sequences(source, "train", min_history=SPLITS["train"]))
+    for name, way in ways.items():
+        measured[name]["seconds_per_epoch"] = measured[name]["seconds"]["median"] / options.epochs
+        measured[name]["hit_ratio"] = way(source, options.long, run.device)
+    measured["agreement"] = {name: max(measured[name]["hit_ratio"]) for name in ways}
+    measure.show("SASRec", measured)
+    run.save({"SASRec": measured}, path=out)
+    print(out)
+
+
+if __name__ == "__main__":
+    main()

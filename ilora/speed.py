@@ -1,0 +1,124 @@
+"""Results of the benchmarks as tables: how many times one way's time another one takes, and whether that is the goal.
+
+A benchmark's JSON has parts (`metrics`), a part has ways, the first of which the others' ratios are to. A way may have
+a goal, {"at_least": number} or {"at_most": number}, of the median of its ratio.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+Results = Mapping[str, Mapping[str, Any]]
+PLACE = ["benchmark", "part"]
+
+
+def read(folder: str | Path) -> dict[str, dict]:
+    """Each benchmark's result, by its file's name, such as "language_cpu"."""
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(folder).glob("*.json"))}
+
+
+def provenance(results: Results) -> pd.DataFrame:
+    """Where each result comes from: processor and its threads, versions, commit, day, and how long it took."""
+    rows = {
+        name: {
+            "device": result["device"]["name"],
+            "threads": result["device"]["threads"],
+            **{package: result["versions"][package] for package in ("torch", "transformers", "peft")},
+            "commit": result["commit"][:10] + "+dirty" * result["commit"].endswith("+dirty"),
+            "day": result["date"][:10],
+            "minutes": round(result["seconds"] / 60, 1),
+        }
+        for name, result in results.items()
+    }
+    return pd.DataFrame(rows).T.rename_axis("benchmark")
+
+
+def parts(results: Results) -> Iterator[tuple[str, str, dict]]:
+    """Benchmark, part, and what was found in it; parts that failed are left out, see `failures`."""
+    for name, result in results.items():
+        for part, found in result["metrics"].items():
+            if "error" not in found:
+                yield name, part, found
+
+
+def failures(results: Results) -> pd.DataFrame:
+    """Parts that could not be measured, and why."""
+    rows = [
+        (name, part, found["error"])
+        for name, result in results.items()
+        for part, found in result["metrics"].items()
+        if "error" in found
+    ]
+    return pd.DataFrame(rows, columns=[*PLACE, "error"]).set_index(PLACE)
+
+
+def ratios(results: Results) -> pd.DataFrame:
+    """A row for each way that another one is compared with.
+
+    value, low, high: median and quartiles of its time over that of the part's first way (`to`); seconds of both;
+    goal in words, `aim` as a number; met: True or False, None without a goal.
+    """
+    rows = []
+    for name, part, found in parts(results):
+        ways = {way: value for way, value in found.items() if isinstance(value, dict) and "time_ratio" in value}
+        first, *others = ways or [None]
+        for way in others:
+            ratio, aim = ways[way]["time_ratio"], goal(ways[way])
+            row = {"benchmark": name, "part": part, "way": way, "to": first, "rows": found.get("rows")}
+            row |= {"seconds": ways[way]["seconds"]["median"], "seconds_to": ways[first]["seconds"]["median"]}
+            row |= {"value": ratio["median"], "low": ratio["low"], "high": ratio["high"]}
+            rows.append(row | judged(ratio["median"], aim))
+    columns = [*PLACE, "way", "to", "rows", "seconds", "seconds_to", "value", "low", "high", "goal", "aim", "met"]
+    return pd.DataFrame(rows, columns=columns).set_index([*PLACE, "way"])
+
+
+def goal(found: Mapping[str, Any]) -> tuple[str, float] | None:
+    """ "at_least" or "at_most", and the number."""
+    return next(((kind, found[kind]) for kind in ("at_least", "at_most") if kind in found), None)
+
+
+def judged(value: float, aim: tuple[str, float] | None) -> dict[str, Any]:
+    if aim is None:
+        return {"goal": "", "aim": np.nan, "met": None}
+    kind, number = aim
+    met = value >= number if kind == "at_least" else value <= number
+    return {"goal": f"{kind.replace('_', ' ')} {number:g}", "aim": number, "met": bool(met)}
+
+
+def limits(results: Results) -> pd.DataFrame:
+    """Measurements of one way that have a goal: value, goal, met."""
+    rows = [
+        {"benchmark": name, "part": part, "what": what, "value": value["value"], **judged(value["value"], goal(value))}
+        for name, part, found in parts(results)
+        for what, value in found.items()
+        if isinstance(value, dict) and "value" in value
+    ]
+    return pd.DataFrame(rows, columns=[*PLACE, "what", "value", "goal", "aim", "met"]).set_index([*PLACE, "what"])
+
+
+def agreement(results: Results) -> pd.DataFrame:
+    """What the ways of a part have in common, in words: the same answers, or how large the largest difference is."""
+    rows = [
+        (name, part, what, f"{value:.2g}" if isinstance(value, float) else str(value))
+        for name, part, found in parts(results)
+        for what, value in found.get("agreement", {}).items()
+    ]
+    return pd.DataFrame(rows, columns=[*PLACE, "what", "value"]).set_index([*PLACE, "what"])
+
+
+def steps(results: Results) -> pd.DataFrame:
+    """Training steps of the adapter's benchmark: seconds, memory, tokens a second, share of the matrix rate."""
+    columns = ["tokens_per_second", "share_of_matrix_rate", "step_mib", "peak_mib"]
+    rows = [
+        {"benchmark": name, "part": part, "way": way, "rows": found["rows"], "seconds": value["seconds"]["median"]}
+        | {"ratio": value["time_ratio"]["median"], **{column: value.get(column) for column in columns}}
+        for name, part, found in parts(results)
+        for way, value in found.items()
+        if isinstance(value, dict) and "tokens_per_second" in value
+    ]
+    columns = [*PLACE, "way", "rows", "seconds", "ratio", *columns]
+    return pd.DataFrame(rows, columns=columns).set_index([*PLACE, "way"])

@@ -1,0 +1,54 @@
+import pandas as pd
+import pytest
+
+from ilora import speed
+
+
+def way(ratio, **more):
+    return {
+        "time_ratio": {"median": ratio, "low": ratio - 1, "high": ratio + 1},
+        "seconds": {"median": 2 * ratio},
+    } | more
+
+
+RESULTS = {
+    "a_cpu": {
+        "metrics": {
+            "one": {"ours": way(1), "usual": way(9, at_least=10), "rows": 7, "agreement": {"equal ids": True}},
+            "two": {"LoRA": way(1, tokens_per_second=5.0), "iLoRA": way(1.02, at_most=1.02, tokens_per_second=4.9)}
+            | {"rows": 3},
+            "three": {"error": "OutOfMemoryError: no room"},
+        }
+    },
+    "b_cpu": {"metrics": {"four": {"peak": {"value": 5.0, "at_most": 6}, "other": {"x": 1}, "count": 3}}},
+}
+
+
+def test_a_ratio_meets_its_goal_on_the_goals_own_side():
+    found = speed.ratios(RESULTS)
+    assert found.index.tolist() == [("a_cpu", "one", "usual"), ("a_cpu", "two", "iLoRA")]
+    assert found["met"].tolist() == [False, True]
+    assert found["goal"].tolist() == ["at least 10", "at most 1.02"]
+    assert found["to"].tolist() == ["ours", "LoRA"] and found["rows"].tolist() == [7, 3]
+    assert found["seconds"].tolist() == [18, 2.04] and found["seconds_to"].tolist() == [2, 2]
+    assert found[["low", "value", "high"]].iloc[0].tolist() == [8, 9, 10]
+
+
+@pytest.mark.parametrize(
+    ("value", "aim", "met"),
+    [(10, ("at_least", 10), True), (9.99, ("at_least", 10), False), (1.03, ("at_most", 1.02), False), (3, None, None)],
+)
+def test_a_goal_is_met_or_missed_or_not_there(value, aim, met):
+    assert speed.judged(value, aim)["met"] is met
+
+
+def test_other_tables_take_what_is_theirs():
+    assert speed.limits(RESULTS).loc[("b_cpu", "four", "peak"), ["value", "met"]].tolist() == [5, True]
+    assert speed.failures(RESULTS)["error"].to_dict() == {("a_cpu", "three"): "OutOfMemoryError: no room"}
+    assert speed.agreement(RESULTS)["value"].to_dict() == {("a_cpu", "one", "equal ids"): "True"}
+    assert speed.steps(RESULTS)["tokens_per_second"].tolist() == [5.0, 4.9]
+
+
+def test_without_results_tables_are_empty():
+    for table in (speed.ratios, speed.limits, speed.failures, speed.agreement, speed.steps, speed.provenance):
+        assert isinstance(table({}), pd.DataFrame) and table({}).empty
