@@ -37,7 +37,7 @@ from ilora.training import TrainingArguments, _mix, fit
 
 Row = tuple[np.ndarray, np.ndarray, int]
 Ways = dict[str, Callable]
-TOGETHER = 16  # rows of a batch in evaluation
+TOGETHER = 16  # rows of a batch in evaluation as it is usual; on a CPU in `ask` too
 GOALS = {  # part -> way -> how many times the first way's time it should take
     "training": {"Trainer": {"at_least": 2}},
     "prompts": {"text": {"at_least": 10}},
@@ -66,6 +66,7 @@ class Bench:
         self.asked = pipeline.questions(source, "test", limit=options.questions)
         self.rows = [self.asked[row] for row in range(len(self.asked))]
         self.clients = self.rows[: options.clients]
+        self.together = 256 if self.model.device.type == "cuda" else TOGETHER  # as `ask` has it
 
     def training(self) -> tuple[Ways, Callable]:
         ways = {
@@ -86,7 +87,7 @@ class Bench:
         return ways, lambda found: {"equal ids": all(map(torch.equal, found["pieces"], found["text"]))}
 
     def ranking(self) -> tuple[Ways, Callable]:
-        batches = cut(self.rows, TOGETHER)
+        batches = cut(self.rows, self.together)
         ways = {
             "one pass": lambda: torch.cat([self.model.rank(rows) for rows in batches]),
             "20 passes": lambda: torch.cat([rank_by_passes(self.model, rows) for rows in batches]),
@@ -95,7 +96,7 @@ class Bench:
 
     def answers(self) -> tuple[Ways, Callable]:
         ways = {
-            "like length": lambda: answer_by_length(self.model, self.asked),
+            "like length": lambda: answer_by_length(self.model, self.asked, self.together),
             "one at a time": lambda: [self.model.generate([row])[0] for row in self.rows],
             "as they come": lambda: [c for part in cut(self.rows, TOGETHER) for c in self.model.generate(part)],
         }
@@ -111,7 +112,7 @@ class Bench:
 
     def evaluation(self) -> tuple[Ways, Callable]:
         ways = {
-            "one pass": lambda: evaluation.ask(self.model, self.asked, TOGETHER),
+            "one pass": lambda: evaluation.ask(self.model, self.asked, self.together),
             "rank, then generate": lambda: evaluation.ask(Apart(self.model), self.asked, TOGETHER),
         }
 
@@ -246,10 +247,10 @@ def rank_by_passes(model: LanguageRecommender, rows: Sequence[Row]) -> Tensor:
     return torch.stack(columns, dim=1)
 
 
-def answer_by_length(model: LanguageRecommender, asked: Questions) -> list[int | None]:
+def answer_by_length(model: LanguageRecommender, asked: Questions, together: int) -> list[int | None]:
     """Greedy answers in the batches of evaluation."""
     answers: list[int | None] = [None] * len(asked)
-    for index, rows in evaluation._batches(model, asked, TOGETHER):
+    for index, rows in evaluation._batches(model, asked, together):
         for place, column in zip(index, model.generate(rows), strict=True):
             answers[place] = column
     return answers

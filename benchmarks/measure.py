@@ -82,7 +82,7 @@ def compare(
     found = ratios(seconds)
     for name in found.keys() & (goals or {}).keys():
         found[name] |= goals[name]
-    return found | {"rounds": rounds}, results
+    return found | {"rounds": rounds, "to": next(iter(ways))}, results
 
 
 def show(part: str, found: Mapping[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Results of the benchmarks as tables: how many times one way's time another one takes, and whether that is the goal.
 
-A benchmark's JSON has parts (`metrics`), a part has ways, the first of which the others' ratios are to. A way may have
-a goal, {"at_least": number} or {"at_most": number}, of the median of its ratio.
+A benchmark's JSON has parts (`metrics`), a part has ways, and `to` names the one that the others' ratios are to. A way
+may have a goal, {"at_least": number} or {"at_most": number}, of the median of its ratio.
 """
 
 import json
@@ -59,14 +59,14 @@ def failures(results: Results) -> pd.DataFrame:
 def ratios(results: Results) -> pd.DataFrame:
     """A row for each way that another one is compared with.
 
-    value, low, high: median and quartiles of its time over that of the part's first way (`to`); seconds of both;
+    value, low, high: median and quartiles of its time over that of the way `to`; seconds of both;
     goal in words, `aim` as a number; met: True or False, None without a goal.
     """
     rows = []
     for name, part, found in parts(results):
         ways = {way: value for way, value in found.items() if isinstance(value, dict) and "time_ratio" in value}
-        first, *others = ways or [None]
-        for way in others:
+        first = found.get("to")
+        for way in [way for way in ways if first and way != first]:
             ratio, aim = ways[way]["time_ratio"], goal(ways[way])
             row = {"benchmark": name, "part": part, "way": way, "to": first, "rows": found.get("rows")}
             row |= {"seconds": ways[way]["seconds"]["median"], "seconds_to": ways[first]["seconds"]["median"]}

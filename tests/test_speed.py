@@ -14,9 +14,15 @@ def way(ratio, **more):
 RESULTS = {
     "a_cpu": {
         "metrics": {
-            "one": {"ours": way(1), "usual": way(9, at_least=10), "rows": 7, "agreement": {"equal ids": True}},
+            "one": {
+                "usual": way(9, at_least=10),
+                "ours": way(1),
+                "to": "ours",
+                "rows": 7,
+                "agreement": {"equal ids": True},
+            },
             "two": {"LoRA": way(1, tokens_per_second=5.0), "iLoRA": way(1.02, at_most=1.02, tokens_per_second=4.9)}
-            | {"rows": 3},
+            | {"rows": 3, "to": "LoRA"},
             "three": {"error": "OutOfMemoryError: no room"},
         }
     },
