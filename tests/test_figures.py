@@ -17,6 +17,9 @@ TREND = TREND.assign(n=3, runs=RUNS, setting=["world", "world", "movielens, epoc
 PAIRED = TREND.assign(variant=["random", "token", "random", "random"], value=[-0.1, 0.1, 0.2, 0.3])
 PAIRED = PAIRED.assign(low=PAIRED["value"] - 0.1, high=PAIRED["value"] + 0.1)
 MAPS = {f"LoRA {kind}": np.corrcoef(RNG.normal(size=(8, 20))) for kind in "abcdefgh"}
+RATIOS = TABLE.assign(aim=[0.4, np.nan], met=[True, None])
+RATIOS = pd.concat([RATIOS, RATIOS.assign(aim=2, met=False)]).reset_index(drop=True)
+RATIOS.index = pd.MultiIndex.from_tuples([("adapter_cuda", "checkpointing", f"way {n}") for n in range(4)])
 EXPERTS = pd.DataFrame({"experts": [1, 4], "value": [0.5, 0.6], "low": [0.4, 0.5], "high": [0.6, 0.7]})
 SHARES = RNG.dirichlet([1] * 20, size=2)
 GATES, GROUPS = RNG.dirichlet([1, 1, 1, 1], size=12), np.arange(12) % 3
@@ -33,6 +36,7 @@ def style():
 
 DRAW = {
     "intervals": lambda: figures.intervals(TABLE, "HitRatio@1", chance=0.05),
+    "ratios": lambda: figures.ratios(RATIOS.assign(low=0.05), "time, as a multiple"),
     "losses": lambda: figures.losses({"LoRA": HISTORY, "iLoRA": HISTORY}),
     "lines": lambda: figures.lines(pd.DataFrame(RNG.random((5, 10))), "knob", "share"),
     "trend": lambda: figures.trend(TREND, "conflict", "HitRatio@1", title="the gain grows with conflict: a lot")[0],
@@ -68,6 +72,16 @@ def test_intervals_stand_in_the_order_of_the_table_with_the_first_on_top():
     assert list(ax.lines[0].get_xdata()) == [0.5, 0.1] and list(ax.lines[0].get_ydata()) == [1, 0]
     (bars,) = ax.containers[0].lines[2]
     np.testing.assert_allclose([bar[:, 0] for bar in bars.get_segments()], [[0.4, 0.7], [0.0, 0.2]])
+
+
+def test_ratios_that_miss_their_goal_look_otherwise_than_those_that_meet_it():
+    ax = figures.ratios(RATIOS.assign(low=0.05), "time, as a multiple")
+    lines = {found.get_label(): found.lines[0] for found in ax.containers}
+    assert {name: len(line.get_xdata()) for name, line in lines.items()} == {
+        "goal met": 1, "goal missed": 2, "no goal": 1
+    }  # fmt: skip
+    assert len({line.get_marker() for line in lines.values()}) == 3
+    assert [text.get_text() for text in ax.get_yticklabels()][0] == "checkpointing: way 0 (cuda)"
 
 
 def test_a_trend_has_a_line_with_intervals_for_each_system():
