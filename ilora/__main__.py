@@ -57,6 +57,7 @@ class Job:
         return runs.home() / "results" / f"{self.source.stem}-{runs.key(self.parameters)}.json"
 
 
+@runs.command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments`; return the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -77,12 +78,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("executed notebooks:", *(job.executed for job in jobs), sep="\n  ")
             if given:
                 print("book/ keeps its runs with default parameters (--book DIR makes a book of these)")
-    except (runs.UserError, Failure) as error:
-        print(f"ilora: {error}" if isinstance(error, runs.UserError) else error, file=sys.stderr)
+    except Failure as error:
+        print(error, file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("\nilora: interrupted", file=sys.stderr)
-        return 130
     return 0
 
 

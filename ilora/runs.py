@@ -12,9 +12,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,23 @@ class UserError(ValueError):
     def _render_traceback_(self) -> list[str]:
         """What IPython and papermill show: the sentence alone, no stack."""
         return [f"{type(self).__name__}: {self}"]
+
+
+def command(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[str] | None], int]:
+    """`main`, the function of a command line; a UserError of it ends as its sentence and exit code 1, Ctrl-C as 130."""
+
+    @wraps(main)
+    def told(arguments: Sequence[str] | None = None) -> int:
+        try:
+            return main(arguments)
+        except UserError as error:
+            print(f"ilora: {error}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            print("\nilora: interrupted; start again to go on", file=sys.stderr)
+            return 130
+
+    return told
 
 
 # ---------------------------------------------------------------- seeds and device

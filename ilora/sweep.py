@@ -22,23 +22,17 @@ from ilora import parameters, runs
 from ilora.__main__ import ROOT, Job, local_paths, plan, portable
 
 
+@runs.command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments`; return the exit code: 1 if a point failed."""
     options = parse(arguments)
-    try:
-        if options.jobs < 1:
-            raise runs.UserError(f"--jobs must be at least 1, not {options.jobs}")
-        given = local_paths(parameters.parse_parameters(options.parameters))
-        jobs = points(options.notebook, given, options.over)
-        failed = run(jobs, options.jobs)
-        if options.to:
-            publish(jobs, options.to)
-    except runs.UserError as error:
-        print(f"ilora: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nilora: interrupted; start again to go on", file=sys.stderr)
-        return 130
+    if options.jobs < 1:
+        raise runs.UserError(f"--jobs must be at least 1, not {options.jobs}")
+    given = local_paths(parameters.parse_parameters(options.parameters))
+    jobs = points(options.notebook, given, options.over)
+    failed = run(jobs, options.jobs)
+    if options.to:
+        publish(jobs, options.to)
     for job, reason in failed:
         print(f"ilora: {describe(job)} failed: {reason}", file=sys.stderr)
     return 1 if failed else 0

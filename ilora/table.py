@@ -254,6 +254,7 @@ def publish(table: Sequence[Cell], folder: Path) -> None:
                 runs.write_json(folder / path.name, json.loads(path.read_text(encoding="utf-8")))
 
 
+@runs.command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments`; return the exit code: 1 if a cell failed."""
     parser = argparse.ArgumentParser(
@@ -271,23 +272,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="parameters",
         help=f"a parameter of the notebooks: {', '.join(SETTINGS)}")  # fmt: skip
     options = parser.parse_args(arguments)
-    try:
-        given = parse_parameters(options.parameters)
-        if unused := sorted(given.keys() - SETTINGS):
-            raise runs.UserError(f"a table has no parameter {unused[0]!r}: the ones it has are {', '.join(SETTINGS)}")
-        if options.jobs < 1:
-            raise runs.UserError(f"--jobs must be at least 1, not {options.jobs}")
-        table = cells(
-            options.datasets, options.systems, options.seeds, options.draws, options.data_dir, SETTINGS | given
-        )
-        failed = run_all(table, options.jobs)
-        if options.to:
-            publish(table, options.to)
-    except runs.UserError as error:
-        print(f"ilora: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nilora: interrupted; start again to go on", file=sys.stderr)
-        return 130
+    given = parse_parameters(options.parameters)
+    if unused := sorted(given.keys() - SETTINGS):
+        raise runs.UserError(f"a table has no parameter {unused[0]!r}: the ones it has are {', '.join(SETTINGS)}")
+    if options.jobs < 1:
+        raise runs.UserError(f"--jobs must be at least 1, not {options.jobs}")
+    table = cells(options.datasets, options.systems, options.seeds, options.draws, options.data_dir, SETTINGS | given)
+    failed = run_all(table, options.jobs)
+    if options.to:
+        publish(table, options.to)
     print(f"{len(table) - len(failed)} of {len(table)} cells are in {runs.home() / 'results'}")
     return 1 if failed else 0

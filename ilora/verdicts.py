@@ -64,10 +64,17 @@ def _bits(text: str) -> np.ndarray:
 
 
 def summary(found: Mapping[str, Answers]) -> pd.DataFrame:
-    """One row a system: hit_ratio (right of all) as `uncertainty.spread` gives it, valid_ratio, hit_ratio_of_valid."""
+    """One row a system: hit_ratio (right of all) as `uncertainty.spread` gives it, valid_ratio, hit_ratio_of_valid.
+
+    Where all answers are alike, which have no spread, the interval is that of `evaluation.interval`.
+    """
     rows = {}
     for system, own in found.items():
         row = uncertainty.spread(own.hit, own.users)
+        if row["low"] == row["high"]:
+            alike = evaluation.interval(own.hit.mean((0, 1)), own.users)
+            row |= {"low": alike["low"], "high": alike["high"]}
+        row |= {"low": max(row["low"], 0.0), "high": min(row["high"], 1.0)}
         of_valid = own.hit.sum() / max(own.valid.sum(), 1)
         rows[system] = row | {"valid_ratio": own.valid.mean(), "hit_ratio_of_valid": of_valid}
     return pd.DataFrame.from_dict(rows, orient="index")

@@ -81,7 +81,7 @@ def test_ratios_that_miss_their_goal_look_otherwise_than_those_that_meet_it():
         "goal met": 1, "goal missed": 2, "no goal": 1
     }  # fmt: skip
     assert len({line.get_marker() for line in lines.values()}) == 3
-    assert [text.get_text() for text in ax.get_yticklabels()][0] == "checkpointing: way 0 (cuda)"
+    assert next(text.get_text() for text in ax.get_yticklabels()) == "checkpointing: way 0 (cuda)"
 
 
 def test_a_trend_has_a_line_with_intervals_for_each_system():

@@ -170,3 +170,19 @@ def test_commit_is_that_of_the_packages_checkout(tmp_path, monkeypatch):
     assert runs.commit() == git(tmp_path, "rev-parse", "HEAD")
     (package / "runs.py").write_text("# two\n")
     assert runs.commit() == git(tmp_path, "rev-parse", "HEAD") + "+dirty"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (runs.UserError("x is wrong: mend it"), 1, "ilora: x is wrong: mend it\n"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_a_command_line_tells_in_one_sentence_what_ended_it(error, code, told, capsys):
+    @runs.command
+    def main(arguments=None):
+        raise error
+
+    assert main([]) == code and told in capsys.readouterr().err
+    assert runs.command(lambda arguments=None: len(arguments))(["a"]) == 1
