@@ -313,7 +313,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data-dir", default="", help="the folder with its files")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="which parts (all)")
     options = parser.parse_args(arguments)
-    run, out = measure.start("language", options, "data_dir", "parts")
+    name = "language" if options.dataset == "world" else f"language_{options.dataset}"
+    run, out = measure.start(name, options, "data_dir", "parts")
     bench, metrics = Bench(options), {}
     counted = {"training": bench.train, "serving": bench.clients, "next token": bench.clients}
     for part in options.parts:

@@ -100,7 +100,7 @@ def ratios(table: pd.DataFrame, label: str) -> Axes:
             ax.errorbar(found["value"], place[own], xerr=error, mfc="white" if met is False else None, **look)
     ax.plot(table["aim"], place, "|", color="0.2", markersize=13, markeredgewidth=2, label="goal")
     ax.axvline(1, color="0.4", linewidth=1)
-    names = [f"{part}: {way} ({benchmark.rsplit('_')[-1]})" for benchmark, part, way in table.index]
+    names = [f"{part}: {way} ({benchmark.partition('_')[2].replace('_', ', ')})" for benchmark, part, way in table.index]
     ax.set(yticks=place, yticklabels=names, xscale="log", xlabel=label, ylim=(-0.6, len(table) - 0.4))
     ax.xaxis.set_major_formatter("{x:g}")
     ax.figure.legend(loc="outside upper center", ncols=4)
