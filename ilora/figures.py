@@ -100,7 +100,8 @@ def ratios(table: pd.DataFrame, label: str) -> Axes:
             ax.errorbar(found["value"], place[own], xerr=error, mfc="white" if met is False else None, **look)
     ax.plot(table["aim"], place, "|", color="0.2", markersize=13, markeredgewidth=2, label="goal")
     ax.axvline(1, color="0.4", linewidth=1)
-    names = [f"{part}: {way} ({benchmark.partition('_')[2].replace('_', ', ')})" for benchmark, part, way in table.index]
+    runs = [benchmark.partition("_")[2].replace("_", ", ") for benchmark in table.index.get_level_values(0)]
+    names = [f"{part}: {way} ({run})" for run, (_, part, way) in zip(runs, table.index, strict=True)]
     ax.set(yticks=place, yticklabels=names, xscale="log", xlabel=label, ylim=(-0.6, len(table) - 0.4))
     ax.xaxis.set_major_formatter("{x:g}")
     ax.figure.legend(loc="outside upper center", ncols=4)

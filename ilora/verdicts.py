@@ -129,10 +129,14 @@ def readable(summaries: Mapping[str, pd.DataFrame], printed: pd.Series | None = 
 
 
 def verdicts(against: Mapping[str, pd.DataFrame], system: str = "iLoRA", level: float = 0.05) -> pd.Series:
-    """What the comparisons on each data set say after Holm's correction, in words."""
+    """What the comparisons on each data set say, in words.
+
+    A difference needs both: other users would show it (Holm's p, which takes runs and draws as they are), and so would
+    other runs (an interval without zero).
+    """
     found = {}
     for dataset, table in against.items():
-        sure = table[table["p_holm"] < level]
+        sure = table[(table["p_holm"] < level) & ((table["low"] > 0) | (table["high"] < 0))]
         above, below = (list(sure.index[sure["value"] * sign > 0]) for sign in (1, -1))
         open_ = [name for name in table.index if name not in sure.index]
         parts = [("above", above), ("below", below), ("not told apart from", open_)]

@@ -153,3 +153,17 @@ def test_hits_of_valid_answers_are_the_ratio_of_sums():
     row = verdicts.summary(found).loc["iLoRA"]
     assert (row["value"], row["hit_ratio_of_valid"], row["valid_ratio"]) == (0.5, pytest.approx(2 / 3), 0.75)
     assert isinstance(verdicts.summary(found), pd.DataFrame)
+
+
+def test_a_difference_needs_its_test_and_its_interval():
+    rows = {"A": (0.01, 0.1, 0.2), "B": (0.01, -0.1, 0.2), "C": (0.2, 0.1, 0.2), "D": (0.01, -0.2, -0.1)}
+    compared = pd.DataFrame.from_dict(rows, orient="index", columns=["p_holm", "low", "high"])
+    compared["value"] = compared[["low", "high"]].mean(axis=1)
+    assert verdicts.verdicts({"x": compared})["x"] == "above A; below D; not told apart from B, C"
+
+
+def test_answers_that_are_all_wrong_still_have_an_interval():
+    wrong = np.zeros((1, 5, 50), bool)
+    own = verdicts.Answers(wrong, wrong, np.arange(50), ("a",) * 5)
+    row = verdicts.summary({"ChatRec": own}).loc["ChatRec"]
+    assert row["value"] == 0 == row["low"] and 0.05 < row["high"] < 0.1  # Wilson's of 0 among 50
