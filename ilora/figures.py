@@ -283,6 +283,9 @@ def heat_maps(matrices: dict[str, np.ndarray], what: str, label: str, rows: int 
     Brown is above 0, purple below, white is 0. Up to three in a row have their values in the cells; of more, which are
     smaller, the colours span what is off the diagonal, and the diagonal is grey.
     """
+    if not matrices:
+        _finish(ax := plt.subplots()[1], pd.DataFrame(), "")
+        return np.array([ax])
     columns = -(-len(matrices) // rows)
     small = columns > 3
     wide, high = (1.2, 1.3) if small else (3.1, 3.4)

@@ -41,6 +41,7 @@ DRAW = {
     "lines": lambda: figures.lines(pd.DataFrame(RNG.random((5, 10))), "knob", "share"),
     "trend": lambda: figures.trend(TREND, "conflict", "HitRatio@1", title="the gain grows with conflict: a lot")[0],
     "trends": lambda: figures.trend(TREND, "conflict", "HitRatio@1", by="setting")[0],
+    "no maps": lambda: figures.heat_maps({}, "cosine", "cluster")[0],
     "no trend": lambda: figures.trend(TREND[:0], "conflict", "HitRatio@1", by="setting", title="nothing")[0],
     "differences": lambda: figures.differences(PAIRED, "HitRatio@1", "1 of 4 variants can be told apart")[0],
     "no differences": lambda: figures.differences(PAIRED[:0], "HitRatio@1", "")[0],
