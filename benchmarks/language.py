@@ -3,8 +3,8 @@
     python benchmarks/language.py                # on the GPU if torch sees one, else on the CPU
 
 The model is the embedded one, or that of --dataset, with iLoRA of 4 experts whose B is a little away from zero: the
-adapter has all its work, and answers are nearly those of the base. PARTS says what is compared. In the usual ways a
-prompt is text that the tokenizer reads, a batch is padded to its longest row, and every logit is computed.
+adapter has all its work, and answers are nearly those of the base. PARTS says what is compared. In the usual way of
+training and of prompts a prompt is text that the tokenizer reads; in training every logit is computed, too.
 
     training     `fit`, and transformers' Trainer with a collator that tokenises text, on as many sequences
     prompts      prompts from pieces that were tokenised once, and from their text; in batches, and one by one
@@ -66,7 +66,7 @@ class Bench:
         self.asked = pipeline.questions(source, "test", limit=options.questions)
         self.rows = [self.asked[row] for row in range(len(self.asked))]
         self.clients = self.rows[: options.clients]
-        self.together = 256 if self.model.device.type == "cuda" else TOGETHER  # as `ask` has it
+        self.together = evaluation.at_once(self.model)
 
     def training(self) -> tuple[Ways, Callable]:
         ways = {

@@ -6,8 +6,9 @@
     windows          a row for each target with the window before it, a DataLoader over Python lists, Adam, the
                      paper's batch of 256 and rate of 1e-3
 
-Both have the same targets in an epoch, the same model and the same cross entropy over all items. --epochs of each take
-turns to be timed; then each is trained once for the --long number of epochs, for the HitRatio that it reaches.
+Both have about as many targets in an epoch (pieces are cut anew each time, and leave some out or have some twice), the
+same model and the same cross entropy over all items. --epochs of each take turns to be timed; then each is trained once
+for the --long number of epochs, for the HitRatio that it reaches.
 """
 
 import tempfile

@@ -7,7 +7,6 @@ Where there are no results a table is empty, and figures say so.
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,7 +21,7 @@ ADAPTER = ("rank", "alpha", "dropout", "experts", "gate", "guidance", "gate_per_
 ASIDE = ("seed", "data_dir", "device", "results")  # change what is compared by chance alone, or not at all
 SETTING = tuple(name for name in PARAMETERS if name not in (*ADAPTER, *ASIDE))  # data, budget and base model
 NO_GATE = "LoRA, no gate"
-NOT_VALUES = (".low", ".high", ".n", ".users")
+NOT_VALUES = ("low", "high", "n", "users")  # what stands beside the value of an interval
 
 
 def read(folder: str | Path, notebook: str) -> pd.DataFrame:
@@ -40,11 +39,18 @@ def read(folder: str | Path, notebook: str) -> pd.DataFrame:
         changed = tuple(name for name in own if name not in ASIDE and own[name] != job.parameters.get(name))
         other = [f"{name} {own[name]}" for name in changed if name in SETTING and name != "dataset"]
         flat = pd.json_normalize(result["metrics"]).iloc[0]
-        measured = {name.removesuffix(".value"): flat[name] for name in flat.index if not name.endswith(NOT_VALUES)}
+        measured = {
+            name.removesuffix(".value"): flat[name] for name in flat.index if not _of_interval(name, flat.index)
+        }
         about = {"changed": changed, "setting": ", ".join([own["dataset"], *other])}
         if own["experts"] > 1:
             rows.append(own | measured | {"device": result["device"]["name"], "commit": result["commit"]} | about)
     return pd.DataFrame(rows, columns=None if rows else [*job.parameters, "commit", "changed", "setting"])
+
+
+def _of_interval(name: str, names: pd.Index) -> bool:
+    of, _, what = name.rpartition(".")
+    return what in NOT_VALUES and f"{of}.value" in names
 
 
 def usual(table: pd.DataFrame, *free: str) -> pd.DataFrame:
@@ -74,18 +80,10 @@ def per_epoch(table: pd.DataFrame) -> pd.DataFrame:
     return long.explode(["epoch", "hit_ratio"], ignore_index=True).astype({"epoch": int, "hit_ratio": float})
 
 
-def kept_gates(folder: str | Path, **wanted: Any) -> dict[int, pd.DataFrame]:
-    """experts -> gate weights (histories, experts), rows named by user, of the runs in `folder` with these parameters.
-
-    Runs that kept none, as `gate.users` and `gate.weights` among their metrics, are left out.
-    """
-    found = {}
-    for path in sorted(Path(folder).glob("*.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
-        gate = result["metrics"].get("gate", {})
-        if "weights" in gate and result["parameters"].items() >= wanted.items():
-            found[result["parameters"]["experts"]] = pd.DataFrame(gate["weights"], index=gate["users"])
-    return found
+def kept_gates(table: pd.DataFrame) -> dict[int, pd.DataFrame]:
+    """experts -> gate weights (histories, experts), rows named by user, of the runs that kept them, one a number."""
+    kept = table.reindex(columns=["experts", "gate.users", "gate.weights"]).dropna()
+    return {experts: pd.DataFrame(weights, index=users) for experts, users, weights in kept.itertuples(index=False)}
 
 
 # ---------------------------------------------------------------- over seeds
@@ -171,11 +169,11 @@ def _variant(run: Mapping, names: Sequence[str]) -> str:
 
 
 def told_apart(found: pd.DataFrame) -> str:
-    """Which variants of `paired` can be told from the default; titles a figure."""
+    """Of which variants of `paired` the interval leaves out zero, one by one; titles a figure."""
     known = found[(found["n"] > 1) & (found["variant"] != NO_GATE)]
     apart = known[(known["low"] > 0) | (known["high"] < 0)]
     which = "; ".join(f"{row.variant} ({row.setting})" for row in apart.head(2).itertuples())
-    said = f"{len(apart)} of {len(known)} variants can be told from the default"
+    said = f"before any correction {len(apart)} of {len(known)} intervals leave out zero"
     return said if apart.empty else f"{said}: {which}" + (", ..." if len(apart) > 2 else "")
 
 

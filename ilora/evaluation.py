@@ -43,10 +43,9 @@ def ask(recommender: System, questions: Questions, batch_size: int = 0, write: b
     user, position, target, candidates (a digest of them): what was asked; answer: the item that `generate` names,
     NO_ANSWER if invalid; valid, hit; rank: the target's place among the candidates by `rank`, from 1. Without
     `generate`, or with `write=False`, the first-ranked candidate is the answer; without `rank` there is no such column.
-    batch_size: questions at once; 0: 64 on a GPU, else 16, whose prompts fit a processor's cache.
+    batch_size: questions at once; 0: `at_once`.
     """
-    on_gpu = getattr(recommender, "device", torch.device("cpu")).type == "cuda"
-    batch_size = batch_size or (64 if on_gpu else 16)
+    batch_size = batch_size or at_once(recommender)
     writes, ranks = write and hasattr(recommender, "generate"), hasattr(recommender, "rank")
     if not writes and not ranks:
         raise ValueError(f"{type(recommender).__name__} can only write: ask it with write=True")
@@ -63,6 +62,11 @@ def ask(recommender: System, questions: Questions, batch_size: int = 0, write: b
             answer[index] = [NO_ANSWER if c is None else row[1][c] for c, row in zip(column, batch, strict=True)]
             bar.update(len(batch))
     return _outcomes(questions, answer, place if ranks else None)
+
+
+def at_once(recommender: System) -> int:
+    """Questions of a batch: 64 on a GPU, else 16, whose prompts fit a processor's cache."""
+    return 64 if getattr(recommender, "device", torch.device("cpu")).type == "cuda" else 16
 
 
 def _answers(recommender: System, batch: list, ranks: bool, writes: bool) -> tuple[Tensor | None, list | None]:

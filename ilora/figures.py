@@ -57,7 +57,8 @@ def panels(tables: dict[str, pd.DataFrame], label: str, mark: str, at: float) ->
     for ax, (name, table) in zip(axes[0], tables.items(), strict=True):
         intervals(table.reindex(rows), "", at, ax)
         ax.texts[-1].set_text(mark)
-        ax.set(title=f"{name}, n = {int(table['n'].iloc[0])}", xlabel="")
+        fewer = "".join(f"\n({row}: {n})" for row, n in table["n"].items() if n != table["n"].max())
+        ax.set(title=f"{name}, n = {table['n'].max():.0f}{fewer}", xlabel="")
     figure.supxlabel(f"{label}, with 95 % interval", fontsize=10)
     return axes[0]
 

@@ -48,7 +48,7 @@ def divisors(ratio: float, largest: int, digits: int = 4) -> list[tuple[int, int
 
 
 def wilson(ratio: float, n: int) -> tuple[float, float]:
-    """95 % interval of a share of n independent sequences (Wilson 1927)."""
+    """95 % interval of a share of n independent sequences, the ratio taken as the nearest count (Wilson 1927)."""
     interval = stats.binomtest(round(ratio * n), n).proportion_ci(method="wilson")
     return interval.low, interval.high
 

@@ -50,16 +50,17 @@ def repeatability(cosine: np.ndarray) -> np.ndarray:
     """Similarity of a group with another sample of itself, as large: (..., 2G, 2G) of `halves` -> (..., G).
 
     It is what the diagonal would be if it were not 1 by definition, and the most that noise lets two groups
-    reach. From the cosine c of the group's two halves, which are half as large: 2c / (1 + c) (Spearman and Brown).
+    reach. From the cosine c of the group's two halves, which are half as large: 2c / (1 + c) (Spearman and Brown), or c
+    itself where it is below 0, as only noise makes it.
     """
     first = np.arange(0, cosine.shape[-1], 2)
     between = cosine[..., first, first + 1]
-    return 2 * between / (1 + between)
+    return np.where(between > 0, 2 * between / (1 + np.maximum(between, 0)), between)
 
 
 def agreement(products: dict[str, np.ndarray]) -> dict[str, float]:
     """From inner products of `halves`, means over groups and states: similarity with another sample of the `same`
-    group (`repeatability`) and with `other` groups, and what other groups `lack` against the same, their conflict."""
+    group (`repeatability`) and with `other` groups, and what other groups `lack` against the same."""
     same = float(repeatability(cosines(products)["all"]).mean())
     other = float(off_diagonal(cosines(joined(products))["all"]).mean())
     return {"same": same, "other": other, "lack": same - other}

@@ -12,13 +12,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ilora.runs import UserError
+
 Results = Mapping[str, Mapping[str, Any]]
 PLACE = ["benchmark", "part"]
 
 
 def read(folder: str | Path) -> dict[str, dict]:
-    """Each benchmark's result, by its file's name, such as "language_cpu"."""
-    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(folder).glob("*.json"))}
+    """Each benchmark's result, by its file's name, such as "language_cpu".  Raises UserError if there are none."""
+    found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(folder).glob("*.json"))}
+    if not found:
+        raise UserError(f"{folder} holds no results: make them with make bench")
+    return found
 
 
 def provenance(results: Results) -> pd.DataFrame:
@@ -60,20 +65,35 @@ def ratios(results: Results) -> pd.DataFrame:
     """A row for each way that another one is compared with.
 
     value, low, high: median and quartiles of its time over that of the way `to`; seconds of both;
-    goal in words, `aim` as a number; met: True or False, None without a goal.
+    goal in words, `aim` as a number; met: True or False, None without a goal. A result of before a goal was stated
+    is judged by the one that others state for the same part and way.
     """
+    goals = {
+        (part, way): goal(value)
+        for _, part, found in parts(results)
+        for way, value in found.items()
+        if isinstance(value, dict) and goal(value)
+    }
     rows = []
     for name, part, found in parts(results):
         ways = {way: value for way, value in found.items() if isinstance(value, dict) and "time_ratio" in value}
-        first = found.get("to")
-        for way in [way for way in ways if first and way != first]:
-            ratio, aim = ways[way]["time_ratio"], goal(ways[way])
+        first = reference(found)
+        for way in [way for way in ways if way != first]:
+            ratio, aim = ways[way]["time_ratio"], goals.get((part, way))
             row = {"benchmark": name, "part": part, "way": way, "to": first, "rows": found.get("rows")}
             row |= {"seconds": ways[way]["seconds"]["median"], "seconds_to": ways[first]["seconds"]["median"]}
             row |= {"value": ratio["median"], "low": ratio["low"], "high": ratio["high"]}
             rows.append(row | judged(ratio["median"], aim))
     columns = [*PLACE, "way", "to", "rows", "seconds", "seconds_to", "value", "low", "high", "goal", "aim", "met"]
     return pd.DataFrame(rows, columns=columns).set_index([*PLACE, "way"])
+
+
+def reference(found: Mapping[str, Any]) -> str | None:
+    """The way that a part's ratios are to: `to`, or in a result that does not name it the one that is always 1."""
+    ways = {
+        way: value["time_ratio"] for way, value in found.items() if isinstance(value, dict) and "time_ratio" in value
+    }
+    return found.get("to") or next((way for way, ratio in ways.items() if set(ratio.values()) == {1.0}), None)
 
 
 def goal(found: Mapping[str, Any]) -> tuple[str, float] | None:
@@ -115,10 +135,11 @@ def steps(results: Results) -> pd.DataFrame:
     columns = ["tokens_per_second", "share_of_matrix_rate", "step_mib", "peak_mib"]
     rows = [
         {"benchmark": name, "part": part, "way": way, "rows": found["rows"], "seconds": value["seconds"]["median"]}
-        | {"ratio": value["time_ratio"]["median"], **{column: value.get(column) for column in columns}}
+        | {"to": reference(found), "ratio": value["time_ratio"]["median"]}
+        | {column: value.get(column) for column in columns}
         for name, part, found in parts(results)
         for way, value in found.items()
         if isinstance(value, dict) and "tokens_per_second" in value
     ]
-    columns = [*PLACE, "way", "rows", "seconds", "ratio", *columns]
+    columns = [*PLACE, "way", "rows", "seconds", "to", "ratio", *columns]
     return pd.DataFrame(rows, columns=columns).set_index([*PLACE, "way"])

@@ -37,7 +37,7 @@ SETTINGS = {  # the notebooks' parameters that a table has, and their values unl
 }  # fmt: skip
 WORLD = ("conflict", "users")
 ADAPTER = ("base_model", "rank", "alpha", "dropout", "epochs", "learning_rate", "batch_size", "train_limit")
-FREE = ("device", "micro_batch_size")  # what changes a result by rounding alone
+FREE = ("device", "micro_batch_size")  # what changes a result by rounding: on a GPU, in bfloat16, by more of it
 KINDS_OF_WINDOWS = ("last", "all")
 
 

@@ -25,7 +25,7 @@ def spread(values: np.ndarray, users: np.ndarray) -> dict[str, float]:
     one alone (one seed) is not known and is left out: its standard error is None.
 
     Returns value, low, high, n, users, seeds, draws; error_seeds, error_draws, error_users: standard errors of the
-    mean; sd_draws: how much one draw of candidates moves the result.
+    mean; sd_draws: how much another draw of candidates moves the result of one run.
     """
     values, users = np.asarray(values, float), np.asarray(users)
     mean = values.mean()
@@ -47,7 +47,7 @@ def spread(values: np.ndarray, users: np.ndarray) -> dict[str, float]:
     found = {"value": mean, "low": mean - half, "high": mean + half, "n": values.shape[2], "users": clusters}
     found |= {"seeds": len(by_seed), "draws": len(by_draw)}
     found |= {f"error_{part}": None if value is None else np.sqrt(value) for part, value in variance.items()}
-    found["sd_draws"] = by_draw.std(ddof=1) if len(by_draw) > 1 else None
+    found["sd_draws"] = np.sqrt(values.mean(2).var(axis=1, ddof=1).mean()) if len(by_draw) > 1 else None
     return {name: value if value is None or isinstance(value, int) else float(value) for name, value in found.items()}
 
 

@@ -12,11 +12,14 @@ import pandas as pd
 from ilora import data, evaluation, runs, uncertainty
 from ilora.table import FREE, SYSTEMS
 
+COMPARED = ["value", "low", "high", "n", "p", "mcnemar_median", "mcnemar_least", "mcnemar_largest", "p_holm"]
+
 
 @dataclass(frozen=True)
 class Answers:
     """What a system answered to one set of questions in all its runs."""
 
+    seeds: tuple[int, ...]
     hit: np.ndarray  # (seeds, draws, n) bool
     valid: np.ndarray  # (seeds, draws, n) bool
     users: np.ndarray  # (n,)
@@ -34,7 +37,7 @@ def read(folder: str | Path) -> list[dict[str, Any]]:
 def answers(results: Sequence[Mapping], dataset: str, windows: str = "last") -> dict[str, Answers]:
     """system -> its answers on a data set, runs in the order of their seeds; systems in the table's order.
 
-    Raises UserError for runs of one system that differ in a setting besides the seed.
+    Raises UserError for runs of one system that differ in a setting besides the seed, or in what they were asked.
     """
     found = {}
     for system in SYSTEMS:
@@ -45,13 +48,16 @@ def answers(results: Sequence[Mapping], dataset: str, windows: str = "last") -> 
         settings = [{k: v for k, v in r["parameters"].items() if k not in ("seed", *FREE)} for r in own]
         if any(other != settings[0] for other in settings):
             raise runs.UserError(f"the results of {system} on {dataset} are of several settings: keep one in a folder")
+        asked = [[r["outcomes"][f"{windows} {what}"] for what in ("questions", "windows")] for r in own]
+        if dataset != "world" and any(other != asked[0] for other in asked):  # each seed draws its own world
+            raise runs.UserError(f"the runs of {system} on {dataset} were asked different questions: make them again")
         hit, valid = (
             np.array([[_bits(row) for row in r["outcomes"][f"{windows} {name}"]] for r in own])
             for name in ("hit", "valid")
         )
-        of_users = own[0]["outcomes"][f"{windows} windows"]
-        users, questions = np.repeat(np.arange(len(of_users)), of_users), own[0]["outcomes"][f"{windows} questions"]
-        found[system] = Answers(hit, valid, users, tuple(questions))
+        questions, of_users = asked[0]
+        seeds, users = (r["parameters"]["seed"] for r in own), np.repeat(np.arange(len(of_users)), of_users)
+        found[system] = Answers(tuple(seeds), hit, valid, users, tuple(questions))
     return found
 
 
@@ -81,14 +87,22 @@ def summary(found: Mapping[str, Answers]) -> pd.DataFrame:
 
 
 def comparisons(found: Mapping[str, Answers], system: str = "iLoRA") -> pd.DataFrame:
-    """`uncertainty.compare` of one system with each that was asked the same, and Holm's p over these comparisons."""
-    rows = {
-        other: uncertainty.compare(found[system].hit, own.hit, own.users)
-        for other, own in found.items()
-        if other != system and own.questions == found[system].questions
-    }
+    """`uncertainty.compare` of one system with each that was asked the same, and Holm's p over these comparisons.
+
+    Trained systems are compared in the seeds that both have.
+    """
+    rows, ours = {}, found[system]
+    for other, own in found.items():
+        shared = sorted({*ours.seeds} & {*own.seeds}) if SYSTEMS[other].seeds and SYSTEMS[system].seeds else None
+        if other != system and own.questions == ours.questions and shared != []:
+            rows[other] = uncertainty.compare(_of_seeds(ours, shared), _of_seeds(own, shared), own.users)
     table = pd.DataFrame.from_dict(rows, orient="index")
-    return table.assign(p_holm=uncertainty.holm(table["p"]))
+    return table.assign(p_holm=uncertainty.holm(table["p"])) if rows else pd.DataFrame(columns=COMPARED)
+
+
+def _of_seeds(own: Answers, seeds: Sequence[int] | None) -> np.ndarray:
+    """Right answers of these seeds, of all without them."""
+    return own.hit if seeds is None else own.hit[[own.seeds.index(seed) for seed in seeds]]
 
 
 def datasets(results: Sequence[Mapping]) -> list[str]:
@@ -107,7 +121,8 @@ def provenance(results: Sequence[Mapping]) -> pd.DataFrame:
             rows.append({
                 "dataset": name, "system": system, "seeds": len(own), "draws": own[0]["parameters"]["draws"],
                 "settings": ", ".join(f"{use} {own[0]['parameters'][use]}" for use in uses),
-                "device": own[0]["device"]["name"], "commit": ", ".join(sorted({r["commit"][:7] for r in own})),
+                "device": ", ".join(sorted({r["device"]["name"] for r in own})),
+                "commit": ", ".join(sorted({r["commit"][:7] for r in own})),
                 "seconds": round(float(np.median([r["seconds"] for r in own]))),
             })  # fmt: skip
     return pd.DataFrame(rows).set_index(["dataset", "system"])
@@ -124,7 +139,7 @@ def readable(summaries: Mapping[str, pd.DataFrame], printed: pd.Series | None = 
         rows[dataset, system] |= {"seeds": int(row["seeds"]), "draws": int(row["draws"])}
         if printed is not None:
             known = printed.get((dataset, names.get(system, system)))
-            rows[dataset, system]["paper, other base"] = "-" if known is None else f"{known:.4f}"
+            rows[dataset, system]["paper"] = "-" if known is None else f"{known:.4f}"
     return pd.DataFrame.from_dict(rows, orient="index")
 
 

@@ -43,7 +43,7 @@ def test_a_result_is_a_row_with_values_and_what_it_changed(tmp_path):
     write(tmp_path, metrics=hits(0.3, 0.3), experts=1)  # LoRA, which the others hold
     write(tmp_path, "06", metrics={"gate": {"between groups": {"value": 0.2, "p": 0.01, "n": 9}}})
     table = comparisons.read(tmp_path, "04").sort_values("seed")
-    assert table["iLoRA.hit_ratio"].tolist() == table["iLoRA.hit_ratio"].tolist() == [0.6, 0.6]
+    assert (table["LoRA.hit_ratio"].tolist(), table["iLoRA.hit_ratio"].tolist()) == ([0.5, 0.4], [0.6, 0.6])
     assert table["changed"].tolist() == [(), ("conflict", "guidance")]
     assert table["setting"].tolist() == ["world", "world, conflict 1.0"]
     assert table["gate_top_k"].tolist() == [0, 0] and table["device"].tolist() == ["a CPU"] * 2
@@ -156,9 +156,9 @@ def test_a_variant_is_compared_with_the_default_of_its_seed_and_setting(paired):
     interval = test.confidence_interval()
     assert found.loc["guidance random", ["low", "high"]].tolist() == pytest.approx([interval.low, interval.high])
     assert found.loc["LoRA, no gate", "value"] == pytest.approx(-0.06)
-    said = "1 of 1 variants can be told from the default: guidance random (world)"  # LoRA is no variant of the gate
+    said = "before any correction 1 of 1 intervals leave out zero: guidance random (world)"  # LoRA is none
     assert comparisons.told_apart(paired) == said
-    assert comparisons.told_apart(paired.assign(high=1)) == "0 of 1 variants can be told from the default"
+    assert comparisons.told_apart(paired.assign(high=1)) == "before any correction 0 of 1 intervals leave out zero"
 
 
 def test_a_question_may_change_other_parameters_along(tmp_path):
@@ -166,7 +166,9 @@ def test_a_question_may_change_other_parameters_along(tmp_path):
         write(tmp_path, metrics=hits(0.5, 0.6), **given)
     found = comparisons.paired(comparisons.read(tmp_path, "04"), "rank", "alpha", "experts")
     assert list(found["variant"]) == ["LoRA, no gate", "rank 16, alpha 64", "rank 16, alpha 64, experts 8"]
-    assert found["p"].isna().all() and comparisons.told_apart(found).startswith("0 of 0")  # one seed tells nothing
+    assert found["p"].isna().all() and comparisons.told_apart(found).startswith(
+        "before any correction 0 of 0"
+    )  # one seed tells nothing
 
 
 def test_p_values_are_adjusted_for_all_questions_each_difference_once(paired):
@@ -183,7 +185,7 @@ def test_nothing_to_compare_is_empty_and_not_an_error(tmp_path):
     assert table.empty and comparisons.usual(table, "conflict").empty
     assert comparisons.with_lora(table).empty and comparisons.per_epoch(table).empty
     found = comparisons.paired(table, "guidance")
-    assert found.empty and comparisons.told_apart(found).startswith("0 of 0")
+    assert found.empty and comparisons.told_apart(found).startswith("before any correction 0 of 0")
     assert comparisons.over_seeds(table, ["conflict"], {"LoRA": "LoRA.hit_ratio"}).empty
     assert comparisons.slope(table, "conflict", "difference")["n"] == 0
     with warnings.catch_warnings():
@@ -198,12 +200,10 @@ def test_records_can_be_written_as_json():
     ]
 
 
-def test_gates_are_read_of_runs_that_kept_them(tmp_path, monkeypatch):
-    monkeypatch.setenv("ILORA_HOME", str(tmp_path))
+def test_gates_are_read_of_runs_that_kept_them(tmp_path):
     gate = {"users": [7, 8], "weights": [[0.25, 0.75], [0.5, 0.5]]}
-    runs.Run("04", {"experts": 2, "seed": 0}).save({"gate": gate})
-    runs.Run("04", {"experts": 4, "seed": 0}).save({"gate": {"entropy": {"value": 1.0}}})
-    runs.Run("04", {"experts": 8, "seed": 1}).save({"gate": gate})
-    (experts, weights), *others = comparisons.kept_gates(runs.home() / "results", seed=0).items()
+    write(tmp_path, metrics={"gate": gate}, experts=2)
+    write(tmp_path, metrics={"gate": {"entropy": {"value": 1.0}}}, experts=8)
+    (experts, weights), *others = comparisons.kept_gates(comparisons.read(tmp_path, "04")).items()
     assert experts == 2 and not others
     assert weights.index.tolist() == [7, 8] and weights.loc[7].tolist() == [0.25, 0.75]

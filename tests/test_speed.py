@@ -1,7 +1,7 @@
 import pandas as pd
 import pytest
 
-from ilora import speed
+from ilora import runs, speed
 
 
 def way(ratio, **more):
@@ -38,6 +38,19 @@ def test_a_ratio_meets_its_goal_on_the_goals_own_side():
     assert found["to"].tolist() == ["ours", "LoRA"] and found["rows"].tolist() == [7, 3]
     assert found["seconds"].tolist() == [18, 2.04] and found["seconds_to"].tolist() == [2, 2]
     assert found[["low", "value", "high"]].iloc[0].tolist() == [8, 9, 10]
+
+
+def test_a_result_that_names_no_reference_and_no_goal_is_judged_all_the_same():
+    one = {"time_ratio": {"median": 1.0, "low": 1.0, "high": 1.0}, "seconds": {"median": 1}}
+    old = {"metrics": {"two": {"iLoRA": way(1.5, tokens_per_second=3.0), "LoRA": one, "rows": 3}}}
+    found = speed.ratios(RESULTS | {"old_cuda": old}).loc[("old_cuda", "two", "iLoRA")]
+    assert found["to"] == "LoRA" and found["goal"] == "at most 1.02" and not found["met"]
+    assert speed.steps({"old_cuda": old})["to"].tolist() == ["LoRA"]
+
+
+def test_a_folder_without_results_is_refused(tmp_path):
+    with pytest.raises(runs.UserError, match="make bench"):
+        speed.read(tmp_path)
 
 
 @pytest.mark.parametrize(

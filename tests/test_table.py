@@ -57,7 +57,7 @@ def test_cells_are_asked_the_same_questions_and_can_be_read(home):
     assert list(compared.index) == SMALL[:2]
     np.testing.assert_allclose(compared["p_holm"], uncertainty.holm(compared["p"]))
     text = verdicts.readable({"world": summary}, paper.table().set_index(["dataset", "system"])["hit_ratio"])
-    assert text.loc[("world", "iLoRA"), "paper, other base"] == "-"
+    assert text.loc[("world", "iLoRA"), "paper"] == "-"
     assert verdicts.provenance(results).loc[("world", "iLoRA"), "seeds"] == 1
     assert verdicts.verdicts({"world": compared}).name == "iLoRA"
     json.dumps(verdicts.plain({"a": compared.to_dict("index")}), allow_nan=False)
@@ -143,13 +143,24 @@ def test_mixed_settings_are_refused_and_other_questions_not_compared():
     assert verdicts.answers(same, "movielens")["iLoRA"].hit.tolist() == [[[False, True]], [[False, True]]]
     with pytest.raises(runs.UserError, match="several settings"):
         verdicts.answers([result("iLoRA", 0, "a", rank=8), result("iLoRA", 1, "a", rank=16)], "movielens")
-    found = verdicts.answers([*same, result("SASRec", 0, "b")], "movielens")
-    assert list(verdicts.comparisons(found).index) == ["Popularity"]  # SASRec was asked something else
+    with pytest.raises(runs.UserError, match="different questions"):
+        verdicts.answers([result("iLoRA", 0, "a"), result("iLoRA", 1, "b")], "movielens")
+    found = verdicts.answers([*same, result("SASRec", 0, "b"), result("GRU4Rec", 2, "a")], "movielens")
+    assert list(verdicts.comparisons(found).index) == ["Popularity"]  # others: other questions, and no seed in common
+    assert verdicts.comparisons({"iLoRA": found["iLoRA"]}).empty
+
+
+def test_runs_are_paired_by_their_seed():
+    hit = np.array([[[0, 0, 1, 1]], [[1, 1, 0, 0]], [[0, 1, 0, 1]]], bool)
+    ours = verdicts.Answers((0, 1, 2), hit, hit, np.arange(4), ("a",))
+    theirs = verdicts.Answers((1, 2), hit[1:], hit[1:], np.arange(4), ("a",))  # seed 0 failed
+    row = verdicts.comparisons({"iLoRA": ours, "LLaRA": theirs}).loc["LLaRA"]
+    assert row["value"] == row["low"] == row["high"] == 0
 
 
 def test_hits_of_valid_answers_are_the_ratio_of_sums():
     hit, valid = np.array([[[1, 0, 1, 0]]], bool), np.array([[[1, 1, 1, 0]]], bool)
-    found = {"iLoRA": verdicts.Answers(hit, valid, np.arange(4), ("a",))}
+    found = {"iLoRA": verdicts.Answers((0,), hit, valid, np.arange(4), ("a",))}
     row = verdicts.summary(found).loc["iLoRA"]
     assert (row["value"], row["hit_ratio_of_valid"], row["valid_ratio"]) == (0.5, pytest.approx(2 / 3), 0.75)
     assert isinstance(verdicts.summary(found), pd.DataFrame)
@@ -164,6 +175,6 @@ def test_a_difference_needs_its_test_and_its_interval():
 
 def test_answers_that_are_all_wrong_still_have_an_interval():
     wrong = np.zeros((1, 5, 50), bool)
-    own = verdicts.Answers(wrong, wrong, np.arange(50), ("a",) * 5)
+    own = verdicts.Answers((0,), wrong, wrong, np.arange(50), ("a",) * 5)
     row = verdicts.summary({"ChatRec": own}).loc["ChatRec"]
     assert row["value"] == 0 == row["low"] and 0.05 < row["high"] < 0.1  # Wilson's of 0 among 50

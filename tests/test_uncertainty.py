@@ -25,8 +25,14 @@ def test_the_parts_are_the_errors_of_three_means():
     assert found["error_seeds"] == pytest.approx(stats.sem(values.mean((1, 2))))
     assert found["error_draws"] == pytest.approx(stats.sem(values.mean((0, 2))))
     assert found["error_users"] == pytest.approx(stats.sem(values.mean((0, 1))))
-    assert found["sd_draws"] == pytest.approx(values.mean((0, 2)).std(ddof=1))
     assert (found["seeds"], found["draws"], found["n"], found["users"]) == (3, 4, 60, 60)
+
+
+def test_another_draw_moves_a_run_by_as_much_however_many_runs_there_are():
+    values = np.zeros((2, 2, 3))
+    values[0, 0], values[1, 1] = 1, 1  # each run gets another draw right: their mean does not move, a run does
+    found = spread(values, np.arange(3))
+    assert found["error_draws"] == 0 and found["sd_draws"] == pytest.approx(np.sqrt(0.5))
 
 
 @pytest.mark.parametrize(("place", "part"), list(enumerate(["seeds", "draws", "users"])))

@@ -33,7 +33,7 @@ def test_the_code_on_the_page_of_the_adapter_runs(somewhere, monkeypatch):
     monkeypatch.setattr(
         AutoModelForCausalLM, "from_pretrained", lambda *_, **__: model_of(EMBEDDED, dtype=torch.float32)
     )
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda _: tokenizer_of(EMBEDDED))
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda _, **given: tokenizer_of(EMBEDDED, **given))
     here, (first, *code) = {}, blocks("adapter", "python")
     assert len(code) == 8
     exec(first, here)
