@@ -299,9 +299,13 @@ def numbered(html: str, numbers: Iterator[int]) -> str:
 
 
 def portable(value: Any) -> Any:
-    """JSON whose strings name no folder of this machine, but `artifacts`, `.` and `~`, and no address in memory."""
+    """JSON whose strings name no folder of this machine, but `artifacts`, `.` and `~`, and no address in memory.
+
+    Of a data_dir elsewhere the name is left.
+    """
     if isinstance(value, dict):
-        return {name: portable(item) for name, item in value.items()}
+        elsewhere = {"data_dir"} if os.path.isabs(str(value.get("data_dir"))) else set()
+        return {name: Path(item).name if name in elsewhere else portable(item) for name, item in value.items()}
     if isinstance(value, list):
         return [portable(item) for item in value]
     if isinstance(value, str):

@@ -233,3 +233,9 @@ def test_widgets_and_random_ids_do_not_reach_a_copy(repository):
 def test_the_first_word_table_makes_a_table(capsys):
     assert runner.main(["table", "--systems", "nobody"]) == 1
     assert "there is no 'nobody' here: choose among Popularity" in capsys.readouterr().err
+
+
+def test_a_published_result_names_no_folder_of_this_machine():
+    given = {"data_dir": "/somewhere/of/mine/data", "list": [{"data_dir": "data", "dataset": "movielens"}]}
+    assert runner.portable(given) == {"data_dir": "data", "list": [{"data_dir": "data", "dataset": "movielens"}]}
+    assert runner.portable(str(runner.ROOT / "book")) == "./book"
