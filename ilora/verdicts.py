@@ -134,7 +134,8 @@ def readable(summaries: Mapping[str, pd.DataFrame], printed: pd.Series | None = 
     rows = {}
     for (dataset, own), system in ((pair, system) for pair in summaries.items() for system in pair[1].index):
         row = own.loc[system]
-        rows[dataset, system] = {"HitRatio@1": evaluation.written(row), "valid_ratio": f"{row['valid_ratio']:.3f}"}
+        whole = evaluation.written(row).replace(" ", "\N{NO-BREAK SPACE}")  # else a page breaks it into three lines
+        rows[dataset, system] = {"HitRatio@1": whole, "valid_ratio": f"{row['valid_ratio']:.3f}"}
         rows[dataset, system] |= {"hit_ratio_of_valid": f"{row['hit_ratio_of_valid']:.3f}", "n": int(row["n"])}
         rows[dataset, system] |= {"seeds": int(row["seeds"]), "draws": int(row["draws"])}
         if printed is not None:
