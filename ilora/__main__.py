@@ -86,7 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line; usage errors exit with code 2."""
-    known = "\n".join(f"  {name:15s}{parameter.meaning}" for name, parameter in PARAMETERS.items())
+    width = max(map(len, PARAMETERS)) + 1
+    known = "\n".join(f"  {name:{width}s}{parameter.meaning}" for name, parameter in PARAMETERS.items())
     parser = argparse.ArgumentParser(
         "python -m ilora",
         description=HELP,
