@@ -78,7 +78,7 @@ def ratios(results: Results) -> pd.DataFrame:
     for name, part, found in parts(results):
         ways = {way: value for way, value in found.items() if isinstance(value, dict) and "time_ratio" in value}
         first = reference(found)
-        for way in [way for way in ways if way != first]:
+        for way in [way for way in ways if first and way != first]:
             ratio, aim = ways[way]["time_ratio"], goals.get((part, way))
             row = {"benchmark": name, "part": part, "way": way, "to": first, "rows": found.get("rows")}
             row |= {"seconds": ways[way]["seconds"]["median"], "seconds_to": ways[first]["seconds"]["median"]}

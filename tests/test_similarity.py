@@ -110,3 +110,8 @@ def test_what_other_groups_lack_is_told_from_noise():
         assert found["same"] == pytest.approx(2 / 3, abs=0.01)  # halves have cosine 1/2
         assert found["other"] == pytest.approx(2 / 3 * (1 - 2 * lack), abs=0.01)
         assert found["lack"] == pytest.approx(found["same"] - found["other"])
+
+
+def test_halves_that_point_apart_are_not_made_to_point_further_apart():
+    cosine = np.array([[1.0, -0.9], [-0.9, 1.0]])  # Spearman and Brown's formula would give -18
+    assert similarity.repeatability(cosine).tolist() == [-0.9]
