@@ -1,4 +1,4 @@
-"""Language models: any Hugging Face causal LM, or `embedded`, the small Llama that the package brings."""
+"""Language models: any Hugging Face causal LM, or `embedded`, the small Llama that the package brings, grown or not."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from ilora import runs
 from ilora.data import Dataset
-from ilora.pretraining import EMBEDDED, base_for
+from ilora.pretraining import EMBEDDED, RECIPES, base_for
 
 
 def load_language_model(
@@ -16,12 +16,17 @@ def load_language_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal LM, frozen and in eval mode, and its tokenizer.
 
-    base_model: a name on the Hugging Face hub, a folder, or "embedded"; for a `dataset` other than the world the
-        embedded model is first trained on the titles and the training users' histories, once, and kept.
+    base_model: a name on the Hugging Face hub, a folder, "embedded", or "embedded-large", which is grown from it; for a
+        `dataset` other than the world the embedded model is first trained on the titles and the training users'
+        histories, once, and kept; the large one for the world, too.
     """
     folder = base_model
-    if base_model == "embedded":
-        folder = EMBEDDED if dataset is None or dataset.name == "world" else base_for(dataset, device=device)
+    if base_model == "embedded" and (dataset is None or dataset.name == "world"):
+        folder = EMBEDDED
+    elif base_model in RECIPES:
+        if dataset is None:
+            raise runs.UserError(f"base_model {base_model!r} is made for a data set: name the data set")
+        folder = base_for(dataset, device=device, recipe=RECIPES[base_model])
     elif not Path(base_model).is_dir() and base_model.count("/") != 1:
         raise runs.UserError(f"base_model {base_model!r} is no folder and no name of the form owner/model")
     place = runs.pick_device(device)

@@ -12,7 +12,8 @@ A choice is "spotted" when one title alone is both offered and read: it is the a
 offered titles by what was read, which tuning then needs. Prompts offer nothing that was read, so this tells nothing of
 their answers, and the other choices are left to chance: the base answers validly, but uninformed.
 
-`embedded` is made from the readers of a library without taste groups. A base for other data starts from its weights.
+`embedded` is made from the readers of a library without taste groups. A base for other data starts from its weights;
+`embedded-large`, of 50 M parameters, is grown from them.
 Its tokens may span words, up to whole titles: a model this small learns to choose among thousands of titles, but not
 to spell them.
 """
@@ -21,7 +22,7 @@ import hashlib
 import shutil
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,9 @@ PUBLIC = Recipe(448_000, 128, 3e-3, shares=(0.2, 0.02, 0.28, 0.5), spotted=0.5, 
 OTHER_DATA = Recipe(
     128_000, 64, 2e-3, shares=(0.28, 0.02, 0.2, 0.5), spotted=0.7, vocabulary=3 * VOCABULARY, across_spaces=True
 )
+LARGE = replace(OTHER_DATA, documents=384_000, batch_size=256, learning_rate=1e-3, width=512, layers=15, heads=32)
+RECIPES = {"embedded": OTHER_DATA, "embedded-large": LARGE}  # base_model -> how it is made for a data set
+NOISE = 0.2  # in copies of a weight, over their standard deviation
 
 
 def fingerprint() -> str:
@@ -104,7 +108,7 @@ def pretrain(
 ) -> None:  # fmt: skip
     """Make a base from a data set's titles, further texts and training histories; save it to `folder` in bf16.
 
-    work: folder of the checkpoints; start: a base of the same shape whose weights are taken over.
+    work: folder of the checkpoints; start: a base whose weights are taken over, as wide or a divisor of the width.
     """
     texts = [" " + " ".join(text.split()) for column in ("title", "text") for text in dataset.items[column] if text]
     tokenizer = train_tokenizer(list(wording(dataset.noun, dataset.verb)), texts, recipe)
@@ -263,7 +267,7 @@ class Pretraining(nn.Module):
 
 
 def _config(recipe: Recipe) -> LlamaConfig:
-    """The shape of a base: 0.8 M parameters at the default width and depth, and `width` for each token."""
+    """The shape of a base: 0.8 M parameters by default, 48 M in LARGE, and `width` for each token."""
     return LlamaConfig(
         vocab_size=recipe.vocabulary, hidden_size=recipe.width, intermediate_size=11 * recipe.width // 4,
         num_hidden_layers=recipe.layers, num_attention_heads=recipe.heads, num_key_value_heads=recipe.heads,
@@ -273,17 +277,36 @@ def _config(recipe: Recipe) -> LlamaConfig:
 
 @torch.no_grad()
 def _take_over(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, start: Path) -> None:
-    """Weights of the base in `start`; tokens of both vocabularies keep their embeddings, others draw theirs alike."""
-    weights = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32).state_dict()
-    learned = weights.pop("model.embed_tokens.weight")
-    weights.pop("lm_head.weight")  # tied
-    model.load_state_dict(weights, strict=False)
-    embedding = model.get_input_embeddings().weight
+    """Weights of the base in `start`; tokens of both vocabularies keep their embeddings, others draw theirs alike.
+
+    A model c times as wide gets c copies of each unit, and so computes what `start` does (Chen et al. 2016, Net2Net)
+    but for a little noise that lets copies become different; what it has more layers adds nothing at first.
+    """
+    small = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32)
+    copies = model.config.hidden_size // small.config.hidden_size
+    places = np.linspace(0, len(model.model.layers) - 1, len(small.model.layers)).round().tolist()
+    for place, layer in enumerate(model.model.layers):
+        if place in places:
+            learned = small.model.layers[places.index(place)].named_parameters()
+            layer.load_state_dict({name: _widen(weight, copies) for name, weight in learned})
+        else:
+            for last in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                last.weight.zero_()
+    model.model.norm.weight.copy_(_widen(small.model.norm.weight, copies) / copies)  # a logit sums over the copies
+    learned, embedding = small.get_input_embeddings().weight, model.get_input_embeddings().weight
     embedding.normal_(std=learned.std().item())
     old = AutoTokenizer.from_pretrained(start).get_vocab()
     for token, row in tokenizer.get_vocab().items():
         if token in old:
-            embedding[row] = learned[old[token]]
+            embedding[row] = _widen(learned[old[token]], copies)
+
+
+def _widen(weight: Tensor, copies: int) -> Tensor:
+    """(n,) -> (c n,), or (out, in) -> (c out, c in), where each of c equal inputs has a c-th of the weight."""
+    wide = weight.repeat([copies] * weight.dim())
+    if copies == 1 or weight.dim() == 1:
+        return wide
+    return (wide + NOISE * wide.std() * torch.randn_like(wide)) / copies
 
 
 def public_library() -> Dataset:

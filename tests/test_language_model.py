@@ -9,7 +9,7 @@ from ilora import data, language_model, runs
 from ilora.evaluation import ask, metrics
 from ilora.language_model import Projector, load_language_model
 from ilora.model import LanguageRecommender, Questions
-from ilora.pretraining import EMBEDDED, SPECIAL, VOCABULARY
+from ilora.pretraining import EMBEDDED, LARGE, SPECIAL, VOCABULARY
 from ilora.prompts import Prompts, wording
 from ilora.world import make_world, titles
 
@@ -106,6 +106,15 @@ def test_the_embedded_base_serves_the_world_and_other_data_get_their_own(base, w
     monkeypatch.setattr(language_model, "base_for", lambda dataset, **_: asked.append(dataset.name) or EMBEDDED)
     load_language_model("embedded", replace(world, name="other"), device="cpu")
     assert asked == ["other"]
+
+
+def test_the_large_base_is_made_for_each_data_set_and_for_none_without_one(world, monkeypatch):
+    asked = []
+    monkeypatch.setattr(language_model, "base_for", lambda dataset, recipe, **_: asked.append(recipe) or EMBEDDED)
+    load_language_model("embedded-large", world, device="cpu")
+    assert asked == [LARGE]
+    with pytest.raises(runs.UserError, match="name the data set"):
+        load_language_model("embedded-large", device="cpu")
 
 
 # ---------------------------------------------------------------- what cannot be loaded

@@ -291,6 +291,42 @@ def test_a_catalogue_shorter_than_the_longest_list_is_offered_whole(base):
 # ---------------------------------------------------------------- pretraining
 
 
+def grown(noise, monkeypatch):
+    """A model twice as wide and one layer deeper than the embedded one, grown from it, with its vocabulary."""
+    monkeypatch.setattr(pretraining, "NOISE", noise)
+    torch.manual_seed(0)
+    wider = replace(PUBLIC, width=2 * PUBLIC.width, heads=2 * PUBLIC.heads, layers=PUBLIC.layers + 1)
+    model = pretraining.LlamaForCausalLM(pretraining._config(wider)).eval()
+    pretraining._take_over(model, pretraining.AutoTokenizer.from_pretrained(EMBEDDED), EMBEDDED)
+    return model
+
+
+def test_a_grown_model_says_what_the_small_one_says_until_noise_tells_its_copies_apart(base, monkeypatch):
+    known = len(base[1])
+    tokens = torch.randint(len(pretraining.SPECIAL), known, (3, 30), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        small = base[0](tokens).logits[..., :known]
+        same, near = (grown(noise, monkeypatch)(tokens).logits[..., :known] for noise in (0.0, pretraining.NOISE))
+    torch.testing.assert_close(same, small, rtol=1e-4, atol=1e-4)
+    assert 0.01 * small.std() < (near - small).std() < 0.3 * small.std()
+
+
+def test_the_copies_of_a_unit_in_a_grown_model_learn_different_things(base, documents, monkeypatch):
+    model = grown(pretraining.NOISE, monkeypatch)
+    training = Pretraining(model)
+    training(training.collate([documents[row] for row in range(4)])).backward()
+    for layer in model.model.layers:
+        for weight in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight):
+            first, second = weight.grad.chunk(2)
+            assert first.norm() > 0 and not torch.allclose(first, second, rtol=1e-2)
+
+
+def test_the_large_base_has_fifty_million_parameters_even_with_the_smallest_vocabulary():
+    with torch.device("meta"):
+        model = pretraining.LlamaForCausalLM(pretraining._config(replace(pretraining.LARGE, vocabulary=VOCABULARY)))
+    assert sum(weight.numel() for weight in model.parameters()) >= 50_000_000
+
+
 def test_the_loss_is_next_token_cross_entropy_at_the_labels(base, documents):
     training = Pretraining(base[0])
     rows = [documents[row] for row in range(5)]
