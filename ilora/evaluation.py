@@ -172,7 +172,7 @@ def interval(values: np.ndarray, users: np.ndarray, seed: int = 0) -> dict[str, 
         found = stats.binomtest(round(mean * clusters), clusters).proportion_ci(method="wilson")
         low, high = found.low, found.high
     else:
-        low, high = np.quantile(_resampled_means(values, users, seed), (0.025, 0.975))
+        low, high = np.quantile(resampled_means(values, users, seed), (0.025, 0.975))
     return {"value": mean, "low": float(low), "high": float(high), "n": n, "users": clusters}
 
 
@@ -185,12 +185,12 @@ def difference(one: pd.DataFrame, other: pd.DataFrame, column: str = "hit", seed
     if not asked[0].equals(asked[1]):
         raise ValueError("the two outcomes answer different questions: ask both with the same Questions")
     change = one[column].to_numpy(float) - other[column].to_numpy(float)
-    low, high = np.quantile(_resampled_means(change, one["user"].to_numpy(), seed), (0.025, 0.975))
+    low, high = np.quantile(resampled_means(change, one["user"].to_numpy(), seed), (0.025, 0.975))
     return {"value": float(change.mean()), "low": float(low), "high": float(high), "n": len(change)}
 
 
-def _resampled_means(values: np.ndarray, users: np.ndarray, seed: int) -> np.ndarray:
-    """(RESAMPLES,) means over users drawn with replacement, each with all its windows."""
+def resampled_means(values: np.ndarray, users: np.ndarray, seed: int) -> np.ndarray:
+    """(RESAMPLES,) means of values (n,) over users drawn with replacement, each with all its windows."""
     _, group = np.unique(users, return_inverse=True)
     sums, counts = np.bincount(group, values), np.bincount(group)
     rng = np.random.default_rng(seed)

@@ -12,7 +12,10 @@ import pandas as pd
 from ilora import data, evaluation, runs, uncertainty
 from ilora.table import FREE, SYSTEMS
 
-COMPARED = ["value", "low", "high", "n", "p", "mcnemar_median", "mcnemar_least", "mcnemar_largest", "p_holm"]
+COMPARED = [
+    "n", "value", "low", "high", "bootstrap_low", "bootstrap_high", "p", "p_holm", "mcnemar_median", "mcnemar_least",
+    "mcnemar_largest",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
