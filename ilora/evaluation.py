@@ -101,12 +101,17 @@ def _rank(scores: np.ndarray, is_target: np.ndarray) -> np.ndarray:
     return 1 + ((scores > own) | (scores == own) & earlier).sum(1)
 
 
-def _outcomes(questions: Questions, answer: np.ndarray, rank: np.ndarray | None) -> pd.DataFrame:
-    asked = questions.sequences
+def asked(questions: Questions) -> pd.DataFrame:
+    """What is asked: the columns of QUESTION, a row a question."""
+    own = questions.sequences
     digest = pd.util.hash_pandas_object(pd.DataFrame(questions.candidates), index=False) % 2**16  # of each row: small
-    columns = (asked.user, asked.position, asked.target, digest.astype(np.int64))
-    outcomes = pd.DataFrame(dict(zip(QUESTION, columns, strict=True)))
-    outcomes = outcomes.assign(answer=answer, valid=answer != NO_ANSWER, hit=answer == asked.target)
+    columns = (own.user, own.position, own.target, digest.astype(np.int64))
+    return pd.DataFrame(dict(zip(QUESTION, columns, strict=True)))
+
+
+def _outcomes(questions: Questions, answer: np.ndarray, rank: np.ndarray | None) -> pd.DataFrame:
+    hit = answer == questions.sequences.target
+    outcomes = asked(questions).assign(answer=answer, valid=answer != NO_ANSWER, hit=hit)
     return outcomes if rank is None else outcomes.assign(rank=rank)
 
 

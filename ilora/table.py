@@ -3,8 +3,9 @@
     python -m ilora table --datasets movielens lastfm --data-dir DIR --seeds 0 1 2 --jobs 2 --to book/results/table
 
 All systems are asked the same questions: each test user's last window, as in the paper, with several draws of the
-candidates, and windows of all test users' histories with one draw. A cell that has a result is skipped, one that fails
-is kept as failed with its reason and tried again the next time. A row is a System in SYSTEMS.
+candidates, and windows of all test users' histories with one draw; ChatRec, whose endpoint may cost, a random part of
+these. A cell that has a result is skipped, one that fails is kept as failed with its reason and tried again the next
+time. A row is a System in SYSTEMS.
 """
 
 import argparse
@@ -47,11 +48,13 @@ class System:
 
     uses: the settings that decide its result, beside those of data and questions.
     seeds: whether it is trained, so that runs with other seeds differ.
+    sample: the setting that says how many of the questions, drawn by lot, it is asked; all of them without.
     """
 
     make: Callable[[data.Dataset, int, Mapping[str, Any]], evaluation.System]
     uses: tuple[str, ...] = ()
     seeds: bool = True
+    sample: str = ""
 
 
 def trained(dataset: data.Dataset, kind: str, seed: int, settings: Mapping[str, Any]) -> Recommender:
@@ -99,7 +102,7 @@ SYSTEMS = {
     "SASRec": _recommender("SASRec"),
     "MoRec": _recommender("MoRec", "text_encoder"),
     "Language model": System(_untuned, ("base_model",), seeds=False),  # the paper's Llama2
-    "ChatRec": System(_chat, ("chat_url", "chat_model", "chat_limit"), seeds=False),
+    "ChatRec": System(_chat, ("chat_url", "chat_model", "chat_limit"), seeds=False, sample="chat_limit"),
     "TALLRec": _tuned(),
     "LLaRA (GRU4Rec)": _tuned("GRU4Rec"),
     "LLaRA (Caser)": _tuned("Caser"),
@@ -128,6 +131,8 @@ class Cell:
         world = WORLD if self.dataset == "world" else ()
         uses = {"window", "test_limit", *world, *SYSTEMS[self.system].uses}.difference(FREE)
         own = {"system": self.system, "dataset": self.dataset, "seed": self.seed, "draws": self.draws}
+        if SYSTEMS[self.system].sample:  # results without the word are of questions that no other system was asked
+            own["sample"] = "of the others' questions"
         return own | {name: self.settings[name] for name in sorted(uses)}
 
     @property
@@ -149,12 +154,11 @@ def run(cell: Cell) -> Path:
     drawn = {"conflict": settings["conflict"], "users": settings["users"], "seed": cell.seed}
     dataset = data.load(cell.dataset, cell.data_dir, **(drawn if cell.dataset == "world" else {}))
     system = SYSTEMS[cell.system].make(dataset, cell.seed, settings)
-    found = {}
+    sample, found = settings.get(SYSTEMS[cell.system].sample, 0), {}
     for windows in KINDS_OF_WINDOWS:
-        limit = settings["test_limit"] if windows == "all" else 0
-        limit = settings["chat_limit"] if cell.system == "ChatRec" else limit
+        limit, draws = (settings["test_limit"], 1) if windows == "all" else (0, cell.draws)
         asked = pipeline.questions(dataset, "test", settings["window"], limit, windows)
-        found[windows] = _answers(system, asked, cell.draws if windows == "last" else 1, settings["micro_batch_size"])
+        found[windows] = _answers(system, asked, draws, settings["micro_batch_size"], sample)
     metrics = {windows: {"hit_ratio": _share(own["hit"]), "valid_ratio": _share(own["valid"])}
                for windows, own in found.items()}  # fmt: skip
     metrics["notes"] = list(dataset.notes)
@@ -163,16 +167,24 @@ def run(cell: Cell) -> Path:
     )
 
 
-def _answers(system: evaluation.System, asked: pipeline.Questions, draws: int, at_once: int) -> dict[str, list]:
-    """Right and valid answers as one string of 0 and 1 a draw; windows: how many each user has, in order."""
+def _answers(
+    system: evaluation.System, questions: pipeline.Questions, draws: int, at_once: int, sample: int = 0
+) -> dict[str, list]:
+    """Right and valid answers as one string of 0 and 1 a draw; windows: how many each user has, in order.
+
+    With `sample` the system is asked that many of the questions, the same of each draw, and `rows` says which;
+    the digests and windows are those of all questions.
+    """
+    rows = np.sort(np.random.default_rng(0).permutation(len(questions))[:sample]) if sample else slice(None)
     found = {"hit": [], "valid": [], "questions": []}
     for draw in range(draws):
-        asked.set_epoch(draw)
-        outcomes = evaluation.ask(system, asked, at_once)
+        questions.set_epoch(draw)
+        outcomes = evaluation.ask(system, questions.take(rows), at_once)
         for name in ("hit", "valid"):
             found[name].append("".join("01"[int(value)] for value in outcomes[name]))
-        found["questions"].append(runs.key({"candidates": outcomes[evaluation.QUESTION].to_numpy().tolist()}))
-    return found | {"windows": np.unique(asked.sequences.user, return_counts=True)[1].tolist()}
+        found["questions"].append(runs.key({"candidates": evaluation.asked(questions).to_numpy().tolist()}))
+    found |= {"rows": rows.tolist()} if sample else {}
+    return found | {"windows": np.unique(questions.sequences.user, return_counts=True)[1].tolist()}
 
 
 def _share(rows: Sequence[str]) -> float:
@@ -264,7 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--datasets", nargs="+", default=["world"], metavar="NAME", help=f"{', '.join(data.WORDS)} (world)")
     add("--data-dir", default="", metavar="DIR", help="folder with their files, see the README")
     add("--systems", nargs="+", default=[s for s in SYSTEMS if s != "ChatRec"], metavar="NAME",
-        help=f"{', '.join(SYSTEMS)} (all but ChatRec, which asks chat_limit questions of an endpoint)")  # fmt: skip
+        help=f"{', '.join(SYSTEMS)} (all but ChatRec, which asks an endpoint chat_limit of the questions)")  # fmt: skip
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="of training (0 1 2)")
     add("--draws", type=int, default=5, metavar="N", help="of candidates for the last windows (5)")
     add("--jobs", type=int, default=1, metavar="N", help="cells at once (1); set OMP_NUM_THREADS to share the cores")

@@ -20,13 +20,14 @@ COMPARED = [
 
 @dataclass(frozen=True)
 class Answers:
-    """What a system answered to one set of questions in all its runs."""
+    """What a system answered to one set of questions, or to a sample of it, in all its runs."""
 
     seeds: tuple[int, ...]
     hit: np.ndarray  # (seeds, draws, n) bool
     valid: np.ndarray  # (seeds, draws, n) bool
     users: np.ndarray  # (n,)
-    questions: tuple[str, ...]  # a digest of each draw's questions
+    questions: tuple[str, ...]  # a digest of each draw's questions, of all of the set
+    rows: np.ndarray  # (n,) which questions of the set were asked, in order
 
 
 def read(folder: str | Path) -> list[dict[str, Any]]:
@@ -51,16 +52,18 @@ def answers(results: Sequence[Mapping], dataset: str, windows: str = "last") -> 
         settings = [{k: v for k, v in r["parameters"].items() if k not in ("seed", *FREE)} for r in own]
         if any(other != settings[0] for other in settings):
             raise runs.UserError(f"the results of {system} on {dataset} are of several settings: keep one in a folder")
-        asked = [[r["outcomes"][f"{windows} {what}"] for what in ("questions", "windows")] for r in own]
+        asked = [[r["outcomes"].get(f"{windows} {what}") for what in ("questions", "windows", "rows")] for r in own]
         if dataset != "world" and any(other != asked[0] for other in asked):  # each seed draws its own world
             raise runs.UserError(f"the runs of {system} on {dataset} were asked different questions: make them again")
         hit, valid = (
             np.array([[_bits(row) for row in r["outcomes"][f"{windows} {name}"]] for r in own])
             for name in ("hit", "valid")
         )
-        questions, of_users = asked[0]
-        seeds, users = (r["parameters"]["seed"] for r in own), np.repeat(np.arange(len(of_users)), of_users)
-        found[system] = Answers(tuple(seeds), hit, valid, users, tuple(questions))
+        questions, of_users, sample = asked[0]
+        users = np.repeat(np.arange(len(of_users)), of_users)  # of all questions
+        rows = np.arange(len(users)) if sample is None else np.array(sample)
+        seeds = tuple(r["parameters"]["seed"] for r in own)
+        found[system] = Answers(seeds, hit, valid, users[rows], tuple(questions), rows)
     return found
 
 
@@ -92,13 +95,15 @@ def summary(found: Mapping[str, Answers]) -> pd.DataFrame:
 def comparisons(found: Mapping[str, Answers], system: str = "iLoRA") -> pd.DataFrame:
     """`uncertainty.compare` of one system with each that was asked the same, and Holm's p over these comparisons.
 
-    Trained systems are compared in the seeds that both have.
+    Trained systems are compared in the seeds that both have, and one that was asked a sample on its rows alone.
     """
     rows, ours = {}, found[system]
     for other, own in found.items():
         shared = sorted({*ours.seeds} & {*own.seeds}) if SYSTEMS[other].seeds and SYSTEMS[system].seeds else None
-        if other != system and own.questions == ours.questions and shared != []:
-            rows[other] = uncertainty.compare(_of_seeds(ours, shared), _of_seeds(own, shared), own.users)
+        _, *places = np.intersect1d(ours.rows, own.rows, assume_unique=True, return_indices=True)
+        if other != system and own.questions == ours.questions and shared != [] and len(places[0]):
+            pair = (_of_seeds(one, shared)[..., at] for one, at in zip((ours, own), places, strict=True))
+            rows[other] = uncertainty.compare(*pair, own.users[places[1]])
     table = pd.DataFrame.from_dict(rows, orient="index")
     return table.assign(p_holm=uncertainty.holm(table["p"])) if rows else pd.DataFrame(columns=COMPARED)
 

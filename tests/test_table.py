@@ -1,6 +1,7 @@
 """Cells on the small world, run for real: asked alike, resumed, failed and shown as failed, read as a table."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -74,6 +75,54 @@ def test_popularity_is_right_where_a_loop_says_so(home):
     right = "".join("01"[int(item == row[2])] for item, row in zip(best, asked, strict=True))
     assert result["outcomes"]["last hit"] == [right]
     assert result["metrics"]["last"]["hit_ratio"] == right.count("1") / len(right)
+
+
+def test_a_sample_is_rows_of_the_questions_that_all_are_asked(home, monkeypatch):
+    """ChatRec's cell with another system in it, whose answers to all questions are known."""
+    likes = table.SYSTEMS["Popularity"].make
+    sampled = table.System(likes, ("chat_limit",), seeds=False, sample="chat_limit")
+    monkeypatch.setitem(table.SYSTEMS, "ChatRec", sampled)
+    cells = some(["Popularity", "ChatRec", "iLoRA"], seeds=(0, 1), test_limit=0, chat_limit=4)[:3]
+    assert [cell.system for cell in cells] == ["Popularity", "Popularity", "ChatRec"]  # a world for each seed
+    cells = [cells[0], cells[2], some(["iLoRA"], test_limit=0)[0]]
+    assert table.run_all(cells) == []
+    results = [json.loads(cell.result.read_text()) for cell in cells]
+    source = data.load("world", users=60, seed=0)
+    for windows in ("last", "all"):
+        whole, part, ours = verdicts.answers(results, "world", windows).values()
+        rows = results[1]["outcomes"][f"{windows} rows"]
+        assert rows == sorted({*rows}) and len(rows) == 4 < len(whole.users)
+        assert part.rows.tolist() == rows and part.hit.shape[-1] == part.valid.shape[-1] == 4
+        assert part.questions == whole.questions
+        np.testing.assert_array_equal(part.hit, whole.hit[..., rows])
+        user = data.sequences(source, "test", windows=windows).user
+        assert [user[row] for row in rows] == [np.unique(user)[own] for own in part.users]
+        compared = verdicts.comparisons({"ChatRec": part, "iLoRA": ours})
+        difference = ours.hit[..., rows].astype(float) - part.hit
+        assert compared.loc["ChatRec", ["n", "value"]].tolist() == [4, pytest.approx(difference.mean())]
+        assert compared.loc["ChatRec", "users"] == len({*part.users})
+        assert verdicts.comparisons({"ChatRec": part, "iLoRA": ours}, "ChatRec").loc["iLoRA", "n"] == 4
+    assert verdicts.summary({"ChatRec": part}).loc["ChatRec", "n"] == 4
+    assert some(["ChatRec"], chat_limit=5)[0].result != cells[1].result
+
+
+def test_a_sample_that_is_larger_than_the_questions_is_all_of_them(home):
+    source = data.load("world", users=60, seed=0)
+    asked = table.pipeline.questions(source, "test", windows="last")
+    own = Popularity.from_dataset(source)
+    every, most = (table._answers(own, asked, 2, 16, sample) for sample in (0, 1000))
+    assert most.pop("rows") == list(range(len(asked)))
+    assert most == every
+
+
+def test_the_results_of_the_book_are_still_those_of_their_cells():
+    assert "sample" not in some(["iLoRA"])[0].parameters
+    book = Path(__file__).parents[1] / "book" / "results" / "table"
+    for path in book.glob("table-*.json"):
+        was = json.loads(path.read_text())["parameters"]
+        settings = table.SETTINGS | {name: value for name, value in was.items() if name in table.SETTINGS}
+        cell = table.Cell(was["system"], was["dataset"], was["seed"], was["draws"], "", settings)
+        assert path.name in (cell.result.name, cell.failure.name)
 
 
 def test_what_is_there_is_not_run_again_and_settings_of_others_change_nothing(home, monkeypatch):
@@ -152,15 +201,15 @@ def test_mixed_settings_are_refused_and_other_questions_not_compared():
 
 def test_runs_are_paired_by_their_seed():
     hit = np.array([[[0, 0, 1, 1]], [[1, 1, 0, 0]], [[0, 1, 0, 1]]], bool)
-    ours = verdicts.Answers((0, 1, 2), hit, hit, np.arange(4), ("a",))
-    theirs = verdicts.Answers((1, 2), hit[1:], hit[1:], np.arange(4), ("a",))  # seed 0 failed
+    ours = verdicts.Answers((0, 1, 2), hit, hit, np.arange(4), ("a",), np.arange(4))
+    theirs = verdicts.Answers((1, 2), hit[1:], hit[1:], np.arange(4), ("a",), np.arange(4))  # seed 0 failed
     row = verdicts.comparisons({"iLoRA": ours, "LLaRA": theirs}).loc["LLaRA"]
     assert row["value"] == row["low"] == row["high"] == 0
 
 
 def test_hits_of_valid_answers_are_the_ratio_of_sums():
     hit, valid = np.array([[[1, 0, 1, 0]]], bool), np.array([[[1, 1, 1, 0]]], bool)
-    found = {"iLoRA": verdicts.Answers((0,), hit, valid, np.arange(4), ("a",))}
+    found = {"iLoRA": verdicts.Answers((0,), hit, valid, np.arange(4), ("a",), np.arange(4))}
     row = verdicts.summary(found).loc["iLoRA"]
     assert (row["value"], row["hit_ratio_of_valid"], row["valid_ratio"]) == (0.5, pytest.approx(2 / 3), 0.75)
     assert isinstance(verdicts.summary(found), pd.DataFrame)
@@ -175,6 +224,6 @@ def test_a_difference_needs_its_test_and_its_interval():
 
 def test_answers_that_are_all_wrong_still_have_an_interval():
     wrong = np.zeros((1, 5, 50), bool)
-    own = verdicts.Answers((0,), wrong, wrong, np.arange(50), ("a",) * 5)
+    own = verdicts.Answers((0,), wrong, wrong, np.arange(50), ("a",) * 5, np.arange(50))
     row = verdicts.summary({"ChatRec": own}).loc["ChatRec"]
     assert row["value"] == 0 == row["low"] and 0.05 < row["high"] < 0.1  # Wilson's of 0 among 50
