@@ -5,7 +5,7 @@
 All systems are asked the same questions: each test user's last window, as in the paper, with several draws of the
 candidates, and windows of all test users' histories with one draw; ChatRec, whose endpoint may cost, a random part of
 these. A cell that has a result is skipped, one that fails is kept as failed with its reason and tried again the next
-time. A row is a System in SYSTEMS.
+time. How validation chose the recommenders' L2 is a result beside them. A row is a System in SYSTEMS.
 """
 
 import argparse
@@ -25,9 +25,10 @@ from tqdm import tqdm
 
 from ilora import data, evaluation, pipeline, runs
 from ilora.chat import ChatRec
+from ilora.draws import hit_ratios
 from ilora.parameters import parse_parameters
 from ilora.recommenders import Popularity, Recommender
-from ilora.traditional import choose_l2, fit_recommender, table_1
+from ilora.traditional import L2_GRID, choose_l2, fit_recommender, table_1
 
 SETTINGS = {  # the notebooks' parameters that a table has, and their values unless -p says otherwise
     "conflict": 0.5, "users": 2000, "window": 10, "base_model": "embedded", "rank": 8, "alpha": 32.0, "dropout": 0.0,
@@ -49,12 +50,14 @@ class System:
     uses: the settings that decide its result, beside those of data and questions.
     seeds: whether it is trained, so that runs with other seeds differ.
     sample: the setting that says how many of the questions, drawn by lot, it is asked; all of them without.
+    searched: the recommender in it whose L2 validation chooses.
     """
 
     make: Callable[[data.Dataset, int, Mapping[str, Any]], evaluation.System]
     uses: tuple[str, ...] = ()
     seeds: bool = True
     sample: str = ""
+    searched: str = ""
 
 
 def trained(dataset: data.Dataset, kind: str, seed: int, settings: Mapping[str, Any]) -> Recommender:
@@ -67,8 +70,8 @@ def trained(dataset: data.Dataset, kind: str, seed: int, settings: Mapping[str, 
     return fit_recommender(dataset, seed, **table_1(kind, settings["window"]) | where | own)[0]
 
 
-def _recommender(kind: str, *uses: str) -> System:
-    return System(lambda dataset, seed, settings: trained(dataset, kind, seed, settings), uses)
+def _recommender(kind: str) -> System:
+    return System(lambda dataset, seed, settings: trained(dataset, kind, seed, settings), searched=kind)
 
 
 def _tuned(encoder: str = "", experts: bool = False) -> System:
@@ -81,7 +84,7 @@ def _tuned(encoder: str = "", experts: bool = False) -> System:
         )
         return pipeline.tuned(dataset, items, seed=seed, window=settings["window"], **chosen)[0]
 
-    return System(make, (*ADAPTER, "experts") if experts else ADAPTER)
+    return System(make, (*ADAPTER, "experts") if experts else ADAPTER, searched=encoder)
 
 
 def _untuned(dataset: data.Dataset, seed: int, settings: Mapping[str, Any]) -> evaluation.System:
@@ -100,7 +103,7 @@ SYSTEMS = {
     "GRU4Rec": _recommender("GRU4Rec"),
     "Caser": _recommender("Caser"),
     "SASRec": _recommender("SASRec"),
-    "MoRec": _recommender("MoRec", "text_encoder"),
+    "MoRec": System(lambda dataset, seed, settings: trained(dataset, "MoRec", seed, settings), ("text_encoder",)),
     "Language model": System(_untuned, ("base_model",), seeds=False),  # the paper's Llama2
     "ChatRec": System(_chat, ("chat_url", "chat_model", "chat_limit"), seeds=False, sample="chat_limit"),
     "TALLRec": _tuned(),
@@ -140,6 +143,21 @@ class Cell:
         return runs.home() / "results" / f"table-{runs.key(self.parameters)}.json"
 
     @property
+    def search(self) -> dict[str, Any]:
+        """What decides which L2 is chosen for the system's recommender; seed: of the training of those it is among."""
+        own = {"system": SYSTEMS[self.system].searched, "dataset": self.dataset, "window": self.settings["window"]}
+        world = {name: self.settings[name] for name in WORLD} | {"world": self.seed}
+        return own | {"grid": list(L2_GRID), "seed": 0} | (world if self.dataset == "world" else {})
+
+    @property
+    def searched(self) -> Path:
+        return runs.home() / "results" / f"l2-{runs.key(self.search)}.json"
+
+    def load(self) -> data.Dataset:
+        drawn = {"conflict": self.settings["conflict"], "users": self.settings["users"], "seed": self.seed}
+        return data.load(self.dataset, self.data_dir, **(drawn if self.dataset == "world" else {}))
+
+    @property
     def failure(self) -> Path:
         return self.result.with_name(self.result.name.replace("table-", "table-failed-"))
 
@@ -151,8 +169,7 @@ def run(cell: Cell) -> Path:
     """Make the cell's system, ask it, and write its result."""
     settings = cell.settings
     timed = runs.Run("table", cell.parameters | {name: settings[name] for name in FREE})
-    drawn = {"conflict": settings["conflict"], "users": settings["users"], "seed": cell.seed}
-    dataset = data.load(cell.dataset, cell.data_dir, **(drawn if cell.dataset == "world" else {}))
+    dataset = cell.load()
     system = SYSTEMS[cell.system].make(dataset, cell.seed, settings)
     sample, found = settings.get(SYSTEMS[cell.system].sample, 0), {}
     for windows in KINDS_OF_WINDOWS:
@@ -189,6 +206,23 @@ def _answers(
 
 def _share(rows: Sequence[str]) -> float:
     return "".join(rows).count("1") / sum(map(len, rows))
+
+
+def search(cell: Cell) -> Path:
+    """Write how validation chose L2 for the recommender of a cell that was run, whose models of the grid are kept.
+
+    metrics: chosen; grid: for each l2 the epoch and HitRatio@1 on validation with its interval over users.
+    """
+    about = cell.search
+    timed, dataset = runs.Run("l2", about | {"device": cell.settings["device"]}), cell.load()
+    settings = table_1(about["system"], about["window"]) | {"device": cell.settings["device"]}
+    chosen, found = choose_l2(dataset, grid=about["grid"], seed=about["seed"], **settings)
+    validation = data.sequences(dataset, "validation", about["window"])
+    grid = found[["l2", "epoch"]].to_dict("records")
+    for own in grid:
+        model, _ = fit_recommender(dataset, about["seed"], l2=own["l2"], **settings)
+        own |= evaluation.interval(hit_ratios(model, validation), validation.user)
+    return timed.save({"chosen": chosen, "grid": grid}, path=cell.searched)
 
 
 # ---------------------------------------------------------------- running them
@@ -257,10 +291,17 @@ def _attempts(waiting: Sequence[Cell], jobs: int) -> Iterator[tuple[Cell, str]]:
             raise
 
 
+def search_all(table: Sequence[Cell]) -> None:
+    """Write the searches for L2 of those cells that have results, where they are missing."""
+    ran = {cell.searched: cell for cell in table if SYSTEMS[cell.system].searched and cell.result.is_file()}
+    for cell in tqdm([cell for path, cell in ran.items() if not path.is_file()], desc="searches for L2", delay=1):
+        search(cell)
+
+
 def publish(table: Sequence[Cell], folder: Path) -> None:
-    """Copy the results there are, failures too, to `folder`."""
+    """Copy the results there are, failures and searches too, to `folder`."""
     for cell in table:
-        for path in (cell.result, cell.failure):
+        for path in (cell.result, cell.failure, cell.searched):
             (folder / path.name).unlink(missing_ok=True)
             if path.is_file():
                 runs.write_json(folder / path.name, json.loads(path.read_text(encoding="utf-8")))
@@ -291,6 +332,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise runs.UserError(f"--jobs must be at least 1, not {options.jobs}")
     table = cells(options.datasets, options.systems, options.seeds, options.draws, options.data_dir, SETTINGS | given)
     failed = run_all(table, options.jobs)
+    search_all(table)
     if options.to:
         publish(table, options.to)
     print(f"{len(table) - len(failed)} of {len(table)} cells are in {runs.home() / 'results'}")

@@ -168,6 +168,23 @@ def verdicts(against: Mapping[str, pd.DataFrame], system: str = "iLoRA", level: 
     return pd.Series(found, name=system)
 
 
+def searches(folder: str | Path) -> pd.DataFrame:
+    """How validation chose L2, of the searches in a folder: a row a recommender, empty if there are none.
+
+    HitRatio@1 on validation for each value of the grid, written with its interval; n, chosen, and at_edge: whether the
+    grid ends at the chosen value, so that a larger one might have won. No L2 is no edge: there is none below it.
+    """
+    rows = []
+    for result in (json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(folder).glob("l2-*.json"))):
+        about, chosen, grid = result["parameters"], result["metrics"]["chosen"], result["metrics"]["grid"]
+        row = {"dataset": about["dataset"], "system": about["system"]}
+        row |= {f"L2 {own['l2']:g}": evaluation.written(own).replace(" ", "\N{NO-BREAK SPACE}") for own in grid}
+        rows.append(row | {"n": grid[0]["n"], "chosen": chosen, "at_edge": chosen == max(own["l2"] for own in grid)})
+    order = {name: place for place, name in enumerate((*data.WORDS, *SYSTEMS))}
+    rows.sort(key=lambda row: (order[row["dataset"]], order[row["system"]]))
+    return pd.DataFrame(rows, columns=None if rows else ["dataset", "system", "n", "chosen", "at_edge"])
+
+
 def plain(value: Any) -> Any:
     """A nested report in which missing numbers are None, as JSON has no NaN."""
     if isinstance(value, Mapping):
