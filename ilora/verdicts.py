@@ -105,12 +105,27 @@ def comparisons(found: Mapping[str, Answers], system: str = "iLoRA") -> pd.DataF
             pair = (_of_seeds(one, shared)[..., at] for one, at in zip((ours, own), places, strict=True))
             rows[other] = uncertainty.compare(*pair, own.users[places[1]])
     table = pd.DataFrame.from_dict(rows, orient="index")
-    return table.assign(p_holm=uncertainty.holm(table["p"])) if rows else pd.DataFrame(columns=COMPARED)
+    return table.assign(p_holm=uncertainty.holm(table["p"])) if rows else pd.DataFrame(columns=COMPARED, dtype=float)
 
 
 def _of_seeds(own: Answers, seeds: Sequence[int] | None) -> np.ndarray:
     """Right answers of these seeds, of all without them."""
     return own.hit if seeds is None else own.hit[[own.seeds.index(seed) for seed in seeds]]
+
+
+def stacked(tables: Mapping[str, pd.DataFrame], columns: Sequence[str]) -> pd.DataFrame:
+    """These columns of the tables of several data sets as one table; an empty one of no table."""
+    return pd.concat({name: own[columns] for name, own in tables.items()} or {"": pd.DataFrame(columns=columns)})
+
+
+def missing(summaries: Mapping[str, pd.DataFrame], datasets: Sequence[str]) -> str:
+    """One sentence: of which systems these data sets have no results."""
+    parts = []
+    for name in datasets:
+        gone = [system for system in SYSTEMS if name not in summaries or system not in summaries[name].index]
+        if gone:
+            parts.append(f"{name} ({'any system' if len(gone) == len(SYSTEMS) else ', '.join(gone)})")
+    return f"There are no results of {'; '.join(parts)}." if parts else "There are results of every system."
 
 
 def datasets(results: Sequence[Mapping]) -> list[str]:
@@ -133,7 +148,8 @@ def provenance(results: Sequence[Mapping]) -> pd.DataFrame:
                 "commit": ", ".join(sorted({r["commit"][:7] for r in own})),
                 "seconds": round(float(np.median([r["seconds"] for r in own]))),
             })  # fmt: skip
-    return pd.DataFrame(rows).set_index(["dataset", "system"])
+    columns = ["dataset", "system", "seeds", "draws", "settings", "device", "commit", "seconds"]
+    return pd.DataFrame(rows, columns=columns).set_index(["dataset", "system"])
 
 
 def readable(summaries: Mapping[str, pd.DataFrame], printed: pd.Series | None = None) -> pd.DataFrame:
@@ -164,8 +180,9 @@ def verdicts(against: Mapping[str, pd.DataFrame], system: str = "iLoRA", level: 
         above, below = (list(sure.index[sure["value"] * sign > 0]) for sign in (1, -1))
         open_ = [name for name in table.index if name not in sure.index]
         parts = [("above", above), ("below", below), ("not told apart from", open_)]
-        found[dataset] = "; ".join(f"{word} {', '.join(names)}" for word, names in parts if names)
-    return pd.Series(found, name=system)
+        said = "; ".join(f"{word} {', '.join(names)}" for word, names in parts if names)
+        found[dataset] = said or "no other system was asked the same"
+    return pd.Series(found, name=system, dtype=object)
 
 
 def searches(folder: str | Path) -> pd.DataFrame:
