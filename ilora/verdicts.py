@@ -125,7 +125,8 @@ def missing(summaries: Mapping[str, pd.DataFrame], datasets: Sequence[str]) -> s
         gone = [system for system in SYSTEMS if name not in summaries or system not in summaries[name].index]
         if gone:
             parts.append(f"{name} ({'any system' if len(gone) == len(SYSTEMS) else ', '.join(gone)})")
-    return f"There are no results of {'; '.join(parts)}." if parts else "There are results of every system."
+    said = f"no results of {'; '.join(parts)}" if parts else f"results of every system on {', '.join(datasets)}"
+    return f"There are {said}."
 
 
 def datasets(results: Sequence[Mapping]) -> list[str]:
@@ -196,7 +197,9 @@ def searches(folder: str | Path) -> pd.DataFrame:
         about, chosen, grid = result["parameters"], result["metrics"]["chosen"], result["metrics"]["grid"]
         row = {"dataset": about["dataset"], "system": about["system"]}
         row |= {f"L2 {own['l2']:g}": evaluation.written(own).replace(" ", "\N{NO-BREAK SPACE}") for own in grid}
-        rows.append(row | {"n": grid[0]["n"], "chosen": chosen, "at_edge": chosen == max(own["l2"] for own in grid)})
+        rows.append(
+            row | {"n": grid[0]["n"], "chosen": f"{chosen:g}", "at_edge": chosen == max(own["l2"] for own in grid)}
+        )
     order = {name: place for place, name in enumerate((*data.WORDS, *SYSTEMS))}
     rows.sort(key=lambda row: (order[row["dataset"]], order[row["system"]]))
     return pd.DataFrame(rows, columns=None if rows else ["dataset", "system", "n", "chosen", "at_edge"])

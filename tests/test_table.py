@@ -198,7 +198,7 @@ def test_a_chosen_l2_at_the_end_of_its_grid_is_said_to_be_there(tmp_path):
         )
     shown = verdicts.searches(tmp_path)
     assert shown["system"].tolist() == ["GRU4Rec", "Caser", "SASRec"]  # in the table's order
-    assert shown["at_edge"].tolist() == [False, False, True]
+    assert shown["at_edge"].tolist() == [False, False, True] and shown["chosen"].tolist() == ["0", "1e-05", "0.0001"]
     assert shown["L2 1e-05"].str.replace("\N{NO-BREAK SPACE}", " ").tolist() == ["0.250 [0.200, 0.300]"] * 3
     assert verdicts.searches(tmp_path / "none").empty
 
@@ -259,6 +259,13 @@ def test_a_difference_needs_its_test_and_its_interval():
     compared = pd.DataFrame.from_dict(rows, orient="index", columns=["p_holm", "low", "high"])
     compared["value"] = compared[["low", "high"]].mean(axis=1)
     assert verdicts.verdicts({"x": compared})["x"] == "above A; below D; not told apart from B, C"
+
+
+def test_what_a_folder_lacks_is_said_in_a_sentence():
+    every = pd.DataFrame(index=list(table.SYSTEMS))
+    assert verdicts.missing({"LastFM": every}, ["LastFM"]) == "There are results of every system on LastFM."
+    said = verdicts.missing({"LastFM": every.drop(["Caser", "iLoRA"])}, ["LastFM", "Steam"])
+    assert said == "There are no results of LastFM (Caser, iLoRA); Steam (any system)."
 
 
 def test_answers_that_are_all_wrong_still_have_an_interval():
