@@ -65,16 +65,19 @@ def test_cells_are_asked_the_same_questions_and_can_be_read(home):
 
 
 def test_popularity_is_right_where_a_loop_says_so(home):
-    (cell,) = some(["Popularity"], draws=1)
+    (cell,) = some(["Popularity"], draws=3, users=400)
     table.run_all([cell])
-    source = data.load("world", users=60, seed=0)
+    source = data.load("world", users=400, seed=0)
     asked = table.pipeline.questions(source, "test", windows="last")
-    counts = Popularity.from_dataset(source).counts.numpy()
-    best = [offered[counts[offered].argmax()] for _, offered, _ in asked]
+    counts, right = Popularity.from_dataset(source).counts.numpy(), []
+    for draw in range(3):
+        asked.set_epoch(draw)
+        best = [offered[counts[offered].argmax()] for _, offered, _ in asked]
+        right.append("".join("01"[int(item == row[2])] for item, row in zip(best, asked, strict=True)))
+    assert len(set(right)) == 3  # other candidates, other answers
     result = json.loads(cell.result.read_text())
-    right = "".join("01"[int(item == row[2])] for item, row in zip(best, asked, strict=True))
-    assert result["outcomes"]["last hit"] == [right]
-    assert result["metrics"]["last"]["hit_ratio"] == right.count("1") / len(right)
+    assert result["outcomes"]["last hit"] == right
+    assert result["metrics"]["last"]["hit_ratio"] == "".join(right).count("1") / len("".join(right))
 
 
 def test_a_sample_is_rows_of_the_questions_that_all_are_asked(home, monkeypatch):
@@ -244,6 +247,21 @@ def test_runs_are_paired_by_their_seed():
     theirs = verdicts.Answers((1, 2), hit[1:], hit[1:], np.arange(4), ("a",), np.arange(4))  # seed 0 failed
     row = verdicts.comparisons({"iLoRA": ours, "LLaRA": theirs}).loc["LLaRA"]
     assert row["value"] == row["low"] == row["high"] == 0
+
+
+def test_a_sample_is_compared_on_its_rows_alone():
+    rng, users, rows = np.random.default_rng(0), np.repeat(np.arange(10), 3), np.array([1, 2, 5, 17, 18, 29])
+    ours, theirs = rng.random((3, 2, 30)) < 0.6, rng.random((1, 2, 30)) < 0.3
+    whole = verdicts.Answers((0, 1, 2), ours, ours, users, ("a", "b"), np.arange(30))
+    part = verdicts.Answers((0,), theirs[..., rows], theirs[..., rows], users[rows], ("a", "b"), rows)
+    row = verdicts.comparisons({"iLoRA": whole, "ChatRec": part}).loc["ChatRec"]
+    expected = uncertainty.compare(ours[..., rows], theirs[..., rows], users[rows])
+    assert {name: row[name] for name in expected} == expected
+    assert (row["n"], row["users"]) == (6, 5)
+    back = verdicts.comparisons({"iLoRA": whole, "ChatRec": part}, "ChatRec").loc["iLoRA"]
+    assert back["value"] == pytest.approx(-row["value"]) and back["n"] == 6
+    none = verdicts.Answers((0,), theirs[..., :0], theirs[..., :0], users[:0], ("a", "b"), rows[:0])
+    assert verdicts.comparisons({"iLoRA": whole, "ChatRec": none}).empty
 
 
 def test_hits_of_valid_answers_are_the_ratio_of_sums():
