@@ -13,7 +13,7 @@ from ilora import data, evaluation, runs, uncertainty
 from ilora.table import FREE, SYSTEMS
 
 COMPARED = [
-    "n", "value", "low", "high", "bootstrap_low", "bootstrap_high", "p", "p_holm", "mcnemar_median", "mcnemar_least",
+    "n", "value", "low", "high", "p", "p_holm", "bootstrap_low", "bootstrap_high", "mcnemar_median", "mcnemar_least",
     "mcnemar_largest",
 ]  # fmt: skip
 
@@ -189,20 +189,19 @@ def verdicts(against: Mapping[str, pd.DataFrame], system: str = "iLoRA", level: 
 def searches(folder: str | Path) -> pd.DataFrame:
     """How validation chose L2, of the searches in a folder: a row a recommender, empty if there are none.
 
-    HitRatio@1 on validation for each value of the grid, written with its interval; n, chosen, and at_edge: whether the
-    grid ends at the chosen value, so that a larger one might have won. No L2 is no edge: there is none below it.
+    chosen; at_edge: whether the grid ends at the chosen value, so that a larger one might have won (0 is no edge: there
+    is no L2 below it); n; HitRatio@1 on validation for each value of the grid, written with its interval.
     """
     rows = []
     for result in (json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(folder).glob("l2-*.json"))):
         about, chosen, grid = result["parameters"], result["metrics"]["chosen"], result["metrics"]["grid"]
-        row = {"dataset": about["dataset"], "system": about["system"]}
-        row |= {f"L2 {own['l2']:g}": evaluation.written(own).replace(" ", "\N{NO-BREAK SPACE}") for own in grid}
-        rows.append(
-            row | {"n": grid[0]["n"], "chosen": f"{chosen:g}", "at_edge": chosen == max(own["l2"] for own in grid)}
-        )
+        row = {"dataset": about["dataset"], "system": about["system"], "chosen": f"{chosen:g}"}
+        row |= {"at_edge": chosen == max(own["l2"] for own in grid), "n": grid[0]["n"]}
+        written = {f"L2 {own['l2']:g}": evaluation.written(own).replace(" ", "\N{NO-BREAK SPACE}") for own in grid}
+        rows.append(row | written)
     order = {name: place for place, name in enumerate((*data.WORDS, *SYSTEMS))}
     rows.sort(key=lambda row: (order[row["dataset"]], order[row["system"]]))
-    return pd.DataFrame(rows, columns=None if rows else ["dataset", "system", "n", "chosen", "at_edge"])
+    return pd.DataFrame(rows, columns=None if rows else ["dataset", "system", "chosen", "at_edge", "n"])
 
 
 def plain(value: Any) -> Any:
