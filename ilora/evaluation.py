@@ -101,12 +101,17 @@ def _rank(scores: np.ndarray, is_target: np.ndarray) -> np.ndarray:
     return 1 + ((scores > own) | (scores == own) & earlier).sum(1)
 
 
-def _outcomes(questions: Questions, answer: np.ndarray, rank: np.ndarray | None) -> pd.DataFrame:
-    asked = questions.sequences
+def asked(questions: Questions) -> pd.DataFrame:
+    """What is asked: the columns of QUESTION, a row a question."""
+    own = questions.sequences
     digest = pd.util.hash_pandas_object(pd.DataFrame(questions.candidates), index=False) % 2**16  # of each row: small
-    columns = (asked.user, asked.position, asked.target, digest.astype(np.int64))
-    outcomes = pd.DataFrame(dict(zip(QUESTION, columns, strict=True)))
-    outcomes = outcomes.assign(answer=answer, valid=answer != NO_ANSWER, hit=answer == asked.target)
+    columns = (own.user, own.position, own.target, digest.astype(np.int64))
+    return pd.DataFrame(dict(zip(QUESTION, columns, strict=True)))
+
+
+def _outcomes(questions: Questions, answer: np.ndarray, rank: np.ndarray | None) -> pd.DataFrame:
+    hit = answer == questions.sequences.target
+    outcomes = asked(questions).assign(answer=answer, valid=answer != NO_ANSWER, hit=hit)
     return outcomes if rank is None else outcomes.assign(rank=rank)
 
 
@@ -172,7 +177,7 @@ def interval(values: np.ndarray, users: np.ndarray, seed: int = 0) -> dict[str, 
         found = stats.binomtest(round(mean * clusters), clusters).proportion_ci(method="wilson")
         low, high = found.low, found.high
     else:
-        low, high = np.quantile(_resampled_means(values, users, seed), (0.025, 0.975))
+        low, high = np.quantile(resampled_means(values, users, seed), (0.025, 0.975))
     return {"value": mean, "low": float(low), "high": float(high), "n": n, "users": clusters}
 
 
@@ -185,12 +190,12 @@ def difference(one: pd.DataFrame, other: pd.DataFrame, column: str = "hit", seed
     if not asked[0].equals(asked[1]):
         raise ValueError("the two outcomes answer different questions: ask both with the same Questions")
     change = one[column].to_numpy(float) - other[column].to_numpy(float)
-    low, high = np.quantile(_resampled_means(change, one["user"].to_numpy(), seed), (0.025, 0.975))
+    low, high = np.quantile(resampled_means(change, one["user"].to_numpy(), seed), (0.025, 0.975))
     return {"value": float(change.mean()), "low": float(low), "high": float(high), "n": len(change)}
 
 
-def _resampled_means(values: np.ndarray, users: np.ndarray, seed: int) -> np.ndarray:
-    """(RESAMPLES,) means over users drawn with replacement, each with all its windows."""
+def resampled_means(values: np.ndarray, users: np.ndarray, seed: int) -> np.ndarray:
+    """(RESAMPLES,) means of values (n,) over users drawn with replacement, each with all its windows."""
     _, group = np.unique(users, return_inverse=True)
     sums, counts = np.bincount(group, values), np.bincount(group)
     rng = np.random.default_rng(seed)

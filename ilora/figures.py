@@ -50,7 +50,13 @@ def intervals(table: pd.DataFrame, label: str, chance: float | None = None, ax: 
 
 
 def panels(tables: dict[str, pd.DataFrame], label: str, mark: str, at: float) -> np.ndarray:
-    """`intervals` of several tables side by side, an axes each, with a marked line; rows are the systems of all."""
+    """`intervals` of several tables side by side, an axes each, with a marked line; rows are the systems of all.
+
+    Tables without rows are left out.
+    """
+    tables = {name: table for name, table in tables.items() if len(table)}
+    if not tables:
+        return _nothing()
     rows = list(dict.fromkeys(row for table in tables.values() for row in table.index))
     size = (2.2 + 2.4 * len(tables), 1.1 + 0.3 * len(rows))
     figure, axes = plt.subplots(1, len(tables), figsize=size, squeeze=False, sharey=True)
@@ -65,6 +71,8 @@ def panels(tables: dict[str, pd.DataFrame], label: str, mark: str, at: float) ->
 
 def error_parts(tables: dict[str, pd.DataFrame]) -> np.ndarray:
     """Standard errors by cause, for each system of each table of `verdicts.summary`, an axes a table."""
+    if not tables:
+        return _nothing()
     causes = {"error_users": "users", "error_seeds": "seeds", "error_draws": "draws of candidates"}
     size = (2.2 + 2.4 * len(tables), 1.3 + 0.42 * max(map(len, tables.values())))
     figure, axes = plt.subplots(1, len(tables), figsize=size, squeeze=False, sharex=True)
@@ -208,6 +216,12 @@ def _finish(ax: Axes, table: pd.DataFrame, title: str) -> None:
         ax.text(0.5, 0.5, "no such runs in the results", ha="center", va="center")
 
 
+def _nothing() -> np.ndarray:
+    """The axes of a figure of no table."""
+    _finish(ax := plt.subplots()[1], pd.DataFrame(), "")
+    return np.array([ax])
+
+
 def _seeds(table: pd.DataFrame) -> str:
     """ ", n = 3 seeds", or "2 to 3", of means over seeds."""
     counts = sorted(table["n"].unique())
@@ -285,8 +299,7 @@ def heat_maps(matrices: dict[str, np.ndarray], what: str, label: str, rows: int 
     smaller, the colours span what is off the diagonal, and the diagonal is grey.
     """
     if not matrices:
-        _finish(ax := plt.subplots()[1], pd.DataFrame(), "")
-        return np.array([ax])
+        return _nothing()
     columns = -(-len(matrices) // rows)
     small = columns > 3
     wide, high = (1.2, 1.3) if small else (3.1, 3.4)

@@ -10,6 +10,7 @@ does both at once.
 """
 
 import json
+from copy import copy
 from pathlib import Path
 
 import numpy as np
@@ -52,8 +53,10 @@ class Questions:
         return history, self.candidates[row], int(self.sequences.target[row])
 
     def take(self, index: np.ndarray) -> "Questions":
-        """The rows of an index array, a mask or a slice."""
-        return Questions(self.sequences.take(index), self.n_items, self.seed)
+        """The rows of an index array, a mask or a slice, with the candidates that they have now."""
+        part = copy(self)
+        part.sequences, part.candidates = self.sequences.take(index), self.candidates[index]
+        return part
 
 
 def adapter_config(rank: int = 8, alpha: float = 32, dropout: float = 0.1, experts: int = 1, **gate) -> LoraConfig:

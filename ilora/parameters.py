@@ -82,7 +82,7 @@ PARAMETERS: dict[str, Parameter] = {
     ),
     "chat_url": Parameter(str, "ChatRec: base URL of an OpenAI-compatible endpoint", lambda value: True, "a URL"),
     "chat_model": Parameter(str, "ChatRec: the model's name there", lambda value: True, "a name"),
-    "chat_limit": _at_least(1, "ChatRec: questions asked of the endpoint"),
+    "chat_limit": _at_least(1, "ChatRec: how many of the questions its endpoint is asked"),
     "device": Parameter(str, "auto, cpu, cuda, cuda:N or mps", bool, "auto, cpu, cuda, cuda:N or mps"),
 }
 

@@ -3,8 +3,9 @@
     python -m ilora table --datasets movielens lastfm --data-dir DIR --seeds 0 1 2 --jobs 2 --to book/results/table
 
 All systems are asked the same questions: each test user's last window, as in the paper, with several draws of the
-candidates, and windows of all test users' histories with one draw. A cell that has a result is skipped, one that fails
-is kept as failed with its reason and tried again the next time. A row is a System in SYSTEMS.
+candidates, and windows of all test users' histories with one draw; ChatRec, whose endpoint may cost, a random part of
+these. A cell that has a result is skipped, one that fails is kept as failed with its reason and tried again the next
+time. How validation chose the recommenders' L2 is a result beside them. A row is a System in SYSTEMS.
 """
 
 import argparse
@@ -24,9 +25,10 @@ from tqdm import tqdm
 
 from ilora import data, evaluation, pipeline, runs
 from ilora.chat import ChatRec
+from ilora.draws import hit_ratios
 from ilora.parameters import parse_parameters
 from ilora.recommenders import Popularity, Recommender
-from ilora.traditional import choose_l2, fit_recommender, table_1
+from ilora.traditional import L2_GRID, choose_l2, fit_recommender, table_1
 
 SETTINGS = {  # the notebooks' parameters that a table has, and their values unless -p says otherwise
     "conflict": 0.5, "users": 2000, "window": 10, "base_model": "embedded", "rank": 8, "alpha": 32.0, "dropout": 0.0,
@@ -47,11 +49,15 @@ class System:
 
     uses: the settings that decide its result, beside those of data and questions.
     seeds: whether it is trained, so that runs with other seeds differ.
+    sample: the setting that says how many of the questions, drawn by lot, it is asked; all of them without.
+    searched: the recommender in it whose L2 validation chooses.
     """
 
     make: Callable[[data.Dataset, int, Mapping[str, Any]], evaluation.System]
     uses: tuple[str, ...] = ()
     seeds: bool = True
+    sample: str = ""
+    searched: str = ""
 
 
 def trained(dataset: data.Dataset, kind: str, seed: int, settings: Mapping[str, Any]) -> Recommender:
@@ -64,8 +70,8 @@ def trained(dataset: data.Dataset, kind: str, seed: int, settings: Mapping[str, 
     return fit_recommender(dataset, seed, **table_1(kind, settings["window"]) | where | own)[0]
 
 
-def _recommender(kind: str, *uses: str) -> System:
-    return System(lambda dataset, seed, settings: trained(dataset, kind, seed, settings), uses)
+def _recommender(kind: str) -> System:
+    return System(lambda dataset, seed, settings: trained(dataset, kind, seed, settings), searched=kind)
 
 
 def _tuned(encoder: str = "", experts: bool = False) -> System:
@@ -78,7 +84,7 @@ def _tuned(encoder: str = "", experts: bool = False) -> System:
         )
         return pipeline.tuned(dataset, items, seed=seed, window=settings["window"], **chosen)[0]
 
-    return System(make, (*ADAPTER, "experts") if experts else ADAPTER)
+    return System(make, (*ADAPTER, "experts") if experts else ADAPTER, searched=encoder)
 
 
 def _untuned(dataset: data.Dataset, seed: int, settings: Mapping[str, Any]) -> evaluation.System:
@@ -97,9 +103,9 @@ SYSTEMS = {
     "GRU4Rec": _recommender("GRU4Rec"),
     "Caser": _recommender("Caser"),
     "SASRec": _recommender("SASRec"),
-    "MoRec": _recommender("MoRec", "text_encoder"),
+    "MoRec": System(lambda dataset, seed, settings: trained(dataset, "MoRec", seed, settings), ("text_encoder",)),
     "Language model": System(_untuned, ("base_model",), seeds=False),  # the paper's Llama2
-    "ChatRec": System(_chat, ("chat_url", "chat_model", "chat_limit"), seeds=False),
+    "ChatRec": System(_chat, ("chat_url", "chat_model", "chat_limit"), seeds=False, sample="chat_limit"),
     "TALLRec": _tuned(),
     "LLaRA (GRU4Rec)": _tuned("GRU4Rec"),
     "LLaRA (Caser)": _tuned("Caser"),
@@ -128,11 +134,28 @@ class Cell:
         world = WORLD if self.dataset == "world" else ()
         uses = {"window", "test_limit", *world, *SYSTEMS[self.system].uses}.difference(FREE)
         own = {"system": self.system, "dataset": self.dataset, "seed": self.seed, "draws": self.draws}
+        if SYSTEMS[self.system].sample:  # results without the word are of questions that no other system was asked
+            own["sample"] = "of the others' questions"
         return own | {name: self.settings[name] for name in sorted(uses)}
 
     @property
     def result(self) -> Path:
         return runs.home() / "results" / f"table-{runs.key(self.parameters)}.json"
+
+    @property
+    def search(self) -> dict[str, Any]:
+        """What decides which L2 is chosen for the system's recommender; seed: of the training of those it is among."""
+        own = {"system": SYSTEMS[self.system].searched, "dataset": self.dataset, "window": self.settings["window"]}
+        world = {name: self.settings[name] for name in WORLD} | {"world": self.seed}
+        return own | {"grid": list(L2_GRID), "seed": 0} | (world if self.dataset == "world" else {})
+
+    @property
+    def searched(self) -> Path:
+        return runs.home() / "results" / f"l2-{runs.key(self.search)}.json"
+
+    def load(self) -> data.Dataset:
+        drawn = {"conflict": self.settings["conflict"], "users": self.settings["users"], "seed": self.seed}
+        return data.load(self.dataset, self.data_dir, **(drawn if self.dataset == "world" else {}))
 
     @property
     def failure(self) -> Path:
@@ -146,15 +169,13 @@ def run(cell: Cell) -> Path:
     """Make the cell's system, ask it, and write its result."""
     settings = cell.settings
     timed = runs.Run("table", cell.parameters | {name: settings[name] for name in FREE})
-    drawn = {"conflict": settings["conflict"], "users": settings["users"], "seed": cell.seed}
-    dataset = data.load(cell.dataset, cell.data_dir, **(drawn if cell.dataset == "world" else {}))
+    dataset = cell.load()
     system = SYSTEMS[cell.system].make(dataset, cell.seed, settings)
-    found = {}
+    sample, found = settings.get(SYSTEMS[cell.system].sample, 0), {}
     for windows in KINDS_OF_WINDOWS:
-        limit = settings["test_limit"] if windows == "all" else 0
-        limit = settings["chat_limit"] if cell.system == "ChatRec" else limit
+        limit, draws = (settings["test_limit"], 1) if windows == "all" else (0, cell.draws)
         asked = pipeline.questions(dataset, "test", settings["window"], limit, windows)
-        found[windows] = _answers(system, asked, cell.draws if windows == "last" else 1, settings["micro_batch_size"])
+        found[windows] = _answers(system, asked, draws, settings["micro_batch_size"], sample)
     metrics = {windows: {"hit_ratio": _share(own["hit"]), "valid_ratio": _share(own["valid"])}
                for windows, own in found.items()}  # fmt: skip
     metrics["notes"] = list(dataset.notes)
@@ -163,20 +184,45 @@ def run(cell: Cell) -> Path:
     )
 
 
-def _answers(system: evaluation.System, asked: pipeline.Questions, draws: int, at_once: int) -> dict[str, list]:
-    """Right and valid answers as one string of 0 and 1 a draw; windows: how many each user has, in order."""
+def _answers(
+    system: evaluation.System, questions: pipeline.Questions, draws: int, at_once: int, sample: int = 0
+) -> dict[str, list]:
+    """Right and valid answers as one string of 0 and 1 a draw; windows: how many each user has, in order.
+
+    With `sample` the system is asked that many of the questions, the same of each draw, and `rows` says which;
+    the digests and windows are those of all questions.
+    """
+    rows = np.sort(np.random.default_rng(0).permutation(len(questions))[:sample]) if sample else slice(None)
     found = {"hit": [], "valid": [], "questions": []}
     for draw in range(draws):
-        asked.set_epoch(draw)
-        outcomes = evaluation.ask(system, asked, at_once)
+        questions.set_epoch(draw)
+        outcomes = evaluation.ask(system, questions.take(rows), at_once)
         for name in ("hit", "valid"):
             found[name].append("".join("01"[int(value)] for value in outcomes[name]))
-        found["questions"].append(runs.key({"candidates": outcomes[evaluation.QUESTION].to_numpy().tolist()}))
-    return found | {"windows": np.unique(asked.sequences.user, return_counts=True)[1].tolist()}
+        found["questions"].append(runs.key({"candidates": evaluation.asked(questions).to_numpy().tolist()}))
+    found |= {"rows": rows.tolist()} if sample else {}
+    return found | {"windows": np.unique(questions.sequences.user, return_counts=True)[1].tolist()}
 
 
 def _share(rows: Sequence[str]) -> float:
     return "".join(rows).count("1") / sum(map(len, rows))
+
+
+def search(cell: Cell) -> Path:
+    """Write how validation chose L2 for the recommender of a cell that was run, whose models of the grid are kept.
+
+    metrics: chosen; grid: for each l2 the epoch and HitRatio@1 on validation with its interval over users.
+    """
+    about = cell.search
+    timed, dataset = runs.Run("l2", about | {"device": cell.settings["device"]}), cell.load()
+    settings = table_1(about["system"], about["window"]) | {"device": cell.settings["device"]}
+    chosen, found = choose_l2(dataset, grid=about["grid"], seed=about["seed"], **settings)
+    validation = data.sequences(dataset, "validation", about["window"])
+    grid = found[["l2", "epoch"]].to_dict("records")
+    for own in grid:
+        model, _ = fit_recommender(dataset, about["seed"], l2=own["l2"], **settings)
+        own |= evaluation.interval(hit_ratios(model, validation), validation.user)
+    return timed.save({"chosen": chosen, "grid": grid}, path=cell.searched)
 
 
 # ---------------------------------------------------------------- running them
@@ -245,10 +291,17 @@ def _attempts(waiting: Sequence[Cell], jobs: int) -> Iterator[tuple[Cell, str]]:
             raise
 
 
+def search_all(table: Sequence[Cell]) -> None:
+    """Write the searches for L2 of those cells that have results, where they are missing."""
+    ran = {cell.searched: cell for cell in table if SYSTEMS[cell.system].searched and cell.result.is_file()}
+    for cell in tqdm([cell for path, cell in ran.items() if not path.is_file()], desc="searches for L2", delay=1):
+        search(cell)
+
+
 def publish(table: Sequence[Cell], folder: Path) -> None:
-    """Copy the results there are, failures too, to `folder`."""
+    """Copy the results there are, failures and searches too, to `folder`."""
     for cell in table:
-        for path in (cell.result, cell.failure):
+        for path in (cell.result, cell.failure, cell.searched):
             (folder / path.name).unlink(missing_ok=True)
             if path.is_file():
                 runs.write_json(folder / path.name, json.loads(path.read_text(encoding="utf-8")))
@@ -264,7 +317,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--datasets", nargs="+", default=["world"], metavar="NAME", help=f"{', '.join(data.WORDS)} (world)")
     add("--data-dir", default="", metavar="DIR", help="folder with their files, see the README")
     add("--systems", nargs="+", default=[s for s in SYSTEMS if s != "ChatRec"], metavar="NAME",
-        help=f"{', '.join(SYSTEMS)} (all but ChatRec, which asks chat_limit questions of an endpoint)")  # fmt: skip
+        help=f"{', '.join(SYSTEMS)} (all but ChatRec, which asks an endpoint chat_limit of the questions)")  # fmt: skip
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="of training (0 1 2)")
     add("--draws", type=int, default=5, metavar="N", help="of candidates for the last windows (5)")
     add("--jobs", type=int, default=1, metavar="N", help="cells at once (1); set OMP_NUM_THREADS to share the cores")
@@ -279,6 +332,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise runs.UserError(f"--jobs must be at least 1, not {options.jobs}")
     table = cells(options.datasets, options.systems, options.seeds, options.draws, options.data_dir, SETTINGS | given)
     failed = run_all(table, options.jobs)
+    search_all(table)
     if options.to:
         publish(table, options.to)
     print(f"{len(table) - len(failed)} of {len(table)} cells are in {runs.home() / 'results'}")

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import stats
 
+from ilora.evaluation import resampled_means
+
 PERMUTATIONS = 9999
 
 
@@ -102,13 +104,17 @@ def compare(one: np.ndarray, other: np.ndarray, users: np.ndarray, seed: int = 0
     """Right answers of two systems, (seeds, draws, n) each, to the same questions.
 
     Runs are paired seed with seed, as many as both have; a system that is not trained has one run, which meets every
-    run of the other. Returns `spread` of the difference, `p` of `user_test` on its mean over seeds and draws, and of
-    McNemar's p, one for each pair of runs and draw, the median and both ends.
+    run of the other. Returns `spread` of the difference; of its mean over seeds and draws, `p` of `user_test` and
+    bootstrap_low, bootstrap_high, the percentile interval of a paired bootstrap over users (Efron 1979), which a user
+    enters with all windows; of McNemar's p, one for each pair of runs and draw, the median and both ends.
     """
     seeds = (max if 1 in (len(one), len(other)) else min)(len(one), len(other))
     one, other = np.broadcast_arrays(one[:seeds], other[:seeds])
     difference = one.astype(float) - other.astype(float)
-    found = spread(difference, users) | {"p": user_test(difference.mean((0, 1)), users, seed)}
+    mean = difference.mean((0, 1))
+    found = spread(difference, users) | {"p": user_test(mean, users, seed)}
+    ends = np.quantile(resampled_means(mean, users, seed), (0.025, 0.975))
+    found |= dict(zip(("bootstrap_low", "bootstrap_high"), ends.tolist(), strict=True))
     pairs = zip(one.reshape(-1, one.shape[-1]), other.reshape(-1, one.shape[-1]), strict=True)
     low, middle, high = np.quantile([mcnemar(*pair)["p"] for pair in pairs], (0, 0.5, 1))
     return found | {"mcnemar_median": float(middle), "mcnemar_least": float(low), "mcnemar_largest": float(high)}

@@ -12,18 +12,22 @@ import pandas as pd
 from ilora import data, evaluation, runs, uncertainty
 from ilora.table import FREE, SYSTEMS
 
-COMPARED = ["value", "low", "high", "n", "p", "mcnemar_median", "mcnemar_least", "mcnemar_largest", "p_holm"]
+COMPARED = [
+    "n", "value", "low", "high", "p", "p_holm", "bootstrap_low", "bootstrap_high", "mcnemar_median", "mcnemar_least",
+    "mcnemar_largest",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What a system answered to one set of questions in all its runs."""
+    """What a system answered to one set of questions, or to a sample of it, in all its runs."""
 
     seeds: tuple[int, ...]
     hit: np.ndarray  # (seeds, draws, n) bool
     valid: np.ndarray  # (seeds, draws, n) bool
     users: np.ndarray  # (n,)
-    questions: tuple[str, ...]  # a digest of each draw's questions
+    questions: tuple[str, ...]  # a digest of each draw's questions, of all of the set
+    rows: np.ndarray  # (n,) which questions of the set were asked, in order
 
 
 def read(folder: str | Path) -> list[dict[str, Any]]:
@@ -48,16 +52,18 @@ def answers(results: Sequence[Mapping], dataset: str, windows: str = "last") -> 
         settings = [{k: v for k, v in r["parameters"].items() if k not in ("seed", *FREE)} for r in own]
         if any(other != settings[0] for other in settings):
             raise runs.UserError(f"the results of {system} on {dataset} are of several settings: keep one in a folder")
-        asked = [[r["outcomes"][f"{windows} {what}"] for what in ("questions", "windows")] for r in own]
+        asked = [[r["outcomes"].get(f"{windows} {what}") for what in ("questions", "windows", "rows")] for r in own]
         if dataset != "world" and any(other != asked[0] for other in asked):  # each seed draws its own world
             raise runs.UserError(f"the runs of {system} on {dataset} were asked different questions: make them again")
         hit, valid = (
             np.array([[_bits(row) for row in r["outcomes"][f"{windows} {name}"]] for r in own])
             for name in ("hit", "valid")
         )
-        questions, of_users = asked[0]
-        seeds, users = (r["parameters"]["seed"] for r in own), np.repeat(np.arange(len(of_users)), of_users)
-        found[system] = Answers(tuple(seeds), hit, valid, users, tuple(questions))
+        questions, of_users, sample = asked[0]
+        users = np.repeat(np.arange(len(of_users)), of_users)  # of all questions
+        rows = np.arange(len(users)) if sample is None else np.array(sample)
+        seeds = tuple(r["parameters"]["seed"] for r in own)
+        found[system] = Answers(seeds, hit, valid, users[rows], tuple(questions), rows)
     return found
 
 
@@ -89,20 +95,38 @@ def summary(found: Mapping[str, Answers]) -> pd.DataFrame:
 def comparisons(found: Mapping[str, Answers], system: str = "iLoRA") -> pd.DataFrame:
     """`uncertainty.compare` of one system with each that was asked the same, and Holm's p over these comparisons.
 
-    Trained systems are compared in the seeds that both have.
+    Trained systems are compared in the seeds that both have, and one that was asked a sample on its rows alone.
     """
     rows, ours = {}, found[system]
     for other, own in found.items():
         shared = sorted({*ours.seeds} & {*own.seeds}) if SYSTEMS[other].seeds and SYSTEMS[system].seeds else None
-        if other != system and own.questions == ours.questions and shared != []:
-            rows[other] = uncertainty.compare(_of_seeds(ours, shared), _of_seeds(own, shared), own.users)
+        _, *places = np.intersect1d(ours.rows, own.rows, assume_unique=True, return_indices=True)
+        if other != system and own.questions == ours.questions and shared != [] and len(places[0]):
+            pair = (_of_seeds(one, shared)[..., at] for one, at in zip((ours, own), places, strict=True))
+            rows[other] = uncertainty.compare(*pair, own.users[places[1]])
     table = pd.DataFrame.from_dict(rows, orient="index")
-    return table.assign(p_holm=uncertainty.holm(table["p"])) if rows else pd.DataFrame(columns=COMPARED)
+    return table.assign(p_holm=uncertainty.holm(table["p"])) if rows else pd.DataFrame(columns=COMPARED, dtype=float)
 
 
 def _of_seeds(own: Answers, seeds: Sequence[int] | None) -> np.ndarray:
     """Right answers of these seeds, of all without them."""
     return own.hit if seeds is None else own.hit[[own.seeds.index(seed) for seed in seeds]]
+
+
+def stacked(tables: Mapping[str, pd.DataFrame], columns: Sequence[str]) -> pd.DataFrame:
+    """These columns of the tables of several data sets as one table; an empty one of no table."""
+    return pd.concat({name: own[columns] for name, own in tables.items()} or {"": pd.DataFrame(columns=columns)})
+
+
+def missing(summaries: Mapping[str, pd.DataFrame], datasets: Sequence[str]) -> str:
+    """One sentence: of which systems these data sets have no results."""
+    parts = []
+    for name in datasets:
+        gone = [system for system in SYSTEMS if name not in summaries or system not in summaries[name].index]
+        if gone:
+            parts.append(f"{name} ({'any system' if len(gone) == len(SYSTEMS) else ', '.join(gone)})")
+    said = f"no results of {'; '.join(parts)}" if parts else f"results of every system on {', '.join(datasets)}"
+    return f"There are {said}."
 
 
 def datasets(results: Sequence[Mapping]) -> list[str]:
@@ -125,7 +149,8 @@ def provenance(results: Sequence[Mapping]) -> pd.DataFrame:
                 "commit": ", ".join(sorted({r["commit"][:7] for r in own})),
                 "seconds": round(float(np.median([r["seconds"] for r in own]))),
             })  # fmt: skip
-    return pd.DataFrame(rows).set_index(["dataset", "system"])
+    columns = ["dataset", "system", "seeds", "draws", "settings", "device", "commit", "seconds"]
+    return pd.DataFrame(rows, columns=columns).set_index(["dataset", "system"])
 
 
 def readable(summaries: Mapping[str, pd.DataFrame], printed: pd.Series | None = None) -> pd.DataFrame:
@@ -156,8 +181,27 @@ def verdicts(against: Mapping[str, pd.DataFrame], system: str = "iLoRA", level: 
         above, below = (list(sure.index[sure["value"] * sign > 0]) for sign in (1, -1))
         open_ = [name for name in table.index if name not in sure.index]
         parts = [("above", above), ("below", below), ("not told apart from", open_)]
-        found[dataset] = "; ".join(f"{word} {', '.join(names)}" for word, names in parts if names)
-    return pd.Series(found, name=system)
+        said = "; ".join(f"{word} {', '.join(names)}" for word, names in parts if names)
+        found[dataset] = said or "no other system was asked the same"
+    return pd.Series(found, name=system, dtype=object)
+
+
+def searches(folder: str | Path) -> pd.DataFrame:
+    """How validation chose L2, of the searches in a folder: a row a recommender, empty if there are none.
+
+    chosen; at_edge: whether the grid ends at the chosen value, so that a larger one might have won (0 is no edge: there
+    is no L2 below it); n; HitRatio@1 on validation for each value of the grid, written with its interval.
+    """
+    rows = []
+    for result in (json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(folder).glob("l2-*.json"))):
+        about, chosen, grid = result["parameters"], result["metrics"]["chosen"], result["metrics"]["grid"]
+        row = {"dataset": about["dataset"], "system": about["system"], "chosen": f"{chosen:g}"}
+        row |= {"at_edge": chosen == max(own["l2"] for own in grid), "n": grid[0]["n"]}
+        written = {f"L2 {own['l2']:g}": evaluation.written(own).replace(" ", "\N{NO-BREAK SPACE}") for own in grid}
+        rows.append(row | written)
+    order = {name: place for place, name in enumerate((*data.WORDS, *SYSTEMS))}
+    rows.sort(key=lambda row: (order[row["dataset"]], order[row["system"]]))
+    return pd.DataFrame(rows, columns=None if rows else ["dataset", "system", "chosen", "at_edge", "n"])
 
 
 def plain(value: Any) -> Any:

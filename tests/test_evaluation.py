@@ -119,7 +119,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says(monkeypatch):
 def test_users_with_more_windows_weigh_more():
     values, users = np.array([1.0, 1, 1, 0]), np.array([0, 0, 0, 1])
     assert interval(values, users)["value"] == 0.75
-    means = evaluation._resampled_means(values, users, seed=0)
+    means = evaluation.resampled_means(values, users, seed=0)
     assert set(np.round(means, 6)) == {1.0, 0.75, 0.0}  # user 0 twice, both, user 1 twice
     assert abs((means == 0.75).mean() - 0.5) < 0.05
 

@@ -45,6 +45,8 @@ DRAW = {
     "no trend": lambda: figures.trend(TREND[:0], "conflict", "HitRatio@1", by="setting", title="nothing")[0],
     "differences": lambda: figures.differences(PAIRED, "HitRatio@1", "1 of 4 variants can be told apart")[0],
     "no differences": lambda: figures.differences(PAIRED[:0], "HitRatio@1", "")[0],
+    "no panels": lambda: figures.panels({"MovieLens": TABLE[:0]}, "HitRatio@1", "chance", 0.05)[0],
+    "no parts": lambda: figures.error_parts({})[0],
     "heat_maps": lambda: figures.heat_maps({"LoRA": np.eye(8), "iLoRA": np.eye(8)}, "cosine", "cluster")[0],
     "small heat_maps": lambda: figures.heat_maps(MAPS, "cosine off the diagonal", "cluster", rows=2)[0],
     "long_tail": lambda: figures.long_tail(np.array([5, 1, 3]), "items"),
@@ -120,7 +122,13 @@ def test_differences_have_a_row_for_each_variant_and_a_panel_for_each_setting():
     assert all("n = 3 seeds" in ax.get_title("left").replace("\n", " ") for ax in axes)
 
 
-@pytest.mark.parametrize("name", ["no trend", "no differences"])
+def test_a_panel_names_its_systems_that_answered_fewer_questions():
+    whole = TABLE.assign(n=[100, 40])
+    axes = figures.panels({"LastFM": whole, "empty": TABLE[:0], "Steam": whole.assign(n=100)}, "y", "equal", 0)
+    assert [ax.get_title("left") for ax in axes] == ["LastFM, n = 100\n(b: 40)", "Steam, n = 100"]
+
+
+@pytest.mark.parametrize("name", ["no trend", "no differences", "no panels", "no parts"])
 def test_a_figure_without_runs_says_so(name):
     ax = DRAW[name]()
     assert [text.get_text() for text in ax.texts] == ["no such runs in the results"]

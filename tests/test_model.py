@@ -554,6 +554,11 @@ def test_epochs_draw_other_candidates_and_epoch_0_those_of_the_seed():
 
 def test_some_of_the_questions_are_the_same_questions():
     questions = Questions(windows(), len(TITLES), seed=5)
-    some = questions.take(np.array([7, 2]))
-    for one, other in zip((some[0], some[1]), (questions[7], questions[2]), strict=True):
-        assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+    for epoch in (0, 3):
+        questions.set_epoch(epoch)
+        some = questions.take(np.array([7, 2]))
+        for one, other in zip((some[0], some[1]), (questions[7], questions[2]), strict=True):
+            assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+    some.set_epoch(0)
+    questions.set_epoch(0)
+    np.testing.assert_array_equal(some.candidates, questions.candidates[[7, 2]])

@@ -78,6 +78,42 @@ def test_chapter_5_can_be_made_of_any_results(tmp_path, count):
     assert len(list((tmp_path / "results").glob("05_ablations-*.json"))) == 1
 
 
+def cells_of(folder, keep):
+    """A folder of the book's cells, each with the system and data set that `keep` wants; every other one failed."""
+    folder.mkdir()
+    for path in (ROOT / "book" / "results" / "table").glob("table-*.json"):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if keep and keep == (result["parameters"]["dataset"], result["parameters"]["system"]):
+            shutil.copy(path, folder)
+    failed = {"system": "LLaRA", "dataset": "steam", "seed": 0, "draws": 5}
+    (folder / "table-failed-0.json").write_text(json.dumps({"parameters": failed, "error": "RuntimeError: no memory"}))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["07_table", "08_audit"])
+@pytest.mark.parametrize("keep", [("lastfm", "SASRec"), ("movielens", "iLoRA"), ()], ids=["other", "iLoRA", "failures"])
+def test_chapters_7_and_8_can_be_made_of_one_system_on_one_data_set_or_of_failures_alone(tmp_path, name, keep):
+    done = papermill(tmp_path, name, results=cells_of(tmp_path / "table", keep))
+    assert done.returncode == 0, done.stderr[-3000:]
+    (path,) = (tmp_path / "results").glob(f"{name}-*.json")
+    metrics = json.loads(path.read_text(encoding="utf-8"))["metrics"]
+    dataset, system = {"lastfm": "LastFM", "movielens": "MovieLens"}.get("".join(keep[:1])), "".join(keep[1:])
+    if name == "07_table":
+        assert {name: [*own] for name, own in metrics["last"].items()} == ({dataset: [system]} if keep else {})
+        assert metrics["iLoRA - other"] == ({dataset: {}} if system == "iLoRA" else {})
+    else:
+        luck = metrics["luck of the draw"]
+        assert {name: [*own] for name, own in luck.items()} == ({system: [dataset]} if keep else {})
+        said = [text for text in printed(tmp_path / f"{name}.ipynb") if text.startswith("There are no results of")]
+        assert len(said) == 1 and "Steam (any system)" in said[0]
+
+
+def printed(path):
+    """What the cells of an executed notebook printed."""
+    cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    return [output.text for cell in cells for output in cell.outputs if output.output_type == "stream"]
+
+
 TURNED = """
 def seen():
     return player.prompt.value, player.gate.value, player.ranking.value

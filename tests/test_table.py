@@ -1,12 +1,13 @@
 """Cells on the small world, run for real: asked alike, resumed, failed and shown as failed, read as a table."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from ilora import data, paper, runs, table, uncertainty, verdicts
+from ilora import data, paper, runs, table, traditional, uncertainty, verdicts
 from ilora.recommenders import Popularity
 
 FEW = {"users": 60, "test_limit": 12, "train_limit": 16, "base_model": "embedded", "device": "cpu"}
@@ -64,16 +65,67 @@ def test_cells_are_asked_the_same_questions_and_can_be_read(home):
 
 
 def test_popularity_is_right_where_a_loop_says_so(home):
-    (cell,) = some(["Popularity"], draws=1)
+    (cell,) = some(["Popularity"], draws=3, users=400)
     table.run_all([cell])
+    source = data.load("world", users=400, seed=0)
+    asked = table.pipeline.questions(source, "test", windows="last")
+    counts, right = Popularity.from_dataset(source).counts.numpy(), []
+    for draw in range(3):
+        asked.set_epoch(draw)
+        best = [offered[counts[offered].argmax()] for _, offered, _ in asked]
+        right.append("".join("01"[int(item == row[2])] for item, row in zip(best, asked, strict=True)))
+    assert len(set(right)) == 3  # other candidates, other answers
+    result = json.loads(cell.result.read_text())
+    assert result["outcomes"]["last hit"] == right
+    assert result["metrics"]["last"]["hit_ratio"] == "".join(right).count("1") / len("".join(right))
+
+
+def test_a_sample_is_rows_of_the_questions_that_all_are_asked(home, monkeypatch):
+    """ChatRec's cell with another system in it, whose answers to all questions are known."""
+    likes = table.SYSTEMS["Popularity"].make
+    sampled = table.System(likes, ("chat_limit",), seeds=False, sample="chat_limit")
+    monkeypatch.setitem(table.SYSTEMS, "ChatRec", sampled)
+    cells = some(["Popularity", "ChatRec", "iLoRA"], seeds=(0, 1), test_limit=0, chat_limit=4)[:3]
+    assert [cell.system for cell in cells] == ["Popularity", "Popularity", "ChatRec"]  # a world for each seed
+    cells = [cells[0], cells[2], some(["iLoRA"], test_limit=0)[0]]
+    assert table.run_all(cells) == []
+    results = [json.loads(cell.result.read_text()) for cell in cells]
+    source = data.load("world", users=60, seed=0)
+    for windows in ("last", "all"):
+        whole, part, ours = verdicts.answers(results, "world", windows).values()
+        rows = results[1]["outcomes"][f"{windows} rows"]
+        assert rows == sorted({*rows}) and len(rows) == 4 < len(whole.users)
+        assert part.rows.tolist() == rows and part.hit.shape[-1] == part.valid.shape[-1] == 4
+        assert part.questions == whole.questions
+        np.testing.assert_array_equal(part.hit, whole.hit[..., rows])
+        user = data.sequences(source, "test", windows=windows).user
+        assert [user[row] for row in rows] == [np.unique(user)[own] for own in part.users]
+        compared = verdicts.comparisons({"ChatRec": part, "iLoRA": ours})
+        difference = ours.hit[..., rows].astype(float) - part.hit
+        assert compared.loc["ChatRec", ["n", "value"]].tolist() == [4, pytest.approx(difference.mean())]
+        assert compared.loc["ChatRec", "users"] == len({*part.users})
+        assert verdicts.comparisons({"ChatRec": part, "iLoRA": ours}, "ChatRec").loc["iLoRA", "n"] == 4
+    assert verdicts.summary({"ChatRec": part}).loc["ChatRec", "n"] == 4
+    assert some(["ChatRec"], chat_limit=5)[0].result != cells[1].result
+
+
+def test_a_sample_that_is_larger_than_the_questions_is_all_of_them(home):
     source = data.load("world", users=60, seed=0)
     asked = table.pipeline.questions(source, "test", windows="last")
-    counts = Popularity.from_dataset(source).counts.numpy()
-    best = [offered[counts[offered].argmax()] for _, offered, _ in asked]
-    result = json.loads(cell.result.read_text())
-    right = "".join("01"[int(item == row[2])] for item, row in zip(best, asked, strict=True))
-    assert result["outcomes"]["last hit"] == [right]
-    assert result["metrics"]["last"]["hit_ratio"] == right.count("1") / len(right)
+    own = Popularity.from_dataset(source)
+    every, most = (table._answers(own, asked, 2, 16, sample) for sample in (0, 1000))
+    assert most.pop("rows") == list(range(len(asked)))
+    assert most == every
+
+
+def test_the_results_of_the_book_are_still_those_of_their_cells():
+    assert "sample" not in some(["iLoRA"])[0].parameters
+    book = Path(__file__).parents[1] / "book" / "results" / "table"
+    for path in book.glob("table-*.json"):
+        was = json.loads(path.read_text())["parameters"]
+        settings = table.SETTINGS | {name: value for name, value in was.items() if name in table.SETTINGS}
+        cell = table.Cell(was["system"], was["dataset"], was["seed"], was["draws"], "", settings)
+        assert path.name in (cell.result.name, cell.failure.name)
 
 
 def test_what_is_there_is_not_run_again_and_settings_of_others_change_nothing(home, monkeypatch):
@@ -115,6 +167,45 @@ def test_several_processes_give_the_same_answers(home):
     assert together == [json.loads(cell.result.read_text())["outcomes"] for cell in cells]
 
 
+# ---------------------------------------------------------------- the search for L2
+
+
+def test_how_l2_was_chosen_is_a_result_made_of_what_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("ILORA_HOME", str(tmp_path))
+    monkeypatch.setattr(traditional, "EPOCHS", dict.fromkeys(traditional.EPOCHS, 1))
+    command = ["--systems", "Popularity", "GRU4Rec", "--seeds", "0", "--draws", "1", "--to", str(tmp_path / "to")]
+    few = [text for name in ("users", "test_limit", "device") for text in ("-p", name, str(FEW[name]))]
+    assert table.main([*command, *few]) == 0
+    (path,) = (tmp_path / "to").glob("l2-*.json")
+    result = json.loads(path.read_text())
+    source = data.load("world", users=60, seed=0)
+    monkeypatch.setattr(traditional, "fit", None)  # nothing is trained again
+    chosen, found = traditional.choose_l2(source, "GRU4Rec", device="cpu")
+    grid = pd.DataFrame(result["metrics"]["grid"])
+    assert result["metrics"]["chosen"] == chosen and set(found["l2"]) == set(traditional.L2_GRID)
+    np.testing.assert_allclose(grid[["l2", "value", "epoch"]], found, atol=1e-6)
+    assert (grid["low"] < grid["value"]).all() and (grid["value"] < grid["high"]).all()
+    assert set(grid["n"]) == {len(data.sequences(source, "validation"))}
+    assert result["parameters"]["grid"] == list(traditional.L2_GRID)
+    monkeypatch.setattr(table, "search", lambda cell: pytest.fail("searched again"))
+    assert table.main([*command, *few]) == 0
+
+
+def test_a_chosen_l2_at_the_end_of_its_grid_is_said_to_be_there(tmp_path):
+    for number, (chosen, system) in enumerate([(1e-4, "SASRec"), (1e-5, "Caser"), (0.0, "GRU4Rec")]):
+        own = {"value": 0.25, "low": 0.2, "high": 0.3, "n": 10}
+        grid = [own | {"l2": l2, "epoch": 1} for l2 in (0.0, 1e-5, 1e-4)]
+        about = {"dataset": "movielens", "system": system}
+        runs.write_json(
+            tmp_path / f"l2-{number}.json", {"parameters": about, "metrics": {"chosen": chosen, "grid": grid}}
+        )
+    shown = verdicts.searches(tmp_path)
+    assert shown["system"].tolist() == ["GRU4Rec", "Caser", "SASRec"]  # in the table's order
+    assert shown["at_edge"].tolist() == [False, False, True] and shown["chosen"].tolist() == ["0", "1e-05", "0.0001"]
+    assert shown["L2 1e-05"].str.replace("\N{NO-BREAK SPACE}", " ").tolist() == ["0.250 [0.200, 0.300]"] * 3
+    assert verdicts.searches(tmp_path / "none").empty
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -152,15 +243,30 @@ def test_mixed_settings_are_refused_and_other_questions_not_compared():
 
 def test_runs_are_paired_by_their_seed():
     hit = np.array([[[0, 0, 1, 1]], [[1, 1, 0, 0]], [[0, 1, 0, 1]]], bool)
-    ours = verdicts.Answers((0, 1, 2), hit, hit, np.arange(4), ("a",))
-    theirs = verdicts.Answers((1, 2), hit[1:], hit[1:], np.arange(4), ("a",))  # seed 0 failed
+    ours = verdicts.Answers((0, 1, 2), hit, hit, np.arange(4), ("a",), np.arange(4))
+    theirs = verdicts.Answers((1, 2), hit[1:], hit[1:], np.arange(4), ("a",), np.arange(4))  # seed 0 failed
     row = verdicts.comparisons({"iLoRA": ours, "LLaRA": theirs}).loc["LLaRA"]
     assert row["value"] == row["low"] == row["high"] == 0
 
 
+def test_a_sample_is_compared_on_its_rows_alone():
+    rng, users, rows = np.random.default_rng(0), np.repeat(np.arange(10), 3), np.array([1, 2, 5, 17, 18, 29])
+    ours, theirs = rng.random((3, 2, 30)) < 0.6, rng.random((1, 2, 30)) < 0.3
+    whole = verdicts.Answers((0, 1, 2), ours, ours, users, ("a", "b"), np.arange(30))
+    part = verdicts.Answers((0,), theirs[..., rows], theirs[..., rows], users[rows], ("a", "b"), rows)
+    row = verdicts.comparisons({"iLoRA": whole, "ChatRec": part}).loc["ChatRec"]
+    expected = uncertainty.compare(ours[..., rows], theirs[..., rows], users[rows])
+    assert {name: row[name] for name in expected} == expected
+    assert (row["n"], row["users"]) == (6, 5)
+    back = verdicts.comparisons({"iLoRA": whole, "ChatRec": part}, "ChatRec").loc["iLoRA"]
+    assert back["value"] == pytest.approx(-row["value"]) and back["n"] == 6
+    none = verdicts.Answers((0,), theirs[..., :0], theirs[..., :0], users[:0], ("a", "b"), rows[:0])
+    assert verdicts.comparisons({"iLoRA": whole, "ChatRec": none}).empty
+
+
 def test_hits_of_valid_answers_are_the_ratio_of_sums():
     hit, valid = np.array([[[1, 0, 1, 0]]], bool), np.array([[[1, 1, 1, 0]]], bool)
-    found = {"iLoRA": verdicts.Answers((0,), hit, valid, np.arange(4), ("a",))}
+    found = {"iLoRA": verdicts.Answers((0,), hit, valid, np.arange(4), ("a",), np.arange(4))}
     row = verdicts.summary(found).loc["iLoRA"]
     assert (row["value"], row["hit_ratio_of_valid"], row["valid_ratio"]) == (0.5, pytest.approx(2 / 3), 0.75)
     assert isinstance(verdicts.summary(found), pd.DataFrame)
@@ -173,8 +279,15 @@ def test_a_difference_needs_its_test_and_its_interval():
     assert verdicts.verdicts({"x": compared})["x"] == "above A; below D; not told apart from B, C"
 
 
+def test_what_a_folder_lacks_is_said_in_a_sentence():
+    every = pd.DataFrame(index=list(table.SYSTEMS))
+    assert verdicts.missing({"LastFM": every}, ["LastFM"]) == "There are results of every system on LastFM."
+    said = verdicts.missing({"LastFM": every.drop(["Caser", "iLoRA"])}, ["LastFM", "Steam"])
+    assert said == "There are no results of LastFM (Caser, iLoRA); Steam (any system)."
+
+
 def test_answers_that_are_all_wrong_still_have_an_interval():
     wrong = np.zeros((1, 5, 50), bool)
-    own = verdicts.Answers((0,), wrong, wrong, np.arange(50), ("a",) * 5)
+    own = verdicts.Answers((0,), wrong, wrong, np.arange(50), ("a",) * 5, np.arange(50))
     row = verdicts.summary({"ChatRec": own}).loc["ChatRec"]
     assert row["value"] == 0 == row["low"] and 0.05 < row["high"] < 0.1  # Wilson's of 0 among 50

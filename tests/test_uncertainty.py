@@ -115,3 +115,61 @@ def test_runs_are_paired_and_one_run_meets_all():
     single = compare(one, other[:1], users)
     assert single["seeds"] == 3 and single["value"] == pytest.approx(one.mean() - other[0].mean())
     assert found["p"] < 0.01
+
+
+# ---------------------------------------------------------------- the bootstrap over users
+
+
+def uneven(users=40, seed=0, ours=0.5, theirs=0.4):
+    """Answers (1, 1, n) of two systems; users have 1 to 12 windows each, and their own share of right answers."""
+    rng = np.random.default_rng(seed)
+    user = np.repeat(np.arange(users), rng.integers(1, 13, users))
+    shift = (0.35 * rng.choice([-1, 1], users))[user]  # one system is the better one for half of the users
+    chances = (ours + shift, theirs - shift)
+    return *(rng.random((1, 1, len(user))) < chance for chance in chances), user
+
+
+def test_the_bootstrap_draws_users_with_all_their_windows():
+    one, other, users = uneven()
+    found = compare(one, other, users)
+    difference, rng, means = one[0, 0].astype(float) - other[0, 0], np.random.default_rng(5), []
+    for _ in range(4000):
+        drawn = rng.integers(40, size=40)
+        means.append(np.concatenate([difference[users == user] for user in drawn]).mean())
+    sums, counts = np.bincount(users, difference), np.bincount(users)
+    scipys = stats.bootstrap(
+        (sums, counts), lambda s, c, axis: s.sum(axis) / c.sum(axis), paired=True, vectorized=True, method="percentile",
+        rng=np.random.default_rng(6),
+    ).confidence_interval  # fmt: skip
+    ends, width = (found["bootstrap_low"], found["bootstrap_high"]), np.ptp(np.quantile(means, (0.025, 0.975)))
+    assert ends == pytest.approx(np.quantile(means, (0.025, 0.975)), abs=0.05 * width)
+    assert ends == pytest.approx(scipys, abs=0.05 * width)
+
+
+def test_the_bootstrap_is_of_the_mean_over_runs_and_draws_and_the_same_for_a_seed():
+    rng = np.random.default_rng(1)
+    one, other, users = rng.random((3, 2, 60)) < 0.7, rng.random((3, 2, 60)) < 0.4, np.repeat(np.arange(20), 3)
+    found = compare(one, other, users)
+    again = compare(np.repeat(one, 2, axis=1), np.repeat(other, 2, axis=1), users)  # each draw twice: the same mean
+    ends = ("bootstrap_low", "bootstrap_high")
+    assert [found[end] for end in ends] == pytest.approx([again[end] for end in ends])
+    assert found["bootstrap_low"] < found["value"] < found["bootstrap_high"]
+
+
+def test_equal_systems_have_no_difference_to_resample():
+    one, _, users = uneven()
+    found = compare(one, one, users)
+    assert (found["bootstrap_low"], found["bootstrap_high"]) == (0, 0)
+
+
+def test_the_bootstrap_holds_the_true_difference_about_as_often_as_it_says():
+    """Windows of a user are alike here: taking them as independent would miss it far more often."""
+    inside, narrow = 0, 0
+    for seed in range(400):
+        one, other, users = uneven(users=60, seed=seed)
+        found = compare(one, other, users)
+        inside += found["bootstrap_low"] < 0.1 < found["bootstrap_high"]
+        difference = one[0, 0].astype(float) - other[0, 0]
+        narrow += abs(difference.mean() - 0.1) < 1.96 * stats.sem(difference)
+    assert 0.91 <= inside / 400 <= 0.98
+    assert narrow / 400 < 0.8
