@@ -166,15 +166,11 @@ class ILoraVariant(LoraVariant):
 
     def forward(self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
         """x (b, s, d_in), result (b, s, d_out) -> result + K alpha/r B diag(w) A dropout(x), Eq. 12."""
-        w = self.tuner.weights_of(module, active_adapter)  # (b, K)
-        if x.shape[0] != w.shape[0] or x.dim() < self.tuner.least_dim:
-            raise UserError(
-                f"sequence_embeds has {w.shape[0]} rows but an adapted layer got {tuple(x.shape)}: pass one "
-                "representation per row of the batch (a layer that sees loose tokens, such as OPT's fc1 or a "
-                "routed expert, cannot be adapted)."
-            )
-        middle = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))  # (b, s, r)
-        return result + module.lora_B[active_adapter](middle * self.tuner.factor_of(module, active_adapter, w, middle))
+        A = module.lora_A[active_adapter]
+        if module.cast_input_dtype_enabled is None and not _autocast_takes(x):
+            x = x.to(A.weight.dtype)
+        middle = A(module.lora_dropout[active_adapter](x))  # (b, s, r)
+        return result + module.lora_B[active_adapter](middle * self.tuner.factor_of(module, active_adapter, middle))
 
     def merge_safe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
         self.merged = self.tuner.weights_of_one_user(module, active_adapter)
@@ -193,9 +189,15 @@ class ILoraVariant(LoraVariant):
         return (delta.T if module.fan_in_fan_out else delta).detach()
 
 
-def _factor(w: Tensor, scale: float, rank: int, like: Tensor) -> Tensor:
+def _autocast_takes(x: Tensor) -> bool:
+    """x has the type that autocast multiplies in: cast to A's first, as LoRA does, it would be cast back at once."""
+    kind = x.device.type
+    return torch.is_autocast_enabled(kind) and x.dtype == torch.get_autocast_dtype(kind)
+
+
+def _factor(w: Tensor, scale: float, like: Tensor) -> Tensor:
     """w (b, K) -> scale K w, each repeated p times: (b, 1.., r), with the dimensions, type and place of `like`."""
-    K = w.shape[1]
+    K, rank = w.shape[1], like.shape[-1]
     factor = (K * scale * w).repeat_interleave(rank // K, dim=1, output_size=rank).to(like)
     return factor.view(len(factor), *(1,) * (like.dim() - 2), rank)
 
@@ -286,21 +288,32 @@ class ILoraModel(LoraModel):
             return weights[adapter]
         return self.gate_of(layer, adapter)(z)  # a layer's own gate, or a call below the whole model
 
-    def factor_of(self, layer: LoraLayer, adapter: str, w: Tensor, middle: Tensor) -> Tensor:
+    def factor_of(self, layer: LoraLayer, adapter: str, middle: Tensor) -> Tensor:
         """What the middle (b, .., r) of a layer is multiplied by: K alpha/r w, (b, 1.., r).
 
         Under a shared gate all layers multiply by the same. It is made once a forward and handed out as slices of one
         tensor, whose gradients are summed at once: on a GPU each small kernel more costs eager code a launch a layer.
         """
-        scale, rank = layer.scaling[adapter], middle.shape[-1]
         condition = self.condition()
-        if torch.compiler.is_compiling() or not condition.of_forward or adapter not in condition.weights:
-            return _factor(w, scale, rank, middle)
-        key = (adapter, scale, rank, middle.dim(), middle.dtype, middle.device, torch.is_grad_enabled())
-        if not condition.factors.get(key):
-            factor = _factor(w, scale, rank, middle)
-            condition.factors[key] = list(factor.expand(self._number, *factor.shape).unbind())
-        return condition.factors[key].pop()
+        if torch.compiler.is_compiling() or not (condition and condition.of_forward and adapter in condition.weights):
+            return self._new_factor(layer, adapter, middle)
+        shape, scale = middle.shape, layer.scaling[adapter]
+        like = (shape[0], len(shape), shape[-1], middle.dtype, middle.device, torch.is_grad_enabled())
+        left = condition.factors.setdefault((adapter, scale, *like), [])
+        if not left:
+            factor = self._new_factor(layer, adapter, middle)
+            left.extend(factor.expand(self._number, *factor.shape).unbind())
+        return left.pop()
+
+    def _new_factor(self, layer: LoraLayer, adapter: str, middle: Tensor) -> Tensor:
+        w, shape = self.weights_of(layer, adapter), middle.shape
+        if shape[0] != w.shape[0] or len(shape) < self.least_dim:
+            raise UserError(
+                f"sequence_embeds has {w.shape[0]} rows but an adapted layer got {(*shape[:-1], layer.in_features)}: "
+                "pass one representation per row of the batch (a layer that sees loose tokens, such as OPT's fc1 or a "
+                "routed expert, cannot be adapted)."
+            )
+        return _factor(w, layer.scaling[adapter], middle)
 
     def weights_of_one_user(self, layer: LoraLayer, adapter: str) -> Tensor:
         """w (1, K) of the only row that the context has."""
@@ -376,6 +389,7 @@ class ILoraModel(LoraModel):
         super()._create_and_replace(config, adapter_name, *args, current_key=current_key, **kwargs)
         layer = self.model.get_submodule(current_key)
         layer.lora_variant[adapter_name] = ILoraVariant(self)
+        layer.cast_input_dtype_enabled = None  # PEFT does not cast, the variant does; False: nobody does
         if config.gate_per_layer:
             if not hasattr(layer, "lora_gate"):
                 layer.lora_gate = nn.ModuleDict()

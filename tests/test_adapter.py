@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
@@ -291,6 +293,51 @@ def test_autocast_keeps_the_gate_in_float32():
         assert torch.equal(outputs(model, tokens(), sequence_embeds=z), outputs(lora, tokens()))
     assert all(gradient.isfinite().all() for gradient in found.values())
     assert found["base_model.lora_gate.default.W_g.weight"].abs().max() > 0
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations that compute or copy: what a GPU launches, a kernel each."""
+
+    number = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.number += not operation.is_view
+        return operation(*args, **(kwargs or {}))
+
+
+def launches(model, **guidance):
+    with torch.autocast("cpu", torch.bfloat16), Launches() as counted:
+        model(tokens(), labels=tokens(), **guidance).loss.backward()
+    return counted.number
+
+
+def test_training_under_autocast_launches_less_than_lora():
+    """An adapted layer's input is not cast to and fro, which pays for the gate."""
+    model, lora = adapted(dtype=torch.bfloat16).train(), plain_lora(torch.bfloat16).train()
+    assert launches(model, sequence_embeds=users()) < launches(lora)
+
+
+def test_input_that_is_not_cast_changes_no_bit():
+    model = adapted(dtype=torch.bfloat16)
+
+    def found():
+        with torch.autocast("cpu", torch.bfloat16):
+            return gradients(model, users()) | {"logits": outputs(model, tokens(), sequence_embeds=users())}
+
+    expected = found()
+    for layer in model.base_model._layers():
+        layer.cast_input_dtype_enabled = True  # as LoRA does it
+    again = found()
+    assert expected.keys() == again.keys()
+    assert all(torch.equal(again[name], value) for name, value in expected.items())
+
+
+def test_casting_can_be_disabled_as_in_lora():
+    model = adapted(dtype=torch.bfloat16)
+    expected = outputs(model, tokens(), sequence_embeds=users())
+    with disable_input_dtype_casting(model), pytest.raises(RuntimeError, match="dtype"):
+        outputs(model, tokens(), sequence_embeds=users())
+    assert torch.equal(outputs(model, tokens(), sequence_embeds=users()), expected)
 
 
 def test_bfloat16_base_has_a_float32_gate():
