@@ -97,15 +97,36 @@ def comparisons(found: Mapping[str, Answers], system: str = "iLoRA") -> pd.DataF
 
     Trained systems are compared in the seeds that both have, and one that was asked a sample on its rows alone.
     """
-    rows, ours = {}, found[system]
-    for other, own in found.items():
-        shared = sorted({*ours.seeds} & {*own.seeds}) if SYSTEMS[other].seeds and SYSTEMS[system].seeds else None
-        _, *places = np.intersect1d(ours.rows, own.rows, assume_unique=True, return_indices=True)
-        if other != system and own.questions == ours.questions and shared != [] and len(places[0]):
-            pair = (_of_seeds(one, shared)[..., at] for one, at in zip((ours, own), places, strict=True))
-            rows[other] = uncertainty.compare(*pair, own.users[places[1]])
-    table = pd.DataFrame.from_dict(rows, orient="index")
-    return table.assign(p_holm=uncertainty.holm(table["p"])) if rows else pd.DataFrame(columns=COMPARED, dtype=float)
+    trained = SYSTEMS[system].seeds
+    pairs = {
+        other: _compared(found[system], own, trained and SYSTEMS[other].seeds)
+        for other, own in found.items()
+        if other != system
+    }
+    return _corrected(pairs)
+
+
+def gained(large: Mapping[str, Answers], small: Mapping[str, Answers]) -> pd.DataFrame:
+    """`uncertainty.compare` of each system over a large base with itself over a small one, as in `comparisons`."""
+    both = [system for system in large if system in small]
+    return _corrected({system: _compared(large[system], small[system], SYSTEMS[system].seeds) for system in both})
+
+
+def _compared(ours: Answers, own: Answers, trained: bool) -> dict | None:
+    """None where they have no question or, if both are trained, no seed in common."""
+    shared = sorted({*ours.seeds} & {*own.seeds}) if trained else None
+    _, *places = np.intersect1d(ours.rows, own.rows, assume_unique=True, return_indices=True)
+    if own.questions != ours.questions or shared == [] or not len(places[0]):
+        return None
+    pair = (_of_seeds(one, shared)[..., at] for one, at in zip((ours, own), places, strict=True))
+    return uncertainty.compare(*pair, own.users[places[1]])
+
+
+def _corrected(pairs: Mapping[str, dict | None]) -> pd.DataFrame:
+    table = pd.DataFrame.from_dict({name: row for name, row in pairs.items() if row}, orient="index")
+    return (
+        table.assign(p_holm=uncertainty.holm(table["p"])) if len(table) else pd.DataFrame(columns=COMPARED, dtype=float)
+    )
 
 
 def _of_seeds(own: Answers, seeds: Sequence[int] | None) -> np.ndarray:

@@ -121,7 +121,7 @@ def test_a_sample_that_is_larger_than_the_questions_is_all_of_them(home):
 def test_the_results_of_the_book_are_still_those_of_their_cells():
     assert "sample" not in some(["iLoRA"])[0].parameters
     book = Path(__file__).parents[1] / "book" / "results" / "table"
-    for path in book.glob("table-*.json"):
+    for path in book.rglob("table-*.json"):
         was = json.loads(path.read_text())["parameters"]
         settings = table.SETTINGS | {name: value for name, value in was.items() if name in table.SETTINGS}
         cell = table.Cell(was["system"], was["dataset"], was["seed"], was["draws"], "", settings)
@@ -247,6 +247,20 @@ def test_runs_are_paired_by_their_seed():
     theirs = verdicts.Answers((1, 2), hit[1:], hit[1:], np.arange(4), ("a",), np.arange(4))  # seed 0 failed
     row = verdicts.comparisons({"iLoRA": ours, "LLaRA": theirs}).loc["LLaRA"]
     assert row["value"] == row["low"] == row["high"] == 0
+
+
+def test_a_larger_base_is_compared_with_the_same_seeds_of_the_small_one():
+    def of(seeds, share, questions="a"):
+        hit = np.random.default_rng(share).random((len(seeds), 1, 40)) < share / 10
+        return verdicts.Answers(seeds, hit, hit, np.arange(40), (questions,), np.arange(40))
+
+    large = {"iLoRA": of((1, 2), 8), "LLaRA": of((0,), 5), "TALLRec": of((0,), 5, "b"), "Language model": of((0,), 4)}
+    small = {"iLoRA": of((0, 1, 2), 3), "LLaRA": of((2,), 5), "TALLRec": of((0,), 5), "SASRec": of((0,), 9)}
+    found = verdicts.gained(large, small)
+    assert list(found.index) == ["iLoRA"]  # others: no seed in common, other questions, or over one base alone
+    expected = uncertainty.compare(large["iLoRA"].hit, small["iLoRA"].hit[1:], np.arange(40))
+    assert found.loc["iLoRA", [*expected]].to_dict() == expected and expected["value"] > 0.2
+    assert verdicts.gained(large, {}).empty and verdicts.gained({}, small).empty
 
 
 def test_a_sample_is_compared_on_its_rows_alone():
