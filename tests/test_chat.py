@@ -306,7 +306,7 @@ def test_a_damaged_answer_is_asked_for_again(serve, home):
     assert make(server.url, request_limit=0).generate(rows(3)) == [1, 2, 3]
 
 
-def test_an_interrupt_sends_nothing_more_and_keeps_what_was_under_way(serve, home):
+def test_an_interrupt_sends_nothing_more_and_keeps_what_was_under_way(serve, home, request):
     def reply(number, question):
         if number == 1:
             time.sleep(0.3)  # the main thread has come to wait
@@ -318,6 +318,8 @@ def test_an_interrupt_sends_nothing_more_and_keeps_what_was_under_way(serve, hom
 
     server = serve(reply)
     found = make(server.url)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores Ctrl-C
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with pytest.raises(KeyboardInterrupt):
         found.generate(rows(5))
     assert len(server.questions) == len(answers(home)) == 2
