@@ -124,9 +124,9 @@ def _compared(ours: Answers, own: Answers, trained: bool) -> dict | None:
 
 def _corrected(pairs: Mapping[str, dict | None]) -> pd.DataFrame:
     table = pd.DataFrame.from_dict({name: row for name, row in pairs.items() if row}, orient="index")
-    return (
-        table.assign(p_holm=uncertainty.holm(table["p"])) if len(table) else pd.DataFrame(columns=COMPARED, dtype=float)
-    )
+    if table.empty:
+        return pd.DataFrame(columns=COMPARED, dtype=float)
+    return table.assign(p_holm=uncertainty.holm(table["p"]))
 
 
 def _of_seeds(own: Answers, seeds: Sequence[int] | None) -> np.ndarray:
