@@ -49,16 +49,8 @@ def browser():
 
 
 @pytest.fixture(scope="module")
-def tab(browser):
-    """One tab that notes console errors and requests; both are emptied at each `look`."""
-    tab = browser.new_context(viewport={"width": 1200, "height": 900}, color_scheme="light").new_page()
-    tab.problems, tab.asked = [], []
-    tab.on("console", lambda message: tab.problems.append(message.text) if message.type == "error" else None)
-    tab.on("pageerror", lambda error: tab.problems.append(str(error)))
-    tab.on("requestfailed", lambda request: tab.problems.append(f"failed: {request.url}"))
-    tab.on("response", lambda response: tab.problems.append(response.url) if response.status >= 400 else None)
-    tab.on("request", lambda request: tab.asked.append(request.url))
-    return tab
+def window(browser):
+    return browser.new_context(viewport={"width": 1200, "height": 900}, color_scheme="light")
 
 
 @pytest.fixture(scope="module")
@@ -76,11 +68,20 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
         pass
 
 
-def look(tab, address):
-    """Open a page and wait for its scripts, MathJax among them."""
-    tab.problems.clear()
-    tab.asked.clear()
-    tab.set_viewport_size({"width": 1200, "height": 900})
+def look(window, address):
+    """A page, its scripts run, MathJax among them; `problems` are console errors and failed requests, `asked` all.
+
+    In a tab of its own: a page that is left cancels what it still asks for, which fails then.
+    """
+    for left in window.pages:
+        left.close()
+    tab = window.new_page()
+    tab.problems, tab.asked = [], []
+    tab.on("console", lambda message: tab.problems.append(message.text) if message.type == "error" else None)
+    tab.on("pageerror", lambda error: tab.problems.append(str(error)))
+    tab.on("requestfailed", lambda request: tab.problems.append(f"failed: {request.url}"))
+    tab.on("response", lambda response: tab.problems.append(response.url) if response.status >= 400 else None)
+    tab.on("request", lambda request: tab.asked.append(request.url))
     tab.goto(address)
     tab.evaluate("window.MathJax && MathJax.startup.promise")
     tab.add_style_tag(content="*, *::before, *::after { transition: none !important }")
@@ -96,8 +97,8 @@ def soup(html, name):
 
 
 @pages
-def test_a_page_opened_as_a_file_is_whole_and_reaches_everybody(tab, html, name):
-    look(tab, (html / f"{name}.html").as_uri())
+def test_a_page_opened_as_a_file_is_whole_and_reaches_everybody(window, html, name):
+    tab = look(window, (html / f"{name}.html").as_uri())
     assert not tab.problems
     assert not [url for url in tab.asked if urlsplit(url).scheme not in ("file", "data")]
     formulas = tab.locator(".math")
@@ -133,8 +134,8 @@ def violations(tab, *rules):
 
 
 @pages
-def test_a_page_served_under_a_sub_path_asks_for_nothing_outside_it(tab, served, name):
-    look(tab, f"{served}/{name}.html")
+def test_a_page_served_under_a_sub_path_asks_for_nothing_outside_it(window, served, name):
+    tab = look(window, f"{served}/{name}.html")
     assert not tab.problems
     assert not [url for url in tab.asked if not url.startswith((f"{served}/", "data:"))]
 
@@ -145,10 +146,10 @@ def sliders(html):
     return [(name, one) for name, own in found.items() for one in own]
 
 
-def test_each_slider_is_moved_by_keys_and_shows_another_picture(tab, html, sliders):
+def test_each_slider_is_moved_by_keys_and_shows_another_picture(window, html, sliders):
     assert len(sliders) >= 4
     for name, slider in sliders:
-        look(tab, (html / f"{name}.html").as_uri())
+        tab = look(window, (html / f"{name}.html").as_uri())
         knob = tab.locator(f"#{slider} input")
         last = int(knob.get_attribute("max"))
         label = tab.locator(f"#{slider} label").inner_text()
