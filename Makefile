@@ -36,6 +36,7 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/world.py
 	$(BIN)/python benchmarks/padding.py --data-dir "$(DATA)"
 	$(BIN)/python benchmarks/adapter.py --device cpu
+	$(BIN)/python benchmarks/adapter.py --device cpu --shape calls --tokens 16
 
 .venv/installed: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("ilora needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'

@@ -1,9 +1,12 @@
 """What the adapter costs: variants of one model measured in turn, as ratios, within one run.
 
     python benchmarks/adapter.py                 # on the GPU if torch sees one, else on the CPU
+    python benchmarks/adapter.py --shape calls --device cpu --tokens 16
 
 On a CPU the model is a Llama of two layers and hidden size 1,024 in float32; on a GPU it has the shape of
-Llama-2-7B, in bfloat16, with the adapter trained under autocast, and all of it takes less than eight minutes. Its
+Llama-2-7B, in bfloat16, with the adapter trained under autocast, and all of it takes less than eight minutes. The shape
+`calls` is so small that nearly all of its time goes by in Python and in calling kernels: what a GPU waits for that has
+few rows to compute, measured where no GPU is. It is in bfloat16 under autocast, as on a GPU. The
 weights are random, frozen and shared by all variants. LoRA and iLoRA have rank 8 on all seven projections, iLoRA 4
 experts. PARTS says what is compared, the most important first; what fails is reported, and the others go on.
 
@@ -47,6 +50,7 @@ from ilora.model import adapter_config
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 SHAPES = {  # the sizes of the model, and the side of the matrix product
     "smoke": ((32, 64, 2, 4, 100), 64),
+    "calls": ((32, 32, 16, 2, 64), 64),
     "cpu": ((1024, 2816, 2, 16, 32000), 2048),
     "cuda": ((4096, 11008, 32, 32, 32000), 8192),  # Llama-2-7B
 }
@@ -92,10 +96,10 @@ class Bench:
         self.rows, self.tokens, self.answer, self.rounds = options.rows, options.tokens, options.answer, options.rounds
         self.rows_of = {"experts": max(1, self.rows // 2)}  # every expert's output takes the most memory
         self.rows_of |= {part: options.more_rows for part in PARTS if part.endswith("more rows")}
-        self.compiler = "eager" if options.smoke else "inductor"  # the one traces alone, and needs no C++ compiler
-        on_gpu = self.device.type == "cuda"
-        self.dtype = torch.bfloat16 if on_gpu else torch.float32
-        shape, self.side = SHAPES["smoke" if options.smoke else "cuda" if on_gpu else "cpu"]
+        own = options.shape or self.device.type
+        self.compiler = "eager" if own == "smoke" else "inductor"  # the one traces alone, and needs no C++ compiler
+        self.dtype = torch.bfloat16 if own in ("cuda", "calls") else torch.float32
+        shape, self.side = SHAPES[own]
         config = LlamaConfig(**dict(zip(SIZES, shape, strict=True)), max_position_embeddings=4096, use_cache=False)
         runs.seed_all(0)
         with torch.device(self.device):
@@ -250,16 +254,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = measure.parser(__doc__, rounds=15, rows=8, more_rows=24, tokens=256, answer=8)
     parser.add_argument("--parts", nargs="+", choices=PARTS, help=f"which parts (all; on a CPU without {GPU_ONLY})")
     parser.add_argument("--minutes", type=float, help="begin no further part after this time (on a GPU 6.5)")
-    parser.add_argument("--smoke", action="store_true", help="a tiny model, whose numbers mean nothing")
+    parser.add_argument("--shape", choices=("smoke", "calls"), help="(the device's) smoke: numbers mean nothing")
     options = parser.parse_args(arguments)
-    if options.smoke and not options.out:
-        parser.error("--smoke measures nothing: say with --out where its JSON belongs")
-    run, out = measure.start("adapter", options, "parts", "minutes")
+    if options.shape == "smoke" and not options.out:
+        parser.error("--shape smoke measures nothing: say with --out where its JSON belongs")
+    if options.tokens <= options.answer:
+        parser.error(f"{options.tokens} tokens have no answer of {options.answer} at their end: say more --tokens")
+    run, out = measure.start("adapter_calls" if options.shape == "calls" else "adapter", options, "parts", "minutes")
     on_gpu, metrics = run.device.type == "cuda", {}
     minutes = options.minutes or (6.5 if on_gpu else math.inf)
     bench = Bench(options)
     work = {"largest batch": bench.largest, "matmul": lambda _: bench.matmul()}
-    for part in ("matmul", *(options.parts or [part for part in PARTS if on_gpu or part not in GPU_ONLY])):
+    usual = ["adapter"] if options.shape == "calls" else [part for part in PARTS if on_gpu or part not in GPU_ONLY]
+    for part in ("matmul", *(options.parts or usual)):
         try:
             if run.seconds > 60 * minutes:
                 raise TimeoutError(f"not begun, {minutes} minutes are over")

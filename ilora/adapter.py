@@ -191,7 +191,7 @@ class ILoraVariant(LoraVariant):
 
 def _autocast_takes(x: Tensor) -> bool:
     """x has the type that autocast multiplies in: cast to A's first, as LoRA does, it would be cast back at once."""
-    kind = x.device.type
+    kind = "cuda" if x.is_cuda else "cpu" if x.is_cpu else x.device.type  # whose making takes longer than all the rest
     return torch.is_autocast_enabled(kind) and x.dtype == torch.get_autocast_dtype(kind)
 
 
@@ -294,15 +294,14 @@ class ILoraModel(LoraModel):
         Under a shared gate all layers multiply by the same. It is made once a forward and handed out as slices of one
         tensor, whose gradients are summed at once: on a GPU each small kernel more costs eager code a launch a layer.
         """
-        condition = self.condition()
-        if torch.compiler.is_compiling() or not (condition and condition.of_forward and adapter in condition.weights):
+        condition = None if torch.compiler.is_compiling() else self.condition()
+        if condition is None or not condition.of_forward or adapter not in condition.weights:
             return self._new_factor(layer, adapter, middle)
-        shape, scale = middle.shape, layer.scaling[adapter]
-        like = (shape[0], len(shape), shape[-1], middle.dtype, middle.device, torch.is_grad_enabled())
-        left = condition.factors.setdefault((adapter, scale, *like), [])
+        like = middle.shape, middle.dtype, middle.device, torch.is_grad_enabled()
+        left = condition.factors.get(key := (adapter, layer.scaling[adapter], *like))
         if not left:
             factor = self._new_factor(layer, adapter, middle)
-            left.extend(factor.expand(self._number, *factor.shape).unbind())
+            left = condition.factors[key] = list(factor.expand(self._number, *factor.shape).unbind())
         return left.pop()
 
     def _new_factor(self, layer: LoraLayer, adapter: str, middle: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ import recommender
 import world
 
 WHOLE = {"name", "parameters", "metrics", "seconds", "peak_memory_mib", "device", "versions", "commit", "date"}
-SMALL = ["--smoke", "--device", "cpu", "--rounds", "2", "--rows", "2", "--tokens", "12", "--answer", "3"]
+SMALL = ["--shape", "smoke", "--device", "cpu", "--rounds", "2", "--rows", "2", "--tokens", "12", "--answer", "3"]
 SMALL += ["--more-rows", "3"]
 
 
@@ -165,7 +165,7 @@ def test_every_part_is_measured_and_written(tmp_path, capsys):
     result = json.loads((tmp_path / "result.json").read_text())
     assert result.keys() >= WHOLE
     assert result["parameters"] == {
-        "device": "cpu", "rounds": 2, "rows": 2, "more_rows": 3, "tokens": 12, "answer": 3, "smoke": True
+        "device": "cpu", "rounds": 2, "rows": 2, "more_rows": 3, "tokens": 12, "answer": 3, "shape": "smoke"
     }  # fmt: skip
     metrics = result["metrics"]
     assert set(metrics) == {"matmul", *parts}
@@ -186,6 +186,14 @@ def test_every_part_is_measured_and_written(tmp_path, capsys):
     assert mib["LoRA"] <= mib["iLoRA"] < mib["every expert's output"]
     assert metrics["checkpointing"]["checkpointed"]["memory_ratio"] < 1
     assert metrics["logits"]["answer logits"]["memory_ratio"] < 1
+
+
+def test_a_model_of_nothing_but_calls_is_measured_under_autocast(tmp_path):
+    flags = ["--shape", "calls", "--device", "cpu", "--rounds", "2", "--tokens", "8", "--answer", "2"]
+    benchmark.main([*flags, "--out", str(tmp_path / "result.json")])
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["name"] == "benchmark_adapter_calls"
+    assert set(result["metrics"]) == {"matmul", "adapter"} and result["metrics"]["adapter"]["iLoRA"]["at_most"] == 1.02
 
 
 def test_a_part_that_fails_is_reported_and_the_others_go_on(tmp_path, capsys, monkeypatch):
@@ -210,7 +218,7 @@ def test_parts_that_a_time_limit_leaves_out_say_so(tmp_path):
 @pytest.mark.parametrize("most", [9, 20, 33])
 def test_the_largest_batch_is_found_from_above_and_from_below(monkeypatch, most):
     """A device of 20 rows by the memory of one, and of `most` in truth."""
-    options = argparse.Namespace(device="cpu", smoke=True, rows=2, more_rows=3, tokens=12, answer=3, rounds=1)
+    options = argparse.Namespace(device="cpu", shape="smoke", rows=2, more_rows=3, tokens=12, answer=3, rounds=1)
     bench = benchmark.Bench(options)
     monkeypatch.setattr(benchmark, "free", lambda: None)
     monkeypatch.setattr(bench, "memory", lambda step: 2.0)
@@ -230,7 +238,7 @@ def test_the_largest_batch_is_found_from_above_and_from_below(monkeypatch, most)
 
 
 def test_a_step_of_more_rows_than_the_batch_takes_them_again():
-    options = argparse.Namespace(device="cpu", smoke=True, rows=2, more_rows=3, tokens=12, answer=3, rounds=1)
+    options = argparse.Namespace(device="cpu", shape="smoke", rows=2, more_rows=3, tokens=12, answer=3, rounds=1)
     bench = benchmark.Bench(options)
     memory = [bench.memory(bench.step(rows)) for rows in (2, 4, 8)]
     assert memory[0] < memory[1] < memory[2]
@@ -238,7 +246,7 @@ def test_a_step_of_more_rows_than_the_batch_takes_them_again():
 
 def test_the_formula_written_out_is_the_adapter():
     """The variant that it is compared with computes the same: loss gradients agree."""
-    options = argparse.Namespace(device="cpu", smoke=True, rows=2, more_rows=3, tokens=12, answer=3, rounds=1)
+    options = argparse.Namespace(device="cpu", shape="smoke", rows=2, more_rows=3, tokens=12, answer=3, rounds=1)
     bench, logits = benchmark.Bench(options), []
     for written_out in (False, True):
         torch.manual_seed(1)
@@ -252,7 +260,7 @@ def test_the_formula_written_out_is_the_adapter():
 
 
 def test_memory_is_what_a_step_allocates_at_its_peak():
-    options = argparse.Namespace(device="cpu", smoke=True, rows=2, more_rows=3, tokens=12, answer=3, rounds=1)
+    options = argparse.Namespace(device="cpu", shape="smoke", rows=2, more_rows=3, tokens=12, answer=3, rounds=1)
     bench = benchmark.Bench(options)
 
     def step():
@@ -265,5 +273,11 @@ def test_memory_is_what_a_step_allocates_at_its_peak():
 
 def test_a_smoke_run_needs_a_place_of_its_own(capsys):
     with pytest.raises(SystemExit):
-        benchmark.main(["--smoke"])
+        benchmark.main(["--shape", "smoke"])
     assert "--out" in capsys.readouterr().err
+
+
+def test_an_answer_as_long_as_the_row_is_refused_at_once(capsys):
+    with pytest.raises(SystemExit):
+        benchmark.main(["--tokens", "8", "--answer", "8"])
+    assert "more --tokens" in capsys.readouterr().err
