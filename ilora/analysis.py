@@ -42,20 +42,23 @@ def representations(encoder: SequenceModel, history: np.ndarray, batch_size: int
     return torch.cat([encoder.encode(part.to(device)).cpu() for part in parts]).numpy()
 
 
-def clusters(z: np.ndarray, count: int = 8, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def clusters(
+    z: np.ndarray, count: int = 8, seed: int = 0, users: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """k-means of z (n, dim): each one's cluster (n,) and the clusters' centres (count, dim).
 
     Clusters are numbered in the leaf order of a hierarchical clustering of their centres (average linkage,
     Euclidean), so that near ones have near numbers. The hierarchy is over the centres alone: over 40,000
-    sequences it would need their 800 million distances. Each cluster has two sequences or more, to be cut into
-    halves; raises UserError when that cannot be, as with too few distinct rows.
+    sequences it would need their 800 million distances. Each cluster has sequences of two
+    users (n,) or more, to be cut into halves (None: each sequence is another user's); raises UserError when that
+    cannot be, as with too few distinct rows.
     """
     rng, best = np.random.default_rng(seed), (np.inf, np.empty(0))
-    z = np.asarray(z, float)
+    z, users = np.asarray(z, float), np.arange(len(z)) if users is None else users
     for _ in range(RESTARTS if len(np.unique(z, axis=0)) >= count else 0):
         with contextlib.suppress(ClusterError):  # a cluster lost its last sequence: this start does not count
             centres, labels = kmeans2(z, count, iter=25, minit="++", missing="raise", rng=rng)
-            if np.bincount(labels, minlength=count).min() > 1:
+            if min(len(np.unique(users[labels == label])) for label in range(count)) > 1:
                 best = min(best, (((z - centres[labels]) ** 2).sum(), labels), key=lambda found: found[0])
     labels = best[1]
     if len(np.unique(labels)) < count:
@@ -65,12 +68,21 @@ def clusters(z: np.ndarray, count: int = 8, seed: int = 0) -> tuple[np.ndarray, 
     return order.argsort()[labels], centres[order]
 
 
-def halves(labels: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Each group cut into two at random: label g becomes 2g or 2g + 1, as often as the other (or once more)."""
+def halves(labels: np.ndarray, users: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Each group cut into two: label g becomes 2g or 2g + 1; labels, users (n,) of each sequence.
+
+    A user's sequences are alike, so all of them fall into one half, or the halves would not be samples of their own.
+    Users come in random order, each to the half that has fewer sequences by then.
+    """
     rng, cut = np.random.default_rng(seed), np.empty_like(labels)
     for label in np.unique(labels):
-        members = rng.permutation(np.flatnonzero(labels == label))
-        cut[members] = 2 * label + np.arange(len(members)) % 2
+        members = np.flatnonzero(labels == label)
+        own, count = np.unique(users[members], return_inverse=True, return_counts=True)[1:]
+        half, filled = np.zeros(len(count), int), [0, 0]
+        for user in rng.permutation(len(count)):
+            half[user] = filled[1] < filled[0]
+            filled[half[user]] += count[user]
+        cut[members] = 2 * label + half[own]
     return cut
 
 

@@ -14,6 +14,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 DASHES, HATCHES, MARKERS = ["-", "--", "-.", ":"], ["", "//", "..", "xx"], "os^Dvx*P"
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000"]
@@ -130,8 +131,10 @@ def losses(histories: dict[str, pd.DataFrame], span: int = 20, ax: Axes | None =
 
 
 def lines(table: pd.DataFrame, x: str, y: str, ax: Axes | None = None) -> Axes:
-    """One labelled line for each column of a frame, against its index."""
+    """One labelled line for each column of a frame, against its index; whole numbers get whole ticks."""
     ax = ax or plt.subplots()[1]
+    if pd.api.types.is_integer_dtype(table.index):
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     for column, marker in zip(table.columns, itertools.cycle(MARKERS), strict=False):
         ax.plot(table.index, table[column], marker=marker, label=column)
     ax.set(xlabel=x, ylabel=y)
@@ -145,7 +148,7 @@ def trend(table: pd.DataFrame, x: str, y: str, by: str | None = None, title: str
     A table of `comparisons.over_seeds`; `by` names a column for each value of which there is an axes.
     """
     parts = dict(list(table.groupby(by, sort=False))) if by and len(table) else {"": table}
-    figure, axes = _panels(len(parts), (6.4, 2.9, 3.6))
+    figure, axes = _panels(len(parts), (6.4, 3.2, 3.2 if len(parts) > 2 else 3.6))
     systems = list(table["system"].unique())
     step = 0.015 * np.ptp(table[x]) if len(table) else 0  # beside each other, so that nothing hides another
     for ax, (part, own) in zip(axes, parts.items(), strict=True):
@@ -160,7 +163,7 @@ def trend(table: pd.DataFrame, x: str, y: str, by: str | None = None, title: str
             for at, values in zip(place + step / 2, line["runs"], strict=True):
                 ax.scatter([at] * len(values), values, s=7, color="0.4", linewidths=0, zorder=3)
         named = part if isinstance(part, str) else f"{by} {part:g}"
-        ax.set(title=textwrap.fill(named, 30), xlabel=x, xticks=sorted(own[x].unique()))
+        ax.set(title=textwrap.fill(named, 30), xlabel=x, xticks=sorted(table[x].unique()))
     axes[0].set_ylabel(y)
     if len(systems) > 1:
         lines = {text: line for ax in axes for line, text in zip(*ax.get_legend_handles_labels(), strict=True)}
@@ -175,7 +178,7 @@ def differences(table: pd.DataFrame, what: str, title: str) -> np.ndarray:
     A table of `comparisons.paired`: a row for each variant, an axes for each setting.
     """
     settings, variants = table["setting"].unique(), list(table["variant"].unique())
-    figure, axes = _panels(len(settings), (6.4, 3.0, 1.4 + 0.4 * len(variants)))
+    figure, axes = _panels(len(settings), (6.4, 3.2, 1.4 + 0.4 * len(variants)))
     for ax, setting in zip(axes, settings, strict=False):
         own = table[table["setting"] == setting]
         place = np.array([variants.index(variant) for variant in own["variant"]])
@@ -193,9 +196,9 @@ def differences(table: pd.DataFrame, what: str, title: str) -> np.ndarray:
 
 
 def _panels(count: int, size: tuple[float, float, float]) -> tuple[Figure, np.ndarray]:
-    """Axes that share their scales, at most three in a row; size: least width of the figure, axes' width and height."""
+    """Axes that share their scales, at most two in a row; size: least width of the figure, axes' width and height."""
     least, wide, high = size
-    columns, rows = min(max(count, 1), 3), -(-max(count, 1) // 3)
+    columns, rows = min(max(count, 1), 2), -(-max(count, 1) // 2)
     figure, axes = plt.subplots(
         rows, columns, figsize=(max(least, wide * columns), high * rows), squeeze=False, sharex=True, sharey=True
     )
@@ -208,7 +211,7 @@ def _panels(count: int, size: tuple[float, float, float]) -> tuple[Figure, np.nd
 
 def _finish(ax: Axes, table: pd.DataFrame, title: str) -> None:
     """A title over all axes of a figure, wrapped to its width; in a small one where there is nothing to show."""
-    figure, wrapped = ax.figure, [textwrap.fill(line, int(14 * ax.figure.get_figwidth())) for line in title.split("\n")]
+    figure, wrapped = ax.figure, [textwrap.fill(line, int(13 * ax.figure.get_figwidth())) for line in title.split("\n")]
     figure.suptitle("\n".join(wrapped), fontsize="medium", x=0.01, ha="left")
     if table.empty:
         figure.set_size_inches(6.4, 1.2)

@@ -47,19 +47,20 @@ def _cosine(products: np.ndarray) -> np.ndarray:
 
 
 def repeatability(cosine: np.ndarray) -> np.ndarray:
-    """Similarity of a group with another sample of itself, as large: (..., 2G, 2G) of `halves` -> (..., G).
+    """Similarity of groups with other samples of themselves, as large, their mean: (..., 2G, 2G) of `halves` -> (...).
 
-    It is what the diagonal would be if it were not 1 by definition, and the most that noise lets two groups
-    reach. From the cosine c of the group's two halves, which are half as large: 2c / (1 + c) (Spearman and Brown), or c
-    itself where it is below 0, as only noise makes it.
+    It is what the diagonal would be if it were not 1 by definition, and what two groups that do not differ reach. From
+    the mean c of the cosines of each group's two halves, which are half as large: 2c / (1 + |c|). For c above 0 that is
+    Spearman and Brown's formula; below, where only noise leads, its mirror image, so that noise is 0 on average. The
+    mean comes first because the formula is no straight line: of single noisy cosines it is too small.
     """
     first = np.arange(0, cosine.shape[-1], 2)
-    between = cosine[..., first, first + 1]
-    return np.where(between > 0, 2 * between / (1 + np.maximum(between, 0)), between)
+    between = cosine[..., first, first + 1].mean(-1)
+    return 2 * between / (1 + np.abs(between))
 
 
 def agreement(products: dict[str, np.ndarray]) -> dict[str, float]:
-    """From inner products of `halves`, means over groups and states: similarity with another sample of the `same`
+    """From inner products of `halves`, means over states: similarity with another sample of the `same`
     group (`repeatability`) and with `other` groups, and what other groups `lack` against the same."""
     same = float(repeatability(cosines(products)["all"]).mean())
     other = float(off_diagonal(cosines(joined(products))["all"]).mean())

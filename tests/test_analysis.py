@@ -206,6 +206,13 @@ def test_too_few_distinct_sequences_are_refused():
         analysis.clusters(np.repeat(np.eye(4), 10, axis=0))
 
 
+def test_a_cluster_of_a_single_user_is_refused():
+    z, place = blobs()
+    analysis.clusters(z, users=np.arange(len(z)))
+    with pytest.raises(runs.UserError, match="8 clusters"):
+        analysis.clusters(z, users=place)
+
+
 def test_representations_do_not_depend_on_the_batch():
     encoder, asked = SASRec(60, window=6).eval(), questions()
     found = analysis.representations(encoder, asked.sequences.history, batch_size=4)

@@ -33,7 +33,7 @@ def test_a_zero_gradient_has_no_direction():
 def test_halves_join_to_the_whole():
     rng = np.random.default_rng(0)
     vectors = torch.from_numpy(rng.normal(size=(len(LABELS), 5)))
-    cut = analysis.halves(LABELS)
+    cut = analysis.halves(LABELS, np.arange(len(LABELS)))
     np.testing.assert_array_equal(cut // 2, LABELS)
     assert np.bincount(cut).tolist() == [1, 1, 1, 1, 4, 3]
 
@@ -53,7 +53,9 @@ def test_repeatability_is_the_similarity_of_another_sample():
     other = signal + rng.normal(size=(3, size))
     drawn = np.vstack([half[::2] + half[1::2], other])
     expected = np.diag(similarity._cosine(drawn @ drawn.T)[:3, 3:])
-    np.testing.assert_allclose(similarity.repeatability(similarity._cosine(half @ half.T)), expected, atol=0.01)
+    halves = similarity._cosine(half @ half.T)
+    each = [similarity.repeatability(halves[2 * g : 2 * g + 2, 2 * g : 2 * g + 2]) for g in range(3)]
+    np.testing.assert_allclose(each, expected, atol=0.01)
     assert np.ptp(expected) > 0.5
 
 
@@ -112,6 +114,25 @@ def test_what_other_groups_lack_is_told_from_noise():
         assert found["lack"] == pytest.approx(found["same"] - found["other"])
 
 
-def test_halves_that_point_apart_are_not_made_to_point_further_apart():
+def test_halves_that_point_apart_are_not_made_to_point_beyond():
     cosine = np.array([[1.0, -0.9], [-0.9, 1.0]])  # Spearman and Brown's formula would give -18
-    assert similarity.repeatability(cosine).tolist() == [-0.9]
+    assert similarity.repeatability(cosine) == pytest.approx(-1.8 / 1.9)
+
+
+def test_noise_in_few_dimensions_lacks_nothing_on_the_average():
+    rng = np.random.default_rng(0)
+    half = torch.from_numpy(rng.normal(size=(2000, 16, 100)))
+    lack = [similarity.agreement(analysis.products({"one": one}))["lack"] for one in half]
+    assert abs(np.mean(lack)) < 3 * np.std(lack) / np.sqrt(len(lack))
+
+
+def test_a_users_sequences_fall_into_one_half():
+    rng = np.random.default_rng(0)
+    labels, users = rng.integers(3, size=600), rng.integers(60, size=600)
+    cut = analysis.halves(labels, users, seed=1)
+    np.testing.assert_array_equal(cut // 2, labels)
+    of = {}
+    for label, user, half in zip(labels, users, cut, strict=True):
+        assert of.setdefault((label, user), half) == half
+    assert np.ptp(np.bincount(cut).reshape(3, 2), axis=1).max() <= np.bincount(users).max()
+    assert (cut != analysis.halves(labels, users, seed=2)).any()
