@@ -18,9 +18,9 @@ Its tokens may span words, up to whole titles: a model this small learns to choo
 to spell them.
 """
 
+import argparse
 import hashlib
 import shutil
-import sys
 import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -317,6 +317,6 @@ def public_library() -> Dataset:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m ilora.pretraining FOLDER")
-    make_embedded(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(prog="python -m ilora.pretraining", description="Make the embedded model anew.")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="gets the model and its tokenizer")
+    make_embedded(parser.parse_args().folder)

@@ -157,7 +157,7 @@ def choose_l2(
 def _for_small_models() -> Iterator[None]:
     """One CPU thread, because several would wait for each other longer than they work; and subnormal numbers are zero.
 
-    L2 leaves such numbers in those of Caser's filters that never answer; they made a step take five times as long.
+    L2 leaves such numbers in those of Caser's filters that never answer; they slow a step down.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

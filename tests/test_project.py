@@ -14,9 +14,11 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from ilora import parameters
+from ilora import parameters, speed
 
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "book" / "results"
+RATES = RESULTS / "table" / "large" / "learning_rate.json"  # histories of six runs, put together as page 7 says
 SOURCES = sorted((ROOT / "notebooks").glob("*.ipynb"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TREE = re.search(r"^```\n(ilora/\n.*?)^```", README, re.M | re.S)[1]
@@ -196,10 +198,23 @@ def test_the_book_holds_every_notebook_and_its_own_configuration():
 
 
 def test_the_results_that_pages_show_are_whole():
-    for path in (ROOT / "book" / "results").glob("*.json"):
+    """Written by a run from a committed tree, those of pages as well as the measurements behind them."""
+    paths = [path for path in RESULTS.rglob("*.json") if "failed" not in path.name and path != RATES]
+    assert len(paths) > 200
+    for path in paths:
         result = json.loads(path.read_text(encoding="utf-8"))
         keys = {"name", "parameters", "metrics", "seconds", "device", "versions", "commit", "date"}
         assert result.keys() >= keys, path.name
+        assert not result["commit"].endswith("+dirty"), path.name
+
+
+def test_the_page_of_ratios_is_that_of_the_benchmarks_beside_it():
+    shown = json.loads((RESULTS / "09_speed.json").read_text(encoding="utf-8"))["metrics"]
+    ratios = speed.ratios(speed.read(RESULTS / "benchmarks"))["value"]
+    assert set(shown) == set(ratios.index.get_level_values("benchmark"))
+    for (benchmark, part, way), value in ratios.items():
+        (row,) = [row for row in shown[benchmark] if (row["part"], row["way"]) == (part, way)]
+        assert row["value"] == pytest.approx(value)
 
 
 def test_the_book_builds_without_a_warning_and_asks_the_network_for_nothing(html):
