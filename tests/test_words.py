@@ -1,7 +1,10 @@
 """What the pages in words tell a reader to type: Python that runs, commands and parameters that exist."""
 
+import functools
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -16,7 +19,7 @@ MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 
 
 def blocks(page, language):
-    text = (ROOT / "book" / f"{page}.md").read_text(encoding="utf-8")
+    text = (ROOT / ("" if page == "README" else "book") / f"{page}.md").read_text(encoding="utf-8")
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)
 
 
@@ -75,9 +78,17 @@ def test_the_files_on_the_page_of_own_data_are_of_the_form_it_describes(somewher
 
 
 def commands():
-    for page in PAGES:
-        for block in blocks(page.stem, "bash"):
-            yield from ((page.stem, shlex.split(line)) for line in block.replace("\\\n", " ").splitlines() if line)
+    for page in ("README", *(page.stem for page in PAGES)):
+        for block in blocks(page, "bash"):
+            lines = block.replace("\\\n", " ").splitlines()
+            yield from ((page, command) for line in lines if (command := shlex.split(line, comments=True)))
+
+
+@functools.cache
+def explained(*command):
+    """What this command of ours says of itself, before any work."""
+    done = subprocess.run([sys.executable, *command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout
 
 
 @pytest.mark.parametrize(("page", "command"), list(commands()))
@@ -87,6 +98,9 @@ def test_a_command_names_what_is_there(page, command):
     for word in command:
         if word.startswith("notebooks/"):
             assert (ROOT / word).is_file()
+    if "-m" in command and command[2].startswith("ilora"):
+        about = explained(*command[1 : 4 if "table" in command else 3])
+        assert all(re.search(rf"{word}\b", about) for word in command if word.startswith("--"))
     given = [(command[at + 1], command[at + 2]) for at, word in enumerate(command) if word == "-p"]
     given = [pair for pair in given if pair[0] != "data_dir"]  # a folder of the reader's
     if ("dataset", "csv") in given:
