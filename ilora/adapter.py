@@ -191,7 +191,7 @@ class ILoraVariant(LoraVariant):
 
 def _autocast_takes(x: Tensor) -> bool:
     """x has the type that autocast multiplies in: cast to A's first, as LoRA does, it would be cast back at once."""
-    kind = "cuda" if x.is_cuda else "cpu" if x.is_cpu else x.device.type  # whose making takes longer than all the rest
+    kind = "cuda" if x.is_cuda else "cpu" if x.is_cpu else x.device.type  # spares the name's making
     return torch.is_autocast_enabled(kind) and x.dtype == torch.get_autocast_dtype(kind)
 
 
