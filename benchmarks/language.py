@@ -4,7 +4,8 @@
 
 The model is the embedded one, or that of --dataset, with iLoRA of 4 experts whose B is a little away from zero: the
 adapter has all its work, and answers are nearly those of the base. PARTS says what is compared. In the usual way of
-training and of prompts a prompt is text that the tokenizer reads; in training every logit is computed, too.
+training and of prompts a prompt is text that the tokenizer reads; in training every logit is computed, too. The usual
+ways compute all of the last layer; `only_last` is of this package's.
 
     training     `fit`, and transformers' Trainer with a collator that tokenises text, on as many sequences
     prompts      prompts from pieces that were tokenised once, and from their text; in batches, and one by one
@@ -18,7 +19,9 @@ training and of prompts a prompt is text that the tokenizer reads; in training e
 import argparse
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
 import measure
 import numpy as np
@@ -90,15 +93,15 @@ class Bench:
         batches = cut(self.rows, self.together)
         ways = {
             "one pass": lambda: torch.cat([self.model.rank(rows) for rows in batches]),
-            "20 passes": lambda: torch.cat([rank_by_passes(self.model, rows) for rows in batches]),
+            "20 passes": whole(lambda: torch.cat([rank_by_passes(self.model, rows) for rows in batches])),
         }
         return ways, largest_difference
 
     def answers(self) -> tuple[Ways, Callable]:
         ways = {
             "like length": lambda: answer_by_length(self.model, self.asked, self.together),
-            "one at a time": lambda: [self.model.generate([row])[0] for row in self.rows],
-            "as they come": lambda: [c for part in cut(self.rows, TOGETHER) for c in self.model.generate(part)],
+            "one at a time": whole(lambda: [self.model.generate([row])[0] for row in self.rows]),
+            "as they come": whole(lambda: [c for part in cut(self.rows, TOGETHER) for c in self.model.generate(part)]),
         }
 
         def agreement(found: dict[str, list]) -> dict[str, float]:
@@ -113,7 +116,7 @@ class Bench:
     def evaluation(self) -> tuple[Ways, Callable]:
         ways = {
             "one pass": lambda: evaluation.ask(self.model, self.asked, self.together),
-            "rank, then generate": lambda: evaluation.ask(Apart(self.model), self.asked, TOGETHER),
+            "rank, then generate": whole(lambda: evaluation.ask(Apart(self.model), self.asked, TOGETHER)),
         }
 
         def agreement(found: dict[str, pd.DataFrame]) -> dict[str, float]:
@@ -158,6 +161,16 @@ def largest_difference(found: dict[str, Tensor]) -> dict[str, float]:
 
 
 # ---------------------------------------------------------------- the usual ways
+
+
+def whole(way: Callable) -> Callable:
+    """The way with all of the last layer computed, as a model does by itself."""
+
+    def run() -> object:
+        with mock.patch("ilora.model.only_last", return_value=nullcontext()):
+            return way()
+
+    return run
 
 
 def texts(model: LanguageRecommender, rows: Sequence[Row], answers: bool = False) -> list[str]:

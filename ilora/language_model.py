@@ -1,9 +1,13 @@
 """Language models: any Hugging Face causal LM, or `embedded`, the small Llama that the package brings, grown or not."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ilora import runs
@@ -40,6 +44,40 @@ def load_language_model(
             "of the Hugging Face hub with safetensors weights"
         ) from error
     return model.to(place).eval().requires_grad_(False), tokenizer
+
+
+@contextmanager
+def only_last(model: PreTrainedModel, keep: int) -> Iterator[None]:
+    """Within it the last layer computes queries and all behind attention for the last `keep` tokens alone; 0: for all.
+
+    For forward passes of which only the logits of those tokens are read: they are the same, and a model of n layers
+    saves most of an n-th of its arithmetic. Keys and values are of all tokens, so a cache is whole. The layer is left
+    as it is if it lacks Llama's names, or is checkpointed: then it is computed again outside.
+    """
+    last = getattr(model.get_decoder(), "layers", [None])[-1]
+    attention, mlp = getattr(last, "self_attn", None), getattr(last, "mlp", None)
+    by_token = [getattr(attention, "q_proj", None), getattr(attention, "o_proj", None), mlp]
+    fits = all(by_token) and hasattr(mlp, "down_proj") and not getattr(last, "gradient_checkpointing", False)
+    with ExitStack() as hooks:
+        for module in by_token if keep and fits else ():
+            for hook in _cut(module, keep):
+                hooks.callback(hook.remove)
+        yield
+
+
+def _cut(module: nn.Module, keep: int) -> tuple[RemovableHandle, RemovableHandle]:
+    """Let a module of (batch, tokens, dim) compute the last `keep` tokens; zeros stand for the others."""
+    before = 0
+
+    def cut(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        nonlocal before
+        before = max(inputs[0].shape[1] - keep, 0)
+        return (inputs[0][:, before:],)
+
+    def fill(_: nn.Module, __: tuple[Tensor], output: Tensor) -> Tensor:
+        return F.pad(output, (0, 0, before, 0))
+
+    return module.register_forward_pre_hook(cut), module.register_forward_hook(fill)
 
 
 class Projector(nn.Module):

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from ilora import data, runs
 from ilora.adapter import ILoraConfig, gate_weights
 from ilora.guidance import GUIDANCE
-from ilora.language_model import Projector, load_language_model
+from ilora.language_model import Projector, load_language_model, only_last
 from ilora.morec import MoRec  # noqa: F401, one of those that SequenceModel.from_pretrained finds
 from ilora.prompts import NO_ITEM, NO_LABEL, Prompts, read_answer
 from ilora.recommenders import SequenceModel
@@ -163,15 +163,16 @@ class LanguageRecommender(nn.Module):
             return []
         batch = self._batch(rows, answers=False)
         longest = [1 + max(len(self.prompts.answers[item]) for item in candidates) for _, candidates, _ in rows]
-        written = self.language_model.generate(
-            inputs_embeds=self._embeds(batch, hybrid=True),
-            attention_mask=batch["attention_mask"],
-            max_new_tokens=max(longest),
-            do_sample=False,
-            repetition_penalty=1.0,  # greedy whatever the model's own defaults are
-            pad_token_id=self.prompts.tokenizer.pad_token_id or self.prompts.end,
-            **self._guidance(batch),
-        )
+        with only_last(self.language_model, keep=1):
+            written = self.language_model.generate(
+                inputs_embeds=self._embeds(batch, hybrid=True),
+                attention_mask=batch["attention_mask"],
+                max_new_tokens=max(longest),
+                do_sample=False,
+                repetition_penalty=1.0,  # greedy whatever the model's own defaults are
+                pad_token_id=self.prompts.tokenizer.pad_token_id or self.prompts.end,
+                **self._guidance(batch),
+            )
         own = [tokens[:length] for tokens, length in zip(written, longest, strict=True)]  # whatever others may write
         return [self._read(row, tokens) for row, tokens in zip(rows, own, strict=True)]
 
@@ -280,13 +281,14 @@ class LanguageRecommender(nn.Module):
         if positions is None:
             positions = (mask.cumsum(1) - 1).clamp(min=0)
             mask = causal_mask(mask.bool()[:, None], self._embedding().weight.dtype)
-        return self.language_model(
-            inputs_embeds=self._embeds(batch, hybrid),
-            attention_mask=mask,
-            position_ids=positions,
-            logits_to_keep=keep,
-            **self._guidance(batch),
-        ).logits
+        with only_last(self.language_model, keep):
+            return self.language_model(
+                inputs_embeds=self._embeds(batch, hybrid),
+                attention_mask=mask,
+                position_ids=positions,
+                logits_to_keep=keep,
+                **self._guidance(batch),
+            ).logits
 
     # ---------------------------------------------------------------- files
 
