@@ -101,6 +101,17 @@ def test_training_from_text_has_the_loss_of_fit(bench):
     torch.testing.assert_close(language.full_loss(bench.model, usual, hybrid=True), bench.model(own))
 
 
+def test_the_usual_ways_compute_all_of_the_last_layer(bench):
+    seen, rows = [], [bench.rows[0]]
+    mlp = bench.model.language_model.get_decoder().layers[-1].mlp.up_proj.base_layer
+    hook = mlp.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
+    language.whole(lambda: bench.model.generate(rows))()
+    bench.model.generate(rows)
+    hook.remove()
+    prompt = bench.model._batch(rows, answers=False)["input_ids"].shape[1]
+    assert seen[0] == prompt > 1 and seen[1:] == [1] * (len(seen) - 1) and len(seen) % 2 == 0
+
+
 def test_both_trainings_change_the_adapter(bench):
     weight = next(value for name, value in bench.model.named_parameters() if "lora_A" in name)
     for train in (language.train_by_fit, language.train_by_trainer):
