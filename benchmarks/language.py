@@ -4,8 +4,9 @@
 
 The model is the embedded one, or that of --dataset, with iLoRA of 4 experts whose B is a little away from zero: the
 adapter has all its work, and answers are nearly those of the base. PARTS says what is compared. In the usual way of
-training and of prompts a prompt is text that the tokenizer reads; in training every logit is computed, too. The usual
-ways compute all of the last layer; `only_last` is of this package's.
+training and of prompts a prompt is text that the tokenizer reads; in training every logit is computed, too. Answers are
+written by transformers' `generate`, a pass a token. The usual ways compute all of the last layer; `only_last` is of
+this package's.
 
     training     `fit`, and transformers' Trainer with a collator that tokenises text, on as many sequences
     prompts      prompts from pieces that were tokenised once, and from their text; in batches, and one by one
@@ -20,6 +21,7 @@ import argparse
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -100,8 +102,8 @@ class Bench:
     def answers(self) -> tuple[Ways, Callable]:
         ways = {
             "like length": lambda: answer_by_length(self.model, self.asked, self.together),
-            "one at a time": whole(lambda: [self.model.generate([row])[0] for row in self.rows]),
-            "as they come": whole(lambda: [c for part in cut(self.rows, TOGETHER) for c in self.model.generate(part)]),
+            "one at a time": lambda: [write(self.model, [row])[0] for row in self.rows],
+            "as they come": lambda: [column for part in cut(self.rows, TOGETHER) for column in write(self.model, part)],
         }
 
         def agreement(found: dict[str, list]) -> dict[str, float]:
@@ -269,11 +271,25 @@ def answer_by_length(model: LanguageRecommender, asked: Questions, together: int
     return answers
 
 
+@torch.no_grad()
+def write(model: LanguageRecommender, rows: Sequence[Row]) -> list[int | None]:
+    """What `model.generate` gives, written by transformers' `generate`: a forward pass a token."""
+    batch = model._batch(rows, answers=False)
+    longest = [1 + max(len(model.prompts.answers[item]) for item in candidates) for _, candidates, _ in rows]
+    written = model.language_model.generate(
+        inputs_embeds=model._embeds(batch, hybrid=True), attention_mask=batch["attention_mask"],
+        max_new_tokens=max(longest), do_sample=False, repetition_penalty=1.0,
+        pad_token_id=model.prompts.tokenizer.pad_token_id or model.prompts.end, **model._guidance(batch),
+    )  # fmt: skip
+    own = [tokens[:length] for tokens, length in zip(written, longest, strict=True)]  # whatever others may write
+    return [model._read(row, tokens) for row, tokens in zip(rows, own, strict=True)]
+
+
 class Apart:
     """A language recommender that ranks and writes in passes of their own, batches as they come."""
 
     def __init__(self, model: LanguageRecommender) -> None:
-        self.rank, self.generate, self.device = model.rank, model.generate, model.device
+        self.rank, self.generate, self.device = model.rank, partial(write, model), model.device
 
 
 # ---------------------------------------------------------------- serving

@@ -27,6 +27,7 @@ from ilora.language_model import Projector, load_language_model, only_last
 from ilora.morec import MoRec  # noqa: F401, one of those that SequenceModel.from_pretrained finds
 from ilora.prompts import NO_ITEM, NO_LABEL, Prompts, read_answer
 from ilora.recommenders import SequenceModel
+from ilora.writing import write
 
 TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -162,19 +163,10 @@ class LanguageRecommender(nn.Module):
         if not rows:
             return []
         batch = self._batch(rows, answers=False)
-        longest = [1 + max(len(self.prompts.answers[item]) for item in candidates) for _, candidates, _ in rows]
-        with only_last(self.language_model, keep=1):
-            written = self.language_model.generate(
-                inputs_embeds=self._embeds(batch, hybrid=True),
-                attention_mask=batch["attention_mask"],
-                max_new_tokens=max(longest),
-                do_sample=False,
-                repetition_penalty=1.0,  # greedy whatever the model's own defaults are
-                pad_token_id=self.prompts.tokenizer.pad_token_id or self.prompts.end,
-                **self._guidance(batch),
-            )
-        own = [tokens[:length] for tokens, length in zip(written, longest, strict=True)]  # whatever others may write
-        return [self._read(row, tokens) for row, tokens in zip(rows, own, strict=True)]
+        offered = [[self.prompts.answers[item] for item in candidates] for _, candidates, _ in rows]
+        embeds = self._embeds(batch, hybrid=True)
+        written = write(self.language_model, embeds, batch["attention_mask"], offered, **self._guidance(batch))
+        return [self._read(row, tokens) for row, tokens in zip(rows, written, strict=True)]
 
     def _read(self, row: tuple[np.ndarray, np.ndarray, int], tokens: Tensor | list[int]) -> int | None:
         """Column of the offered title that a row's answer names, or None."""
