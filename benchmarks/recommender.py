@@ -2,17 +2,19 @@
 
     python benchmarks/recommender.py --data-dir FOLDER     # of LastFM; without one it is downloaded
 
-    pieces           every item of a piece of a history is a target of what came before it: `fit_recommender`
+    pieces           `fit_recommender`: the last --targets items of a piece of a history are targets of what came before
+                     them, each set against --negatives items drawn in each step (0: all), steps of --batch-size pieces
     windows          a row for each target with the window before it, a DataLoader over Python lists, Adam, the
-                     paper's batch of 256 and rate of 1e-3
+                     paper's batch of 256 and rate of 1e-3, cross entropy over all items
 
-Both have about as many targets in an epoch (pieces are cut anew each time, and leave some out or have some twice), the
-same model and the same cross entropy over all items. --epochs of each take turns to be timed; then each is trained once
-for the --long number of epochs, for the HitRatio that it reaches.
+Both have about as many targets in an epoch (pieces are cut anew each time, and have some targets twice) and the same
+model. Validation chose the pieces' settings, on LastFM. --epochs of each take turns to be timed; then each is trained
+once for the --long number of epochs, for the HitRatio that it reaches.
 """
 
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from unittest import mock
 
 import measure
@@ -29,10 +31,10 @@ GOALS = {"windows": {"at_least": 5}}
 SPLITS = {"train": 1, "validation": data.MIN_HISTORY}  # the least history of a target, as `fit_recommender` has it
 
 
-def by_pieces(source: data.Dataset, epochs: int, device: torch.device) -> list[float]:
+def by_pieces(source: data.Dataset, epochs: int, device: torch.device, **settings: int | float) -> list[float]:
     """Validation HitRatio@1 after each epoch."""
     with tempfile.TemporaryDirectory() as home, mock.patch.dict("os.environ", ILORA_HOME=home):  # nothing made before
-        _, history = fit_recommender(source, epochs=epochs, device=str(device))
+        _, history = fit_recommender(source, epochs=epochs, device=str(device), **settings)
     return history["hit_ratio"].dropna().tolist()
 
 
@@ -55,13 +57,16 @@ def by_windows(source: data.Dataset, epochs: int, device: torch.device) -> list[
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = measure.parser(__doc__, rounds=3, epochs=2, long=20, users=2000)
+    sizes = {"targets": 5, "negatives": 512, "batch_size": 64}
+    parser = measure.parser(__doc__, rounds=3, epochs=2, long=20, users=2000, **sizes)
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="(2e-3)")
     parser.add_argument("--dataset", default="lastfm", help="(lastfm)")
     parser.add_argument("--data-dir", default="", help="the folder with its files")
     options = parser.parse_args(arguments)
     run, out = measure.start("recommender", options, "data_dir")
     source = data.load(options.dataset, options.data_dir, users=options.users)
-    ways = {"pieces": by_pieces, "windows": by_windows}
+    settings = {name: getattr(options, name) for name in (*sizes, "learning_rate")}
+    ways = {"pieces": partial(by_pieces, **settings), "windows": by_windows}
     epochs = {name: lambda way=way: way(source, options.epochs, run.device) for name, way in ways.items()}
     measured, _ = measure.compare(epochs, options.rounds, run.device, GOALS)
     measured["rows"] = len(data.sequences(source, "train", min_history=SPLITS["train"]))

@@ -120,11 +120,14 @@ class Popularity(Recommender):
 
 
 class SequenceModel(Recommender):
-    """A recommender with states, trained with full-catalogue cross entropy; a subclass gives `read`.
+    """A recommender with states, trained with cross entropy; a subclass gives `read`.
 
     `encode` gives z of iLoRA's Eq. 11, the state after the history's last item. Item embeddings serve as input and
-    output: an item's score is the inner product of its embedding and z.
+    output: an item's score is the inner product of its embedding and z. How it is trained, no part of `config`:
     """
+
+    targets = 0  # states of a row that the loss counts, the last ones; 0: all
+    negatives = 0  # items that the loss sets each target against, drawn anew in each step; 0: all items
 
     def __init__(self, n_items: int, dim: int, window: int, dropout: float, **config: int | float | str | dict) -> None:
         super().__init__(n_items=n_items, dim=dim, window=window, dropout=dropout, **config)
@@ -171,10 +174,24 @@ class SequenceModel(Recommender):
 
     def forward(self, batch: Tensor, progress: float = 0.0, step_seed: int = 0) -> Tensor:
         """Cross entropy of the item after each state: summed, over states and rows, padding counted with 0."""
-        states = self.states(batch[:, :-1])
+        states = self.states(batch[:, :-1])[:, -self.targets :]
         n = states.shape[1]
         real = batch[:, -1 - n : -1] != self.n_items
-        return _CrossEntropy.apply(states[real], self.item_embeddings, batch[:, -n:][real]) / real.numel()
+        states, target = states[real], batch[:, -n:][real]
+        if self.negatives:
+            return self._sampled(states, target, step_seed) / real.numel()
+        return _CrossEntropy.apply(states, self.item_embeddings, target) / real.numel()
+
+    def _sampled(self, states: Tensor, target: Tensor, step_seed: int) -> Tensor:
+        """Cross entropy among the target and the step's negatives, summed: (n, dim), (n,) item ids -> a number.
+
+        All states share the negatives, distinct and drawn uniformly; one that is a state's target counts once.
+        """
+        every = torch.randperm(self.n_items, generator=torch.Generator().manual_seed(step_seed))
+        drawn = every[: self.negatives].to(target.device)
+        of_target, of_drawn = self.items(torch.cat([target, drawn])).split([len(target), len(drawn)])
+        others = (states @ of_drawn.T).masked_fill(drawn == target[:, None], -torch.inf)  # (n, negatives)
+        return functional.softplus(others.logsumexp(1) - (states * of_target).sum(1)).sum()
 
 
 class _CrossEntropy(torch.autograd.Function):

@@ -148,7 +148,8 @@ def test_gradients(tmp_path, monkeypatch):
 
 
 def test_recommender(tmp_path):
-    metrics = run(recommender, tmp_path, dataset="world", users=120, epochs=1, long=2, rounds=1)
+    own = {"targets": 4, "negatives": 30, "batch_size": 32, "learning_rate": 0.004}
+    metrics = run(recommender, tmp_path, dataset="world", users=120, epochs=1, long=2, rounds=1, **own)
     for way in ("pieces", "windows"):
         found = metrics["SASRec"][way]
         assert len(found["hit_ratio"]) == 2 and 0 < max(found["hit_ratio"]) < 1

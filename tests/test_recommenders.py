@@ -114,6 +114,68 @@ def test_loss_of_one_state_is_the_cross_entropy_of_the_last_item():
     torch.testing.assert_close(model(batch), expected)
 
 
+def naive_sampled(model, batch, drawn):
+    """The loss a state at a time, in float64: softmax over the target and the items drawn that are not it."""
+    terms, targets = [], model.targets or batch.shape[1] - 1
+    for row, place in itertools.product(range(len(batch)), range(batch.shape[1] - 1)[-targets:]):
+        if batch[row, place] != ITEMS:
+            state, target = model.states(batch[row : row + 1, :-1])[0, place], batch[row, place + 1]
+            offered = torch.stack([target, *(item for item in drawn if item != target)])
+            logits = model.item_embeddings[offered] @ state
+            terms.append(logits.exp().sum().log() - logits[0])
+    return sum(terms) / (len(batch) * targets)
+
+
+@pytest.mark.parametrize("targets", [0, 2])
+@pytest.mark.parametrize("negatives", [1, 25, ITEMS])
+def test_loss_over_negatives_is_the_softmax_of_target_and_negatives(targets, negatives):
+    model = make(SASRec).double()
+    batch = torch.cat([histories(4, length=6), torch.tensor([[3], [4], [3], [5]])], dim=1)
+    batch[0, :4] = ITEMS
+    model.targets, model.negatives = targets, negatives
+    drawn = torch.randperm(ITEMS, generator=torch.Generator().manual_seed(7))[:negatives]
+    assert negatives == 1 or torch.isin(batch[:, -1], drawn).any()  # which must not count twice
+    found, expected = model(batch, step_seed=7), naive_sampled(model, batch, drawn)
+    torch.testing.assert_close(found, expected)
+    weights = list(model.parameters())
+    for one, other in zip(torch.autograd.grad(found, weights), torch.autograd.grad(expected, weights), strict=True):
+        torch.testing.assert_close(one, other)
+    if negatives == ITEMS:
+        model.negatives = 0
+        torch.testing.assert_close(model(batch), found)
+
+
+def test_a_negative_alone_that_is_the_target_costs_nothing():
+    model, batch = make(SASRec), torch.full((1, 7), 3)
+    model.negatives = 1
+    seed = next(s for s in range(999) if torch.randperm(ITEMS, generator=torch.Generator().manual_seed(s))[0] == 3)
+    loss = model(batch, step_seed=seed)
+    loss.backward()
+    assert loss == 0 and all((weight.grad == 0).all() for weight in model.parameters())
+
+
+def test_negatives_follow_from_the_seed_of_the_step_alone():
+    model, batch = make(GRU4Rec), histories(4, length=6)
+    model.negatives = 9
+    torch.manual_seed(1)
+    first = model(batch, step_seed=5)
+    state = torch.get_rng_state()
+    torch.rand(3)
+    assert model(batch, step_seed=5) == first and model(batch, step_seed=6) != first
+    torch.set_rng_state(state)
+    model(batch, step_seed=5)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("kind", [SASRec, GRU4Rec])
+def test_loss_of_the_last_targets_leaves_out_the_others(kind):
+    model, batch = make(kind), histories(3, length=6, window=7)
+    model.targets = 2
+    expected = [functional.cross_entropy(model.states(batch[:, :-1])[:, at] @ model.item_embeddings.T, batch[:, at + 1])
+                for at in (4, 5)]  # fmt: skip
+    torch.testing.assert_close(model(batch), sum(expected) / 2)
+
+
 def test_the_cross_entropy_that_takes_its_memory_again_is_the_cross_entropy():
     torch.manual_seed(0)
     states, items = (torch.randn(n, 4, dtype=torch.double, requires_grad=True) for n in (5, 7))
