@@ -35,6 +35,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 
 from ilora import data, evaluation, pipeline, runs
+from ilora.language_model import only_last
 from ilora.model import LanguageRecommender, Questions, adapter_config
 from ilora.prompts import ITEM_TOKEN, NO_ITEM, NO_LABEL, wording
 from ilora.recommenders import SASRec
@@ -140,7 +141,7 @@ class Bench:
 
     def _served(self, together: dict, alone: list[dict], z: Tensor) -> tuple[Ways, Callable]:
         ways = {
-            "one pass": lambda: next_logits(self.model, together, z),
+            "one pass": lambda: serve_together(self.model, together, z),
             "merged": lambda: serve_merged(self.model, alone, z),
         }
         return ways, largest_difference
@@ -322,6 +323,12 @@ def next_logits(model: LanguageRecommender, inputs: dict, z: Tensor | None = Non
     if "past_key_values" in inputs:
         inputs["past_key_values"].crop(-1)  # as it was
     return logits
+
+
+def serve_together(model: LanguageRecommender, inputs: dict, z: Tensor) -> Tensor:
+    """`next_logits` of all users at once, as this package asks a model for them."""
+    with only_last(model.language_model, keep=1):
+        return next_logits(model, inputs, z)
 
 
 def serve_merged(model: LanguageRecommender, alone: list[dict], z: Tensor) -> Tensor:

@@ -65,8 +65,8 @@ def ask(recommender: System, questions: Questions, batch_size: int = 0, write: b
 
 
 def at_once(recommender: System) -> int:
-    """Questions of a batch: 64 on a GPU, else 16, whose prompts fit a processor's cache."""
-    return 64 if getattr(recommender, "device", torch.device("cpu")).type == "cuda" else 16
+    """Questions of a batch: 64 on a GPU, else 32."""
+    return 64 if getattr(recommender, "device", torch.device("cpu")).type == "cuda" else 32
 
 
 def _answers(recommender: System, batch: list, ranks: bool, writes: bool) -> tuple[Tensor | None, list | None]:
