@@ -43,7 +43,7 @@ from ilora.training import TrainingArguments, _mix, fit
 
 Row = tuple[np.ndarray, np.ndarray, int]
 Ways = dict[str, Callable]
-TOGETHER = 16  # rows of a batch in evaluation as it is usual; on a CPU in `ask` too
+TOGETHER = 16  # rows of a batch in evaluation as it is usual
 GOALS = {  # part -> way -> how many times the first way's time it should take
     "training": {"Trainer": {"at_least": 2}},
     "prompts": {"text": {"at_least": 10}},

@@ -37,7 +37,7 @@ def write(
         if len(going) < len(rows):
             keep = torch.tensor(going, device=mask.device)
             rows, mask, guidance = [rows[n] for n in going], mask[keep], {k: z[keep] for k, z in guidance.items()}
-            cache.reorder_cache(keep)
+            cache.batch_select_indices(keep)
         draft = [_rest(written[row], offered[row]) if drafts else [] for row in rows]
         fed = [[written[row][-1], *rest] for row, rest in zip(rows, draft, strict=True)]
         own = _go_on(model, fed, mask, cache, guidance)
