@@ -126,8 +126,8 @@ class SequenceModel(Recommender):
     output: an item's score is the inner product of its embedding and z. How it is trained, no part of `config`:
     """
 
-    targets = 0  # states of a row that the loss counts, the last ones; 0: all
     negatives = 0  # items that the loss sets each target against, drawn anew in each step; 0: all items
+    recency = 0.0  # the state after the i-th of n items counts (i / n)**recency in the loss, relative to the others
 
     def __init__(self, n_items: int, dim: int, window: int, dropout: float, **config: int | float | str | dict) -> None:
         super().__init__(n_items=n_items, dim=dim, window=window, dropout=dropout, **config)
@@ -173,17 +173,21 @@ class SequenceModel(Recommender):
         return torch.from_numpy(np.stack(rows))
 
     def forward(self, batch: Tensor, progress: float = 0.0, step_seed: int = 0) -> Tensor:
-        """Cross entropy of the item after each state: summed, over states and rows, padding counted with 0."""
-        states = self.states(batch[:, :-1])[:, -self.targets :]
+        """Cross entropy of the item after each state: its mean over states and rows, padding counted with 0."""
+        states = self.states(batch[:, :-1])  # (batch, n, dim)
         n = states.shape[1]
         real = batch[:, -1 - n : -1] != self.n_items
+        weight = (torch.arange(1, n + 1, device=real.device, dtype=states.dtype) / n) ** self.recency
+        weight = (weight / weight.mean()).expand_as(real)[real]
         states, target = states[real], batch[:, -n:][real]
         if self.negatives:
-            return self._sampled(states, target, step_seed) / real.numel()
-        return _CrossEntropy.apply(states, self.item_embeddings, target) / real.numel()
+            losses = self._sampled(states, target, step_seed)
+        else:
+            losses = _CrossEntropy.apply(states, self.item_embeddings, target)
+        return losses @ weight / real.numel()
 
     def _sampled(self, states: Tensor, target: Tensor, step_seed: int) -> Tensor:
-        """Cross entropy among the target and the step's negatives, summed: (n, dim), (n,) item ids -> a number.
+        """Cross entropy among the target and the step's negatives: (n, dim), (n,) item ids -> (n,).
 
         All states share the negatives, distinct and drawn uniformly; one that is a state's target counts once.
         """
@@ -191,11 +195,11 @@ class SequenceModel(Recommender):
         drawn = every[: self.negatives].to(target.device)
         of_target, of_drawn = self.items(torch.cat([target, drawn])).split([len(target), len(drawn)])
         others = (states @ of_drawn.T).masked_fill(drawn == target[:, None], -torch.inf)  # (n, negatives)
-        return functional.softplus(others.logsumexp(1) - (states * of_target).sum(1)).sum()
+        return functional.softplus(others.logsumexp(1) - (states * of_target).sum(1))
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Cross entropy over all items, summed: (n, dim) states, (items, dim) embeddings, (n,) item ids -> a number.
+    """Cross entropy over all items: (n, dim) states, (items, dim) embeddings, (n,) item ids -> (n,).
 
     What autograd needs for it, and most of a training step on a CPU, is passes over (n, items) numbers. Here the
     logits become their own gradient, softmax - 1 at the target, in the memory that they lie in.
@@ -210,13 +214,14 @@ class _CrossEntropy(torch.autograd.Function):
         gradient = logits.div_(total)
         gradient[torch.arange(len(target), device=target.device), target] -= 1
         ctx.save_for_backward(states, items, gradient)
-        return (total.log() + largest - of_target).sum()
+        return (total.log() + largest - of_target).squeeze(1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, of_loss: Tensor) -> tuple[Tensor, Tensor, None]:
         states, items, gradient = ctx.saved_tensors
-        return of_loss * (gradient @ items), of_loss * (gradient.T @ states), None
+        weighed = of_loss[:, None]
+        return weighed * (gradient @ items), gradient.T @ (weighed * states), None
 
 
 class SASRec(SequenceModel):

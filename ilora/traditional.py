@@ -43,26 +43,24 @@ class Pieces(Windows):
     """Training rows of a recommender with a state after each item: histories cut into pieces, anew each epoch.
 
     A row is (window + 1,) item ids, `window` items and what came after the last; each item in it is a target
-    of what came before it in the row. With `targets`, the last so many of a row alone: then pieces overlap, and
-    all of a user's are shifted as one, so that no target is left out.
+    of what came before it in the row.
     """
 
-    def __init__(self, sequences: Sequences, seed: int, targets: int = 0) -> None:
+    def __init__(self, sequences: Sequences, seed: int) -> None:
         super().__init__(sequences)
-        self.seed, self.as_one = seed, targets > 0
-        self.stride = targets or sequences.history.shape[1]
+        self.seed = seed
+        self.window = sequences.history.shape[1]
         _, self.first, count = np.unique(sequences.user, return_index=True, return_counts=True)
-        pieces = -(-(count + self.stride - 1) // self.stride)  # of each user, enough at every offset
+        pieces = -(-(count + self.window - 1) // self.window)  # of each user, enough at every offset
         self.user = np.repeat(np.arange(len(count)), pieces)
         back = np.arange(len(self.user)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
         self.last = count[self.user] - 1
-        self.end = self.last + self.stride - 1 - back * self.stride  # latest row of the user's to end at
+        self.end = self.last + self.window - 1 - back * self.window  # latest row of the user's to end at
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Shift every cut back by less than a piece's targets, at random."""
-        shift = np.random.default_rng([self.seed, epoch]).integers(self.stride, size=len(self.end))
-        shift = shift[self.user] if self.as_one else shift
+        """Shift every cut back by 0 to window - 1 items, at random."""
+        shift = np.random.default_rng([self.seed, epoch]).integers(self.window, size=len(self.end))
         self.row = self.first[self.user] + np.clip(self.end - shift, 0, self.last)
 
     def __len__(self) -> int:
@@ -85,30 +83,30 @@ def fit_recommender(
     l2: float = 0.0,
     dropout: float = 0.2,
     text_encoder: str = "",
-    targets: int = 0,
     negatives: int = 0,
+    recency: float = 0.0,
 ) -> tuple[SequenceModel, pd.DataFrame]:
     """A recommender trained on the train split, and its history; made once and kept under home()/recommenders.
 
     kind: a name in KINDS. batch_size: rows of a step, Windows for Caser, else Pieces. l2: see
-    `Recommender.parameter_groups`. text_encoder: MoRec's, see `MoRec.from_dataset`. targets: items of a piece that are
-    targets, the last ones, so that each has a longer history; 0: all. negatives: items, drawn uniformly in each step,
-    that the loss sets a target against; 0: all items.
+    `Recommender.parameter_groups`. text_encoder: MoRec's, see `MoRec.from_dataset`. negatives: items, drawn uniformly
+    in each step, that the loss sets a target against; 0: all items. recency: how much more a piece's later states,
+    which have longer histories, count in the loss: the one after the i-th of n items counts (i / n)**recency.
     Validation chooses the epoch: `hit_ratio` is HitRatio@1 over all windows and all draws of candidates.
     """
     if kind not in KINDS:
         raise runs.UserError(f"there is no recommender {kind!r} to train: choose among {', '.join(KINDS)}")
     if (kind == "MoRec") != bool(text_encoder):
         raise runs.UserError(f"{kind} with text_encoder {text_encoder!r}: MoRec needs a text encoder, no other has one")
-    _check_loss(kind, targets, negatives, window, len(dataset.items))
+    _check_loss(kind, negatives, recency, len(dataset.items))
     arguments = TrainingArguments(epochs, batch_size, learning_rate, l2, seed=seed, save_every=1000, device=device)
     windows = sequences(dataset, "train", window, min_history=1)
-    rows = Windows(windows) if kind == "Caser" else Pieces(windows, seed, targets)
+    rows = Windows(windows) if kind == "Caser" else Pieces(windows, seed)
     validation = sequences(dataset, "validation", window)
     config = {"window": window, "dropout": dropout}
     parameters = {"dataset": dataset.key, "model": kind, **config, **arguments.identity()}
     parameters |= {"text_encoder": str(text_encoder)} if text_encoder else {}
-    loss = {name: value for name, value in (("targets", targets), ("negatives", negatives)) if value}
+    loss = {name: value for name, value in (("negatives", negatives), ("recency", recency)) if value}
     parameters |= loss
 
     work = runs.home() / "training" / runs.key(parameters)
@@ -135,11 +133,11 @@ def fit_recommender(
     return KINDS[kind].from_pretrained(folder), pd.read_csv(folder / "history.csv")
 
 
-def _check_loss(kind: str, targets: int, negatives: int, window: int, n_items: int) -> None:
+def _check_loss(kind: str, negatives: int, recency: float, n_items: int) -> None:
     """Raise UserError for what the loss of this kind cannot do."""
     for name, value, most, kinds in (
-        ("targets", targets, window, ("GRU4Rec", "SASRec")),
         ("negatives", negatives, n_items, ("GRU4Rec", "Caser", "SASRec")),
+        ("recency", recency, 10, ("GRU4Rec", "SASRec")),
     ):
         if value and kind not in kinds:
             raise runs.UserError(f"{kind} has no {name} to choose: leave {name} at 0, or take {' or '.join(kinds)}")

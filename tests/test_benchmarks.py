@@ -148,12 +148,19 @@ def test_gradients(tmp_path, monkeypatch):
 
 
 def test_recommender(tmp_path):
-    own = {"targets": 4, "negatives": 30, "batch_size": 32, "learning_rate": 0.004}
-    metrics = run(recommender, tmp_path, dataset="world", users=120, epochs=1, long=2, rounds=1, **own)
-    for way in ("pieces", "windows"):
+    own = {"negatives": 30, "batch_size": 32, "recency": 2.0, "learning_rate": 0.004}
+    own |= {"long": 3, "windows_long": 2, "seeds": 2}
+    metrics = run(recommender, tmp_path, dataset="world", users=120, epochs=1, rounds=1, **own)
+    reached = {}
+    for way, epochs in (("pieces", 3), ("windows", 2)):
         found = metrics["SASRec"][way]
-        assert len(found["hit_ratio"]) == 2 and 0 < max(found["hit_ratio"]) < 1
+        reached[way] = np.array(found["hit_ratio"])
+        assert reached[way].shape == (2, epochs) and (reached[way].max(1) > 0).all() and (reached[way] < 1).all()
+        assert not np.array_equal(*reached[way])
         assert found["seconds_per_epoch"] == found["seconds"]["median"]
+    less = metrics["SASRec"]["HitRatio@1 of pieces less that of windows"]
+    assert less["value"] == pytest.approx((reached["pieces"].max(1) - reached["windows"].max(1)).mean())
+    assert less["low"] < less["value"] < less["high"]
     assert metrics["SASRec"]["rows"] == 96 * 19  # every event of a training user but the first
 
 

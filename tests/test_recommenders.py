@@ -114,28 +114,30 @@ def test_loss_of_one_state_is_the_cross_entropy_of_the_last_item():
     torch.testing.assert_close(model(batch), expected)
 
 
-def naive_sampled(model, batch, drawn):
+def naive_sampled(model, batch, drawn, recency):
     """The loss a state at a time, in float64: softmax over the target and the items drawn that are not it."""
-    terms, targets = [], model.targets or batch.shape[1] - 1
-    for row, place in itertools.product(range(len(batch)), range(batch.shape[1] - 1)[-targets:]):
+    n = batch.shape[1] - 1
+    weights = [(place / n) ** recency for place in range(1, n + 1)]
+    terms = []
+    for row, place in itertools.product(range(len(batch)), range(n)):
         if batch[row, place] != ITEMS:
             state, target = model.states(batch[row : row + 1, :-1])[0, place], batch[row, place + 1]
             offered = torch.stack([target, *(item for item in drawn if item != target)])
             logits = model.item_embeddings[offered] @ state
-            terms.append(logits.exp().sum().log() - logits[0])
-    return sum(terms) / (len(batch) * targets)
+            terms.append(weights[place] * (logits.exp().sum().log() - logits[0]))
+    return sum(terms) / (len(batch) * sum(weights))
 
 
-@pytest.mark.parametrize("targets", [0, 2])
+@pytest.mark.parametrize("recency", [0.0, 2.0])
 @pytest.mark.parametrize("negatives", [1, 25, ITEMS])
-def test_loss_over_negatives_is_the_softmax_of_target_and_negatives(targets, negatives):
+def test_loss_over_negatives_is_the_softmax_of_target_and_negatives(recency, negatives):
     model = make(SASRec).double()
     batch = torch.cat([histories(4, length=6), torch.tensor([[3], [4], [3], [5]])], dim=1)
     batch[0, :4] = ITEMS
-    model.targets, model.negatives = targets, negatives
+    model.recency, model.negatives = recency, negatives
     drawn = torch.randperm(ITEMS, generator=torch.Generator().manual_seed(7))[:negatives]
     assert negatives == 1 or torch.isin(batch[:, -1], drawn).any()  # which must not count twice
-    found, expected = model(batch, step_seed=7), naive_sampled(model, batch, drawn)
+    found, expected = model(batch, step_seed=7), naive_sampled(model, batch, drawn, recency)
     torch.testing.assert_close(found, expected)
     weights = list(model.parameters())
     for one, other in zip(torch.autograd.grad(found, weights), torch.autograd.grad(expected, weights), strict=True):
@@ -167,22 +169,13 @@ def test_negatives_follow_from_the_seed_of_the_step_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("kind", [SASRec, GRU4Rec])
-def test_loss_of_the_last_targets_leaves_out_the_others(kind):
-    model, batch = make(kind), histories(3, length=6, window=7)
-    model.targets = 2
-    expected = [functional.cross_entropy(model.states(batch[:, :-1])[:, at] @ model.item_embeddings.T, batch[:, at + 1])
-                for at in (4, 5)]  # fmt: skip
-    torch.testing.assert_close(model(batch), sum(expected) / 2)
-
-
 def test_the_cross_entropy_that_takes_its_memory_again_is_the_cross_entropy():
     torch.manual_seed(0)
     states, items = (torch.randn(n, 4, dtype=torch.double, requires_grad=True) for n in (5, 7))
     target = torch.tensor([0, 3, 3, 6, 1])
     assert torch.autograd.gradcheck(lambda *given: _CrossEntropy.apply(*given, target), (states, items))
     large = 300 * states  # whose exponentials overflow
-    expected = functional.cross_entropy(large @ items.T, target, reduction="sum")
+    expected = functional.cross_entropy(large @ items.T, target, reduction="none")
     torch.testing.assert_close(_CrossEntropy.apply(large, items, target), expected)
 
 

@@ -48,21 +48,6 @@ def test_pieces_are_windows_of_the_histories_and_cover_them():
     )
 
 
-@pytest.mark.parametrize("targets", [1, 4, 6])
-def test_the_last_targets_of_pieces_are_every_target_in_every_epoch(targets):
-    windows = sequences(dataset(), "train", window=6, min_history=1)
-    pieces, met = Pieces(windows, seed=0, targets=targets), set()
-    for epoch in range(8):
-        pieces.set_epoch(epoch)
-        met.add(tuple(pieces.row))
-        counted = {(int(windows.user[row]), int(windows.position[row]) - back)
-                   for row in pieces.row for back in range(targets)}  # fmt: skip
-        assert counted >= {*zip(windows.user.tolist(), windows.position.tolist(), strict=True)}
-    assert len(met) == (1 if targets == 1 else 8)
-    _, count = np.unique(windows.user, return_counts=True)
-    assert len(pieces) == sum(-(-(count + targets - 1) // targets))
-
-
 # ---------------------------------------------------------------- training
 
 
@@ -92,8 +77,8 @@ def test_a_recommender_is_made_once_and_kept(home, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["GRU4Rec", "Caser", "SASRec"])
-def test_negatives_and_targets_learn_the_law(kind):
-    given = {"negatives": 15} if kind == "Caser" else {"negatives": 15, "targets": 3}
+def test_negatives_and_recency_learn_the_law(kind):
+    given = {"negatives": 15} if kind == "Caser" else {"negatives": 15, "recency": 2.0}
     data = dataset(users=120)
     model, _ = fit_recommender(data, kind=kind, **FAST | given)
     assert hit_ratios(model, sequences(data, "test", window=6)).mean() > 0.9
@@ -107,19 +92,19 @@ def test_the_loss_has_a_place_of_its_own_in_the_cache_and_its_default_none(home,
         raise InterruptedError
 
     monkeypatch.setattr(runs, "cached", stop)
-    for given in ({}, {"negatives": 0, "targets": 0}, {"negatives": 9, "targets": 2}):
+    for given in ({}, {"negatives": 0, "recency": 0.0}, {"negatives": 9, "recency": 2.0}):
         with pytest.raises(InterruptedError):
             fit_recommender(dataset(), **FAST, **given)
     plain, same, own = asked
-    assert plain == same and not {"negatives", "targets"} & plain.keys()
-    assert own == plain | {"negatives": 9, "targets": 2}
+    assert plain == same and not {"negatives", "recency"} & plain.keys()
+    assert own == plain | {"negatives": 9, "recency": 2.0}
 
 
 def test_the_loss_reaches_the_model_and_is_no_part_of_what_is_kept(home):
     made = [fit_recommender(dataset(), **FAST | {"epochs": 1} | given)[0]
-            for given in ({}, {"negatives": 9}, {"targets": 2})]  # fmt: skip
+            for given in ({}, {"negatives": 9}, {"recency": 2.0})]  # fmt: skip
     assert all(not torch.equal(made[0].item_embeddings, other.item_embeddings) for other in made[1:])
-    assert all(model.negatives == model.targets == 0 and model.config == made[0].config for model in made)
+    assert all(model.negatives == model.recency == 0 and model.config == made[0].config for model in made)
 
 
 def test_what_cannot_be_trained_is_refused_before_any_work(home):
@@ -131,10 +116,10 @@ def test_what_cannot_be_trained_is_refused_before_any_work(home):
         fit_recommender(dataset(), kind="Caser", text_encoder="x")
     with pytest.raises(runs.UserError, match="negatives must be 0 to 40, not 41"):
         fit_recommender(dataset(), negatives=41)
-    with pytest.raises(runs.UserError, match="targets must be 0 to 6, not -1"):
-        fit_recommender(dataset(), window=6, targets=-1)
-    with pytest.raises(runs.UserError, match="Caser has no targets to choose: leave targets at 0"):
-        fit_recommender(dataset(), kind="Caser", targets=2)
+    with pytest.raises(runs.UserError, match="recency must be 0 to 10, not -1"):
+        fit_recommender(dataset(), recency=-1)
+    with pytest.raises(runs.UserError, match="Caser has no recency to choose: leave recency at 0"):
+        fit_recommender(dataset(), kind="Caser", recency=2)
     with pytest.raises(runs.UserError, match="MoRec has no negatives to choose"):
         fit_recommender(dataset(), kind="MoRec", text_encoder="x", negatives=2)
     assert not list(home.iterdir())
