@@ -33,6 +33,7 @@ NOT_OURS = {
     "aria-required-children": ".citation-list",  # a list whose items are those entries and links back
 }
 MEGABYTE = 1024**2
+A4 = 680  # pixels between the margins of book.css
 
 pages = pytest.mark.parametrize("name", PAGES)
 
@@ -257,6 +258,10 @@ def test_the_pdf_holds_all_chapters_with_their_formulas(browser, book_copy, html
         assert squeezed(title.removesuffix("#")) in text, name
     assert r"\operatorname" not in text
     assert len(pdf.pages) > len(PAGES)
+    with browser.new_page(viewport={"width": A4, "height": 1000}) as paper:
+        paper.emulate_media(media="print")
+        paper.goto((book_copy / "_build" / "singlehtml" / "intro.html").as_uri())
+        assert paper.evaluate("document.documentElement.scrollWidth") <= A4  # no table is cut off
 
 
 def squeezed(text):

@@ -181,13 +181,15 @@ def test_the_copy_in_the_book_is_its_source_run_from_top_to_bottom(source):
 
 
 def toc():
+    """Page -> its title in the sidebar, None where that is the page's own heading."""
     contents = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
-    return [contents["root"], *(chapter["file"] for part in contents["parts"] for chapter in part["chapters"])]
+    chapters = [chapter for part in contents["parts"] for chapter in part["chapters"]]
+    return {contents["root"]: None} | {chapter["file"]: chapter.get("title") for chapter in chapters}
 
 
 def test_the_book_holds_every_notebook_and_its_own_configuration():
-    pages, notebooks = toc(), [path.stem for path in SOURCES]
-    assert pages[0] == "intro" and len(set(pages)) == len(pages)
+    pages, notebooks = [*toc()], [path.stem for path in SOURCES]
+    assert pages[0] == "intro"
     assert [page for page in pages if page in notebooks] == notebooks
     for page in set(pages) - set(notebooks):
         assert (ROOT / "book" / f"{page}.md").is_file(), page
@@ -195,6 +197,12 @@ def test_the_book_holds_every_notebook_and_its_own_configuration():
         link = ROOT / "book" / name
         assert link.is_symlink()
         assert link.readlink() == Path("..", name)
+
+
+def test_the_sidebar_numbers_the_chapters_and_repeats_their_headings():
+    for path in SOURCES:
+        heading = nbformat.read(path, 4).cells[0].source.splitlines()[0].removeprefix("# ")
+        assert toc()[path.stem] == f"{int(path.stem[:2])}. {heading}"
 
 
 def test_the_results_that_pages_show_are_whole():
