@@ -10,7 +10,7 @@
 
 Both have about as many targets in an epoch (pieces are cut anew each time) and the same model. Validation chose the
 pieces' settings, on LastFM. --epochs of each take turns to be timed; then each is trained with each of --seeds, for the
-HitRatio that its best epoch reaches: pieces for --long epochs, windows for --windows-long.
+HitRatio that its best epoch reaches: pieces for --long epochs, windows for --windows-long, in about the same time.
 """
 
 import tempfile
@@ -59,14 +59,16 @@ def by_windows(source: data.Dataset, epochs: int, device: torch.device, dropout:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    sizes = {"negatives": 512, "batch_size": 64}
-    parser = measure.parser(__doc__, rounds=3, epochs=2, long=80, windows_long=40, seeds=3, users=2000, **sizes)
+    sizes = {"negatives": 512, "batch_size": 256}
+    parser = measure.parser(__doc__, rounds=3, epochs=4, long=500, windows_long=80, seeds=3, users=2000, **sizes)
     parser.add_argument("--recency", type=float, default=2.0, help="(2)")
-    parser.add_argument("--dropout", type=float, default=0.4, help="of both (0.4)")
-    parser.add_argument("--learning-rate", type=float, default=2e-3, help="(2e-3)")
+    parser.add_argument("--dropout", type=float, default=0.5, help="of both (0.5)")
+    parser.add_argument("--learning-rate", type=float, default=5e-3, help="(5e-3)")
     parser.add_argument("--dataset", default="lastfm", help="(lastfm)")
     parser.add_argument("--data-dir", default="", help="the folder with its files")
     options = parser.parse_args(arguments)
+    if options.seeds < 2:
+        parser.error(f"--seeds must be at least 2, not {options.seeds}: a difference's interval needs as many")
     run, out = measure.start("recommender", options, "data_dir")
     source = data.load(options.dataset, options.data_dir, users=options.users)
     settings = {name: getattr(options, name) for name in (*sizes, "dropout", "recency", "learning_rate")}

@@ -164,6 +164,12 @@ def test_recommender(tmp_path):
     assert metrics["SASRec"]["rows"] == 96 * 19  # every event of a training user but the first
 
 
+def test_recommender_asks_for_two_seeds_before_it_trains(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        recommender.main(["--dataset", "world", "--seeds", "1", "--out", str(tmp_path / "out.json")])
+    assert "--seeds must be at least 2, not 1" in capsys.readouterr().err
+
+
 def test_world(tmp_path):
     found = run(world, tmp_path, users=50, events=12)["world"]
     assert found["events"] == 600 and found["windows"] == 50 * 9 and found["candidates"] == 50 * 9 * 20
