@@ -107,11 +107,13 @@ def fit(
     optimizer = torch.optim.AdamW(_groups(inner, arguments), fused=True)
     schedule = _schedule(optimizer, arguments, total)
     model = accelerator.prepare(inner)  # its optimizer would look for packages in every step, and has no other use here
+    trained = [parameter for parameter in inner.parameters() if parameter.requires_grad]
     live = {"model": _trainable(inner), "optimizer": optimizer, "schedule": schedule}
     checkpoints = Checkpoints(folder / "checkpoints", arguments.identity() | {"rows": len(train)})
     history, best = checkpoints.load(live)
     last = history[-1] if history else {"step": 0, "examples": 0, "seconds": 0.0}
     seen, began = last["examples"], time.monotonic() - last["seconds"]
+    model.train()
     bar = tqdm(total=arguments.epochs * len(train), initial=seen, unit="row", mininterval=1, disable=not main)
     for step in range(last["step"], total):
         rows, rate = batches.of(step), schedule.get_last_lr()[0]
@@ -119,7 +121,7 @@ def fit(
         if hasattr(inner, "length"):
             content.sort(key=inner.length)
         loss = _backward(accelerator, model, content, arguments, step, total)
-        norm = float(accelerator.clip_grad_norm_(model.parameters(), arguments.clip))
+        norm = float(accelerator.clip_grad_norm_(trained, arguments.clip))
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise runs.UserError(
                 f"loss {loss}, gradient norm {norm} at step {step + 1}, learning rate {rate:.3g}: lower it "
@@ -136,6 +138,7 @@ def fit(
         bar.update(len(rows))
         if validate and done % batches.per_epoch == 0:
             history[-1] |= _validated(inner, validate, monitor)
+            model.train()
             if best is None or history[-1][monitor] > best[0]:
                 best = history[-1][monitor], _copy(live["model"])
         if main and done in arguments.snapshot_steps(total):  # before a checkpoint from which it would be passed over
@@ -164,7 +167,6 @@ def _backward(accelerator: Accelerator, model: nn.Module, rows: list, arguments:
     cuts = np.linspace(0, len(rows), parts + 1).round().astype(int)
     mine = range(accelerator.process_index, parts, world)
     losses = torch.zeros((), device=(device := next(inner.parameters()).device))
-    model.train()
     for part in mine:
         own = rows[cuts[part] : cuts[part + 1]]
         share = len(own) / len(rows)
