@@ -28,15 +28,16 @@ pdf: .venv/installed
 		--print-to-pdf=book/_build/ilora.pdf "file://$(CURDIR)/book/_build/singlehtml/intro.html"
 	@echo "the book: book/_build/ilora.pdf"
 
-# Ratios on the CPU; DATA is a folder with LastFM and MovieLens, which are downloaded without one.
+# Ratios on the CPU; DATA is a folder with LastFM and MovieLens, which are downloaded without one.  On two cores the last
+# takes more than an hour, the others a quarter of one.
 bench: .venv/installed
 	$(BIN)/python benchmarks/language.py --device cpu
-	$(BIN)/python benchmarks/recommender.py --device cpu --data-dir "$(DATA)"
 	$(BIN)/python benchmarks/gradients.py --device cpu
 	$(BIN)/python benchmarks/world.py
 	$(BIN)/python benchmarks/padding.py --data-dir "$(DATA)"
 	$(BIN)/python benchmarks/adapter.py --device cpu
 	$(BIN)/python benchmarks/adapter.py --device cpu --shape calls --tokens 16
+	$(BIN)/python benchmarks/recommender.py --device cpu --data-dir "$(DATA)"
 
 .venv/installed: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("ilora needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'

@@ -343,7 +343,7 @@ def serve_merged(model: LanguageRecommender, alone: list[dict], z: Tensor) -> Te
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    numbers = {"examples": 256, "questions": 128, "clients": 64, "batch_size": 32, "users": 2000}
+    numbers = {"examples": 1024, "questions": 128, "clients": 64, "batch_size": 32, "users": 2000}
     parser = measure.parser(__doc__, rounds=5, **numbers)
     parser.add_argument("--dataset", default="world", help="(world)")
     parser.add_argument("--data-dir", default="", help="the folder with its files")

@@ -131,12 +131,13 @@ def losses(histories: dict[str, pd.DataFrame], span: int = 20, ax: Axes | None =
 
 
 def lines(table: pd.DataFrame, x: str, y: str, ax: Axes | None = None) -> Axes:
-    """One labelled line for each column of a frame, against its index; whole numbers get whole ticks."""
+    """One labelled line for each column of a frame, against its index, past its gaps; whole numbers get whole ticks."""
     ax = ax or plt.subplots()[1]
     if pd.api.types.is_integer_dtype(table.index):
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     for column, marker in zip(table.columns, itertools.cycle(MARKERS), strict=False):
-        ax.plot(table.index, table[column], marker=marker, label=column)
+        own = table[column].dropna()
+        ax.plot(own.index, own, marker=marker, label=column)
     ax.set(xlabel=x, ylabel=y)
     ax.legend()
     return ax

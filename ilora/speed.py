@@ -16,6 +16,7 @@ from ilora.runs import UserError
 
 Results = Mapping[str, Mapping[str, Any]]
 PLACE = ["benchmark", "part"]
+MEASURED = ["value", "low", "high"]
 
 
 def read(folder: str | Path) -> dict[str, dict]:
@@ -84,7 +85,7 @@ def ratios(results: Results) -> pd.DataFrame:
             row |= {"seconds": ways[way]["seconds"]["median"], "seconds_to": ways[first]["seconds"]["median"]}
             row |= {"value": ratio["median"], "low": ratio["low"], "high": ratio["high"]}
             rows.append(row | judged(ratio["median"], aim))
-    columns = [*PLACE, "way", "to", "rows", "seconds", "seconds_to", "value", "low", "high", "goal", "aim", "met"]
+    columns = [*PLACE, "way", "to", "rows", "seconds", "seconds_to", *MEASURED, "goal", "aim", "met"]
     return pd.DataFrame(rows, columns=columns).set_index([*PLACE, "way"])
 
 
@@ -110,14 +111,16 @@ def judged(value: float, aim: tuple[str, float] | None) -> dict[str, Any]:
 
 
 def limits(results: Results) -> pd.DataFrame:
-    """Measurements of one way that have a goal: value, goal, met."""
+    """Measurements of one way that have a goal: value, its 95 % interval where there is one, goal, met."""
     rows = [
-        {"benchmark": name, "part": part, "what": what, "value": value["value"], **judged(value["value"], goal(value))}
+        {"benchmark": name, "part": part, "what": what, **{key: value.get(key) for key in MEASURED}}
+        | judged(value["value"], goal(value))
         for name, part, found in parts(results)
         for what, value in found.items()
         if isinstance(value, dict) and "value" in value
     ]
-    return pd.DataFrame(rows, columns=[*PLACE, "what", "value", "goal", "aim", "met"]).set_index([*PLACE, "what"])
+    columns = [*PLACE, "what", *MEASURED, "goal", "aim", "met"]
+    return pd.DataFrame(rows, columns=columns).set_index([*PLACE, "what"])
 
 
 def agreement(results: Results) -> pd.DataFrame:

@@ -171,6 +171,12 @@ def test_ink_can_be_read_on_its_ground(colour, ink):
     assert figures._ink(colour) == ink
 
 
+def test_a_line_passes_over_the_places_of_others():
+    ax = figures.lines(pd.DataFrame({"a": [1, None, 3], "b": [None, 2, None]}), "x", "y")
+    assert [line.get_xydata().tolist() for line in ax.lines] == [[[0, 1], [2, 3]], [[1, 2]]]
+    plt.close("all")
+
+
 def test_lines_and_bars_differ_in_more_than_colour():
     assert len({line.get_linestyle() for line in DRAW["losses"]().lines}) == 2
     assert len({line.get_marker() for line in DRAW["lines"]().lines[:8]}) == 8

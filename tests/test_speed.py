@@ -26,7 +26,9 @@ RESULTS = {
             "three": {"error": "OutOfMemoryError: no room"},
         }
     },
-    "b_cpu": {"metrics": {"four": {"peak": {"value": 5.0, "at_most": 6}, "other": {"x": 1}, "count": 3}}},
+    "b_cpu": {
+        "metrics": {"four": {"peak": {"value": 5.0, "at_most": 6, "low": 4, "high": 7}, "other": {"x": 1}, "count": 3}}
+    },
 }
 
 
@@ -62,7 +64,12 @@ def test_a_goal_is_met_or_missed_or_not_there(value, aim, met):
 
 
 def test_other_tables_take_what_is_theirs():
-    assert speed.limits(RESULTS).loc[("b_cpu", "four", "peak"), ["value", "met"]].tolist() == [5, True]
+    assert speed.limits(RESULTS).loc[("b_cpu", "four", "peak"), ["value", "low", "high", "met"]].tolist() == [
+        5,
+        4,
+        7,
+        True,
+    ]
     assert speed.failures(RESULTS)["error"].to_dict() == {("a_cpu", "three"): "OutOfMemoryError: no room"}
     assert speed.agreement(RESULTS)["value"].to_dict() == {("a_cpu", "one", "equal ids"): "True"}
     assert speed.steps(RESULTS)["tokens_per_second"].tolist() == [5.0, 4.9]
