@@ -113,13 +113,15 @@ def fit(
     history, best = checkpoints.load(live)
     last = history[-1] if history else {"step": 0, "examples": 0, "seconds": 0.0}
     seen, began = last["examples"], time.monotonic() - last["seconds"]
-    model.train()
+    inner.eval()  # until a step trains
     bar = tqdm(total=arguments.epochs * len(train), initial=seen, unit="row", mininterval=1, disable=not main)
     for step in range(last["step"], total):
         rows, rate = batches.of(step), schedule.get_last_lr()[0]
         content = [train[i] for i in rows]
         if hasattr(inner, "length"):
             content.sort(key=inner.length)
+        if not inner.training:  # train() walks over all modules: a good part of a small model's step
+            model.train()
         loss = _backward(accelerator, model, content, arguments, step, total)
         norm = float(accelerator.clip_grad_norm_(trained, arguments.clip))
         if not math.isfinite(loss) or not math.isfinite(norm):
@@ -138,7 +140,6 @@ def fit(
         bar.update(len(rows))
         if validate and done % batches.per_epoch == 0:
             history[-1] |= _validated(inner, validate, monitor)
-            model.train()
             if best is None or history[-1][monitor] > best[0]:
                 best = history[-1][monitor], _copy(live["model"])
         if main and done in arguments.snapshot_steps(total):  # before a checkpoint from which it would be passed over
