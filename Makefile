@@ -19,7 +19,7 @@ book: .venv/installed
 test: .venv/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile
 
 pdf: .venv/installed
 	@test -n "$(CHROMIUM)" || { echo "make pdf needs chromium, chromium-browser or google-chrome on the PATH"; exit 1; }
