@@ -18,7 +18,7 @@ def write(folder, notebook="04", metrics=None, without=(), commit="c0ffee", **gi
     parameters = {name: value for name, value in job.parameters.items() if name not in without}
     device = {"type": "cpu", "name": "a CPU", "threads": 1}
     result = {"name": job.source.stem, "parameters": parameters, "metrics": metrics, "device": device, "commit": commit}
-    runs.write_json(folder / f"{job.source.stem}-{runs.key(parameters)}.json", result)
+    runs.write_json(folder / f"{job.source.stem}-{runs.key(parameters, {})}.json", result)
 
 
 def interval(value):

@@ -21,7 +21,7 @@ def fake(monkeypatch, home):
         ran.append(job.parameters["seed"])
         if job.parameters["seed"] == 1:
             return "UserError: seed 1 is unlucky"
-        runs.Run(job.source.stem, job.parameters).save({"LoRA": {"hit_ratio": {"value": 0.5, "n": 10}}})
+        runs.Run(job.source.stem, job.parameters, job.inputs).save({"LoRA": {"hit_ratio": {"value": 0.5, "n": 10}}})
         return ""
 
     monkeypatch.setattr(sweep, "execute", execute)
@@ -65,7 +65,7 @@ def test_a_point_runs_as_a_command_of_its_own_and_says_why_it_failed(home):
 def test_published_results_name_no_folder_of_this_machine(home, tmp_path):
     (home / "artifacts").mkdir()
     job = sweep.points("02", {"dataset": "csv", "data_dir": str(home / "artifacts")}, [["seed", "0"]])[0]
-    runs.Run(job.source.stem, job.parameters).save({})
+    runs.Run(job.source.stem, job.parameters, job.inputs).save({})
     sweep.publish([job], tmp_path)
     assert str(home) not in next(tmp_path.glob("*.json")).read_text()
 
@@ -73,7 +73,7 @@ def test_published_results_name_no_folder_of_this_machine(home, tmp_path):
 @pytest.mark.parametrize("dataset", ["world", "movielens"])
 def test_published_results_hold_single_users_of_the_world_alone(home, tmp_path, dataset):
     job = sweep.points("02", {"dataset": dataset}, [["seed", "0"]])[0]
-    runs.Run(job.source.stem, job.parameters).save({"n": 1}, {"user": [7], "hit": [True]})
+    runs.Run(job.source.stem, job.parameters, job.inputs).save({"n": 1}, {"user": [7], "hit": [True]})
     sweep.publish([job], tmp_path)
     result = json.loads((tmp_path / job.result.name).read_text(encoding="utf-8"))
     assert result["metrics"] == {"n": 1}
