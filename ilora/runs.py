@@ -142,6 +142,11 @@ def model_content(name: str) -> str:
     return content(name) if Path(name).is_dir() else hub_commit(name)
 
 
+def revision(name: str | Path) -> dict[str, str]:
+    """Argument of `from_pretrained` that loads the model of the key, even if the hub moves on."""
+    return {} if Path(name).is_dir() else {"revision": hub_commit(str(name))}
+
+
 @cache
 def hub_commit(name: str) -> str:
     """The commit that a model's name stands for on the Hugging Face hub or, offline, in the local cache."""

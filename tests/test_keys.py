@@ -8,10 +8,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import safetensors.torch
+import torch
+from huggingface_hub import hf_hub_download
 
 import ilora
 from ilora import __main__ as runner
 from ilora import chat, data, parameters, pipeline, pretraining, runs, sweep, table, traditional
+from ilora.language_model import load_language_model
 from ilora.pretraining import EMBEDDED, OTHER_DATA
 from ilora.recommenders import SASRec
 
@@ -250,6 +254,26 @@ def test_two_commits_of_a_model_have_two_keys(kept, make, monkeypatch):
     monkeypatch.setitem(COMMITS, "ada/small", "c" * 40)
     runs.hub_commit.cache_clear()
     assert kept(make, base_model="ada/small") != first
+
+
+def test_the_commit_is_read_from_the_local_cache_and_is_what_is_loaded(tmp_path, monkeypatch):
+    """Offline, with a cache as the hub's client leaves it: the model of the commit, not of another one beside it."""
+    for commit, weights in (("c" * 40, 0.0), ("d" * 40, 1.0)):
+        folder = tmp_path / "models--ada--tiny" / "snapshots" / commit
+        shutil.copytree(EMBEDDED, folder)
+        state = safetensors.torch.load_file(folder / "model.safetensors")
+        state = {name: torch.full_like(value, weights) for name, value in state.items()}
+        safetensors.torch.save_file(state, folder / "model.safetensors", {"format": "pt"})
+    (tmp_path / "models--ada--tiny" / "refs").mkdir()
+    main = tmp_path / "models--ada--tiny" / "refs" / "main"
+    main.write_text("c" * 40)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", hf_hub_download)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert pretraining.base_content("ada/tiny") == "c" * 40
+    main.write_text("d" * 40)  # the hub moves on while this process runs
+    model, _ = load_language_model("ada/tiny", device="cpu")
+    assert not any(value.any() for value in model.parameters())
 
 
 def test_a_model_without_a_commit_is_refused_in_one_sentence():
