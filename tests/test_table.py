@@ -236,6 +236,8 @@ def test_mixed_settings_are_refused_and_other_questions_not_compared():
         verdicts.answers([result("iLoRA", 0, "a", rank=8), result("iLoRA", 1, "a", rank=16)], "movielens")
     with pytest.raises(runs.UserError, match="different questions"):
         verdicts.answers([result("iLoRA", 0, "a"), result("iLoRA", 1, "b")], "movielens")
+    with pytest.raises(runs.UserError, match="two results of iLoRA on movielens with one seed"):
+        verdicts.answers([*same, result("iLoRA", 1, "a")], "movielens")
     found = verdicts.answers([*same, result("SASRec", 0, "b"), result("GRU4Rec", 2, "a")], "movielens")
     assert list(verdicts.comparisons(found).index) == ["Popularity"]  # others: other questions, and no seed in common
     assert verdicts.comparisons({"iLoRA": found["iLoRA"]}).empty
