@@ -119,8 +119,7 @@ def _source(
         raise UserError(f"there is no data set {dataset!r}: choose among {', '.join(WORDS)}")
     if dataset == "world":
         world = sources.read_world(conflict, users, seed)
-        settings = {"dataset": dataset, "conflict": conflict, "users": users, "seed": seed}
-        return settings, {"world": _content(world)}, lambda: world
+        return {"dataset": dataset}, {"world": _content(world)}, lambda: world
     read, files = sources.find_source(dataset, data_dir)
     inputs = {file.name: runs.content(file) for file in files}
     return {"dataset": dataset, "reader": read.__name__}, inputs, lambda: read(files)

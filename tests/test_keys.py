@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -42,6 +43,7 @@ def on_hub(name, file):
 def model(folder, weights=b"weights"):
     folder.mkdir(exist_ok=True)
     (folder / "model.safetensors").write_bytes(weights)
+    os.utime(folder / "model.safetensors", (0, 0))  # as if no tick of the clock lay between two versions
     (folder / "config.json").write_text("{}")
     return folder
 
@@ -227,7 +229,7 @@ def test_another_embedded_model_makes_another_key(kept, make, tmp_path):
 def test_two_models_in_one_folder_have_two_keys(kept, make, tmp_path):
     folder = model(tmp_path / "base", b"one")
     places = [kept(make, base_model=str(folder))]
-    model(folder, b"two")  # as long as the first, in the same tick of the clock perhaps
+    model(folder, b"two")  # as long as the first
     places.append(kept(make, base_model=str(folder)))
     (folder / "tokenizer.json").write_text("{}")
     places.append(kept(make, base_model=str(folder)))
