@@ -249,3 +249,10 @@ def test_a_minor_tick_of_a_ratio_is_a_number():
 def test_a_table_of_titles_shows_no_formulas_and_no_html():
     shown = pd.DataFrame({"title": ["$x$", "<b>", "&amp;"]})._repr_html_()
     assert "mathjax_ignore" in shown and "&lt;b&gt;" in shown and "&amp;amp;" in shown
+
+
+def test_text_that_a_notebook_adds_is_shown_as_it_is():
+    ax = figures.long_tail(np.array([5, 1]), "items")
+    added = [ax.set_title("$$"), ax.figure.suptitle("$$"), ax.text(0, 0, "$$")]
+    ax.figure.canvas.draw()
+    assert not any(text.get_parse_math() for text in added)
