@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import contextlib
 import importlib.util
 import itertools
 import json
@@ -12,11 +13,12 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ilora import runs
-from ilora.parameters import PARAMETERS, check_parameters, parse_parameters
+from ilora.parameters import PARAMETERS, check_parameters, inputs, parse_parameters
 
 ROOT = Path(__file__).resolve().parents[1]
 JUPYTER_BOOK = Path(sys.executable).with_name("jupyter-book")
@@ -25,7 +27,8 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 HELP = """\
 Runs notebooks/*.ipynb in order, each in a fresh kernel of this Python with the repository as working
 directory, and leaves what ran in the artifacts folder ($ILORA_HOME, or ./artifacts), as
-notebooks/NAME-KEY.ipynb, with the KEY of its parameters that its result has too.
+notebooks/NAME-KEY.ipynb, with the KEY of package version, data and models by content,
+and parameters that its result has too.
 
 With default parameters, and only if every notebook succeeded, the pages of the book are then replaced by
 what ran (book/NAME.ipynb and book/results/NAME.json) and the book is built.  A run with -p leaves book/ as
@@ -46,15 +49,20 @@ class Job:
     given: dict[str, Any]
     parameters: dict[str, Any]
 
-    @property
-    def executed(self) -> Path:
-        """Where the executed notebook goes."""
-        return runs.home() / "notebooks" / f"{self.source.stem}-{runs.key(self.parameters)}.ipynb"
+    @cached_property
+    def inputs(self) -> dict[str, str]:
+        """The content of what the parameters name, when it is first needed.  Raises UserError."""
+        return inputs(self.parameters, ROOT)
 
     @property
     def result(self) -> Path:
         """Where `Run.save` puts the notebook's result, if it has one."""
-        return runs.home() / "results" / f"{self.source.stem}-{runs.key(self.parameters)}.json"
+        return runs.result_path(self.source.stem, self.parameters, self.inputs)
+
+    @property
+    def executed(self) -> Path:
+        """Where the executed notebook goes."""
+        return runs.home() / "notebooks" / f"{self.result.stem}.ipynb"
 
 
 @runs.command
@@ -140,7 +148,8 @@ def plan(given: dict[str, Any], only: Sequence[str] | None) -> list[Job]:
     for source in chosen:
         defaults = parameters_of(source)
         own = {name: value for name, value in given.items() if name in defaults}
-        jobs.append(Job(source, own, check_parameters(defaults | own)))
+        with contextlib.chdir(ROOT):  # where the notebooks find the folders that are named
+            jobs.append(Job(source, own, check_parameters(defaults | own)))
     for name in given:
         if not any(name in job.given for job in jobs):
             names = ", ".join(job.source.stem for job in jobs)
@@ -190,7 +199,7 @@ def run_all(jobs: list[Job]) -> set[Path]:
     os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [kernels, os.environ.get("JUPYTER_PATH")]))
     os.environ.setdefault("PYTHONHASHSEED", "0")  # sets print in one order
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # a debugger's warning at kernel start
-    before = {job.result: modified(job.result) for job in jobs}
+    before = {job.result: modified(job.result) for job in jobs}  # reads the inputs before any work
     for number, job in enumerate(jobs, 1):
         execute(job, f"{job.source.stem} ({number} of {len(jobs)})")
     return {path for path, time in before.items() if modified(path) != time}

@@ -96,7 +96,7 @@ class ChatRec:
             http_client=openai.DefaultHttpxClient(event_hooks={"request": [self._count]}),
         )
         about = {"base_url": self.base_url, "model": model, "settings": SETTINGS}
-        self.folder = runs.home() / "chat" / runs.key(about)
+        self.folder = runs.home() / "chat" / runs.digest(about)  # a request's, whatever version sends it: it was paid
         runs.write_json(self.folder / "parameters.json", about)
 
     def messages(self, history: Sequence[int], candidates: Sequence[int]) -> list[dict[str, str]]:
@@ -112,7 +112,7 @@ class ChatRec:
         Only what is not kept is asked.  Raises UserError at a limit, or if the endpoint does not do its part.
         """
         asked = [self.messages(history, candidates) for history, candidates, _ in rows]
-        digests = [runs.key({"messages": messages}) for messages in asked]
+        digests = [runs.digest({"messages": messages}) for messages in asked]
         with FileLock(self.folder / ".lock"):  # runs at the same time do not pay twice either
             missing = {key: messages for key, messages in zip(digests, asked, strict=True) if not self._kept(key)}
             try:

@@ -44,8 +44,14 @@ def read(folder: str | Path, notebook: str) -> pd.DataFrame:
         }
         about = {"changed": changed, "setting": ", ".join([own["dataset"], *other])}
         if own["experts"] > 1:
-            rows.append(own | measured | {"device": result["device"]["name"], "commit": result["commit"]} | about)
-    return pd.DataFrame(rows, columns=None if rows else [*job.parameters, "commit", "changed", "setting"])
+            content = result.get("inputs", {}).get("data") if own["dataset"] != "world" else None
+            about |= {"device": result["device"]["name"], "commit": result["commit"], "data": content}
+            rows.append(own | measured | about)
+    table = pd.DataFrame(rows, columns=None if rows else [*job.parameters, "commit", "changed", "setting", "data"])
+    for setting, count in table.groupby("setting")["data"].nunique().items():
+        if count > 1:
+            raise runs.UserError(f"{folder} holds results of {setting!r} on different data: keep those on one data set")
+    return table
 
 
 def _of_interval(name: str, names: pd.Index) -> bool:

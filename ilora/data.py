@@ -21,7 +21,6 @@ log = logging.getLogger(__name__)
 
 MIN_HISTORY = 3  # LLaRA drops windows with fewer items before the target
 CANDIDATES = 20  # the target and 19 others
-_FORMAT = 1  # part of every key: raise it when a reader's result changes
 
 WORDS = {  # noun and verb of a data set, for prompts
     "world": ("story", "read"),
@@ -90,43 +89,46 @@ def load(
     conflict, users, seed: of the world.
     Raises UserError: one sentence with file, line or row, and remedy.
     """
-    if dataset not in WORDS:
-        raise UserError(f"there is no data set {dataset!r}: choose among {', '.join(WORDS)}")
-    if dataset == "world":  # cheap to draw again, and its code may change: its content is part of the key
-        world = sources.read_world(conflict, users, seed)
-        knobs = {"conflict": conflict, "users": users, "seed": seed}
-        return _keep(dataset, knobs | {"content": _content(world)}, lambda: world)
-    read, files = sources.find_source(dataset, data_dir)
-    source = {"reader": read.__name__, "files": {file.name: _sha256(file) for file in files}}
-    return _keep(dataset, source, lambda: read(files))
-
-
-def _keep(name: str, parameters: dict, read: Callable[[], Tables]) -> Dataset:
-    """The stored copy for these parameters; read, checked and stored first if there is none."""
-    parameters = {"dataset": name, "format": _FORMAT, **parameters}
-    noun, verb = WORDS[name]
+    settings, files, read = _source(dataset, data_dir, conflict, users, seed)
+    noun, verb = WORDS[dataset]
 
     def make(folder: Path) -> None:
-        items, events, users, notes = read()
-        dataset = Dataset(items, events, users, name, runs.key(parameters), noun, verb, notes)
-        _check_usable(dataset)
-        dataset._write(folder)
+        tables = read()
+        made = Dataset(*tables[:3], dataset, runs.key(settings, files), noun, verb, tables.notes)
+        _check_usable(made)
+        made._write(folder)
 
-    dataset = load_dataset(runs.cached("data", parameters, make, note=name))
-    for note in dataset.notes:
-        log.warning("%s: %s", name, note)
-    return dataset
+    kept = load_dataset(runs.cached("data", settings, files, make, note=dataset))
+    for note in kept.notes:
+        log.warning("%s: %s", dataset, note)
+    return kept
+
+
+def source_key(
+    dataset: str = "world", data_dir: str = "", conflict: float = 0.5, users: int = 2000, seed: int = 0
+) -> str:
+    """The key of the data set that `load` gives, from the content of its files, without reading it."""
+    return runs.key(*_source(dataset, data_dir, conflict, users, seed)[:2])
+
+
+def _source(
+    dataset: str, data_dir: str, conflict: float, users: int, seed: int
+) -> tuple[dict, dict[str, str], Callable[[], Tables]]:
+    """Settings and inputs of a data set's key, and its reader."""
+    if dataset not in WORDS:
+        raise UserError(f"there is no data set {dataset!r}: choose among {', '.join(WORDS)}")
+    if dataset == "world":
+        world = sources.read_world(conflict, users, seed)
+        return {"dataset": dataset}, {"world": _content(world)}, lambda: world
+    read, files = sources.find_source(dataset, data_dir)
+    inputs = {file.name: runs.content(file) for file in files}
+    return {"dataset": dataset, "reader": read.__name__}, inputs, lambda: read(files)
 
 
 def _content(tables: Tables) -> str:
     digest = hashlib.sha256(tables.items.to_csv(index=False).encode())
     digest.update(tables.events.to_numpy().tobytes())
     return digest.hexdigest()
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _check_usable(dataset: Dataset) -> None:

@@ -3,12 +3,30 @@
 import numpy as np
 import torch
 
+from ilora import runs
 from ilora.data import CANDIDATES, Sequences
 from ilora.recommenders import Recommender
 
 
+def check_scores(scores: np.ndarray, shape: tuple[int, int], system: str) -> np.ndarray:
+    """Scores (questions, items) as they are; -inf is one, and puts an item last.
+
+    Raises UserError, naming the system, for another shape, for inf, and for NaN, which no score is greater than: a
+    target with NaN would rank first.
+    """
+    scores = np.asarray(scores)
+    if scores.shape != shape:
+        raise runs.UserError(f"{system} gives scores of shape {scores.shape}, not {shape}: one for each item offered")
+    if wrong := int((np.isnan(scores) | np.isposinf(scores)).sum()):
+        raise runs.UserError(
+            f"{system} gives {wrong} of {scores.size} scores that are NaN or infinite: its weights or inputs are "
+            "broken, train it again, at a lower learning rate if need be"
+        )
+    return scores
+
+
 def expected_hit_ratio(
-    scores: np.ndarray, history: np.ndarray, target: np.ndarray, size: int = CANDIDATES
+    scores: np.ndarray, history: np.ndarray, target: np.ndarray, size: int = CANDIDATES, system: str = "the system"
 ) -> np.ndarray:
     """Each row's HitRatio@1 over all draws of candidates: how probably the target scores highest of `size`.
 
@@ -16,10 +34,9 @@ def expected_hit_ratio(
     `data.candidates`: distinct, neither in the history nor the target; a tie is won by lot. Exact: with m
     items to draw from, `better` of them above the target and `ties` equal to it, the mean over j = 0..ties
     of C(m - better - j, size - 1) / C(m, size - 1), two terms by the hockey-stick identity.
-    Raises ValueError on NaN scores, which would compare as "not better".
+    Raises UserError for scores that `check_scores` refuses, naming the `system`.
     """
-    if np.isnan(scores).any():
-        raise ValueError("scores hold NaN: the model that made them is broken")
+    scores = check_scores(scores, (len(history), scores.shape[-1]), system)
     n_items, row = scores.shape[1], np.arange(len(scores))
     free = np.ones((len(scores), n_items + 1), dtype=bool)  # the last column is padding
     free[row[:, None], history] = False
@@ -45,5 +62,5 @@ def hit_ratios(
     for start in range(0, len(sequences), batch_size):
         part = sequences.take(slice(start, start + batch_size))
         scores = recommender.score_all(torch.from_numpy(part.history).to(recommender.device)).cpu().numpy()
-        parts.append(expected_hit_ratio(scores, part.history, part.target, size))
+        parts.append(expected_hit_ratio(scores, part.history, part.target, size, type(recommender).__name__))
     return np.concatenate(parts)

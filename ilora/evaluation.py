@@ -6,6 +6,7 @@ likelihood or score, where every answer is valid by construction.
 """
 
 from collections.abc import Iterator
+from numbers import Integral
 from typing import Protocol
 
 import numpy as np
@@ -15,6 +16,8 @@ from scipy import stats
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ilora import runs
+from ilora.draws import check_scores
 from ilora.model import Questions
 
 NO_ANSWER = -1
@@ -56,7 +59,6 @@ def ask(recommender: System, questions: Questions, batch_size: int = 0, write: b
         for index, batch in _batches(recommender, questions, batch_size):
             scores, column = _answers(recommender, batch, ranks, writes)
             if ranks:
-                scores = scores.cpu().numpy()
                 place[index] = _rank(scores, np.array([row[1] == row[2] for row in batch]))
             column = column if writes else scores.argmax(1)
             answer[index] = [NO_ANSWER if c is None else row[1][c] for c, row in zip(column, batch, strict=True)]
@@ -69,11 +71,24 @@ def at_once(recommender: System) -> int:
     return 64 if getattr(recommender, "device", torch.device("cpu")).type == "cuda" else 32
 
 
-def _answers(recommender: System, batch: list, ranks: bool, writes: bool) -> tuple[Tensor | None, list | None]:
-    """Scores of the candidates and the columns named, either only where it is wanted."""
+def _answers(recommender: System, batch: list, ranks: bool, writes: bool) -> tuple[np.ndarray | None, list | None]:
+    """Checked scores of the candidates and the columns named, either only where it is wanted.  Raises UserError."""
     if ranks and writes and hasattr(recommender, "answer"):
-        return recommender.answer(batch)
-    return recommender.rank(batch) if ranks else None, recommender.generate(batch) if writes else None
+        scores, column = recommender.answer(batch)
+    else:
+        scores = recommender.rank(batch) if ranks else None
+        column = recommender.generate(batch) if writes else None
+    name, offered = type(recommender).__name__, len(batch[0][1])
+    if ranks:
+        scores = check_scores(torch.as_tensor(scores).cpu().double().numpy(), (len(batch), offered), name)
+    if writes and len(column) != len(batch):
+        raise runs.UserError(
+            f"{name} gives {len(column)} answers to {len(batch)} questions: give one, or None, for each"
+        )
+    for c in column if writes else ():
+        if c is not None and not (isinstance(c, Integral) and 0 <= c < offered):
+            raise runs.UserError(f"{name} answers {c!r}: give the column of a candidate, 0 to {offered - 1}, or None")
+    return scores, column
 
 
 def _batches(recommender: System, questions: Questions, batch_size: int) -> Iterator[tuple[np.ndarray, list]]:
@@ -88,7 +103,8 @@ def _batches(recommender: System, questions: Questions, batch_size: int) -> Iter
 
 
 def choose(questions: Questions, scores: np.ndarray) -> pd.DataFrame:
-    """Outcomes of scores (n, candidates)."""
+    """Outcomes of scores (n, candidates).  Raises UserError for scores that `draws.check_scores` refuses."""
+    scores = check_scores(scores, questions.candidates.shape, "a system")
     answer = np.take_along_axis(questions.candidates, scores.argmax(1)[:, None], axis=1)[:, 0]
     rank = _rank(scores, questions.candidates == questions.sequences.target[:, None])
     return _outcomes(questions, answer, rank)
@@ -195,7 +211,13 @@ def difference(one: pd.DataFrame, other: pd.DataFrame, column: str = "hit", seed
 
 
 def resampled_means(values: np.ndarray, users: np.ndarray, seed: int) -> np.ndarray:
-    """(RESAMPLES,) means of values (n,) over users drawn with replacement, each with all its windows."""
+    """(RESAMPLES,) means of values (n,) over users drawn with replacement, each with all its windows.
+
+    Raises UserError where there are no values, or some are NaN or infinite.
+    """
+    if not len(values) or not np.isfinite(values).all():
+        wrong = f"{np.sum(~np.isfinite(values))} of {len(values)} values are NaN or infinite" if len(values) else "none"
+        raise runs.UserError(f"there is no mean of these values ({wrong}): check the system that they are of")
     _, group = np.unique(users, return_inverse=True)
     sums, counts = np.bincount(group, values), np.bincount(group)
     rng = np.random.default_rng(seed)

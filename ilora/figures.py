@@ -1,12 +1,16 @@
 """Figures: arrays and frames to axes, in one style. No torch, no files.
 
 Colours are Okabe and Ito's, which colour-blind readers tell apart; for a print without colour a marker, a line style,
-a hatch or the order says the same. Every function returns the axes it drew on, for a title among others.
+a hatch or the order says the same. Every function returns the axes it drew on, for a title among others. Text is shown
+as it is: a `$` in a title or in a name from the data does not start a formula.
 """
 
 import io
 import itertools
+import re
 import textwrap
+from collections.abc import Callable
+from functools import wraps
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -14,14 +18,15 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.text import Text
+from matplotlib.ticker import LogFormatter, MaxNLocator
 
 DASHES, HATCHES, MARKERS = ["-", "--", "-.", ":"], ["", "//", "..", "xx"], "os^Dvx*P"
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000"]
 
 
 def style() -> None:
-    """Set the style; in a notebook figures become SVG, the same for the same data."""
+    """Set the style; in a notebook figures become SVG, the same for the same data, and tables show no formulas."""
     from IPython import get_ipython  # not needed outside notebooks
 
     if shell := get_ipython():
@@ -33,10 +38,30 @@ def style() -> None:
         "axes.prop_cycle": plt.cycler(color=COLOURS), "axes.spines.top": False, "axes.spines.right": False,
         "axes.grid": True, "grid.alpha": 0.25, "axes.axisbelow": True, "legend.frameon": False, "font.size": 10,
         "axes.titlesize": "medium", "axes.titlelocation": "left", "hatch.linewidth": 0.6,
-        "svg.hashsalt": "ilora", "svg.fonttype": "path",
+        "svg.hashsalt": "ilora", "svg.fonttype": "path", "text.parse_math": False,
     })  # fmt: skip
+    pd.set_option("display.html.use_mathjax", False)
 
 
+def _literal(draw: Callable) -> Callable:
+    """The function, which draws all text as it is: `$` starts no formula, with or without `style`."""
+
+    @wraps(draw)
+    def drawn(*args, **kwargs) -> Axes | np.ndarray:
+        axes = draw(*args, **kwargs)
+        for text in np.ravel(axes)[0].figure.findobj(Text):
+            text.set_parse_math(False)
+        return axes
+
+    return drawn
+
+
+def _one_line(names: list[str]) -> list[str]:
+    """Names from the data without line breaks and control characters, which would run into other rows."""
+    return [re.sub(r"[\s\x00-\x1f\x7f-\x9f]+", " ", str(name)) for name in names]
+
+
+@_literal
 def intervals(table: pd.DataFrame, label: str, chance: float | None = None, ax: Axes | None = None) -> Axes:
     """A point with its 95 % interval for each row of `evaluation.table`, first row on top."""
     ax = ax or plt.subplots(figsize=(6.4, 0.9 + 0.36 * len(table)))[1]
@@ -50,6 +75,7 @@ def intervals(table: pd.DataFrame, label: str, chance: float | None = None, ax: 
     return ax
 
 
+@_literal
 def panels(tables: dict[str, pd.DataFrame], label: str, mark: str, at: float) -> np.ndarray:
     """`intervals` of several tables side by side, an axes each, with a marked line; rows are the systems of all.
 
@@ -70,6 +96,7 @@ def panels(tables: dict[str, pd.DataFrame], label: str, mark: str, at: float) ->
     return axes[0]
 
 
+@_literal
 def error_parts(tables: dict[str, pd.DataFrame]) -> np.ndarray:
     """Standard errors by cause, for each system of each table of `verdicts.summary`, an axes a table."""
     if not tables:
@@ -90,6 +117,7 @@ def error_parts(tables: dict[str, pd.DataFrame]) -> np.ndarray:
     return axes[0]
 
 
+@_literal
 def ratios(table: pd.DataFrame, label: str) -> Axes:
     """Ratios with their quartiles on a logarithmic scale, each with its goal as a bar across; of `speed.ratios`.
 
@@ -114,35 +142,39 @@ def ratios(table: pd.DataFrame, label: str) -> Axes:
     names = [f"{part}: {way} ({run})" for run, (_, part, way) in zip(runs, table.index, strict=True)]
     ax.set(yticks=place, yticklabels=names, xscale="log", xlabel=label, ylim=(-0.6, len(table) - 0.4))
     ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))  # without formulas
     ax.figure.legend(loc="outside upper center", ncols=4)
     return ax
 
 
+@_literal
 def losses(histories: dict[str, pd.DataFrame], span: int = 20, ax: Axes | None = None) -> Axes:
     """Training loss against sequences seen, one line a run: the mean of the last `span` steps."""
-    ax = ax or plt.subplots()[1]
-    for index, (name, history) in enumerate(histories.items()):
+    ax, drawn = ax or plt.subplots()[1], []
+    for index, history in enumerate(histories.values()):
         smooth = history["loss"].rolling(span, min_periods=1).mean()
-        ax.plot(history["examples"], smooth, DASHES[index % len(DASHES)], label=name)
+        drawn += ax.plot(history["examples"], smooth, DASHES[index % len(DASHES)])
     ax.set(xlabel="training sequences seen", ylabel="loss, nats per title")
     if len(histories) > 1:
-        ax.legend()
+        ax.legend(drawn, histories)
     return ax
 
 
+@_literal
 def lines(table: pd.DataFrame, x: str, y: str, ax: Axes | None = None) -> Axes:
     """One labelled line for each column of a frame, against its index, past its gaps; whole numbers get whole ticks."""
-    ax = ax or plt.subplots()[1]
+    ax, drawn = ax or plt.subplots()[1], []
     if pd.api.types.is_integer_dtype(table.index):
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     for column, marker in zip(table.columns, itertools.cycle(MARKERS), strict=False):
         own = table[column].dropna()
-        ax.plot(own.index, own, marker=marker, label=column)
+        drawn += ax.plot(own.index, own, marker=marker)
     ax.set(xlabel=x, ylabel=y)
-    ax.legend()
+    ax.legend(drawn, map(str, table.columns))  # by name: a label that begins with "_" would be left out
     return ax
 
 
+@_literal
 def trend(table: pd.DataFrame, x: str, y: str, by: str | None = None, title: str = "") -> np.ndarray:
     """Means with 95 % intervals over seeds against `x`, one line a system, a small grey point for each seed.
 
@@ -150,7 +182,7 @@ def trend(table: pd.DataFrame, x: str, y: str, by: str | None = None, title: str
     """
     parts = dict(list(table.groupby(by, sort=False))) if by and len(table) else {"": table}
     figure, axes = _panels(len(parts), (6.4, 3.2, 3.2 if len(parts) > 2 else 3.6))
-    systems = list(table["system"].unique())
+    systems, drawn = list(table["system"].unique()), {}
     step = 0.015 * np.ptp(table[x]) if len(table) else 0  # beside each other, so that nothing hides another
     for ax, (part, own) in zip(axes, parts.items(), strict=True):
         lines = list(own.groupby("system", sort=False))
@@ -160,19 +192,20 @@ def trend(table: pd.DataFrame, x: str, y: str, by: str | None = None, title: str
             place = line[x] + (index - (len(lines) - 1) / 2) * step
             error = [line["value"] - line["low"], line["high"] - line["value"]]
             dash = DASHES[number % len(DASHES)]
-            ax.errorbar(place, line["value"], yerr=error, linestyle=dash, capsize=3, label=system, **look)
+            drawn[system] = ax.errorbar(place, line["value"], yerr=error, linestyle=dash, capsize=3, **look)
             for at, values in zip(place + step / 2, line["runs"], strict=True):
                 ax.scatter([at] * len(values), values, s=7, color="0.4", linewidths=0, zorder=3)
         named = part if isinstance(part, str) else f"{by} {part:g}"
         ax.set(title=textwrap.fill(named, 30), xlabel=x, xticks=sorted(table[x].unique()))
     axes[0].set_ylabel(y)
     if len(systems) > 1:
-        lines = {text: line for ax in axes for line, text in zip(*ax.get_legend_handles_labels(), strict=True)}
-        figure.legend(lines.values(), lines, loc="outside lower center", ncols=min(len(systems), 3))
+        handles = [drawn[system] for system in systems]
+        figure.legend(handles, systems, loc="outside lower center", ncols=min(len(systems), 3))
     _finish(axes[0], table, f"{title}\nmeans with 95 % intervals{_seeds(table)}".strip())
     return axes
 
 
+@_literal
 def differences(table: pd.DataFrame, what: str, title: str) -> np.ndarray:
     """Differences from the default with 95 % intervals over seeds, a small grey point for each seed.
 
@@ -232,6 +265,7 @@ def _seeds(table: pd.DataFrame) -> str:
     return f", n = {' to '.join(str(n) for n in dict.fromkeys([counts[0], counts[-1]]))} seeds" if counts else ""
 
 
+@_literal
 def long_tail(counts: np.ndarray, what: str, ax: Axes | None = None) -> Axes:
     """Events of each item, most popular first."""
     ax = ax or plt.subplots()[1]
@@ -240,6 +274,7 @@ def long_tail(counts: np.ndarray, what: str, ax: Axes | None = None) -> Axes:
     return ax
 
 
+@_literal
 def agreement(matrix: np.ndarray, what: str, ax: Axes | None = None) -> Axes:
     """A square matrix of shares between 0 and 1, each written into its cell."""
     ax = ax or plt.subplots(figsize=(4.4, 3.6))[1]
@@ -252,6 +287,7 @@ def agreement(matrix: np.ndarray, what: str, ax: Axes | None = None) -> Axes:
     return ax
 
 
+@_literal
 def state_map(points: np.ndarray, labels: np.ndarray, what: str, ax: Axes | None = None) -> Axes:
     """Points (n, 2) coloured and marked by label."""
     ax = ax or plt.subplots(figsize=(5, 4))[1]
@@ -264,6 +300,7 @@ def state_map(points: np.ndarray, labels: np.ndarray, what: str, ax: Axes | None
     return ax
 
 
+@_literal
 def gate_bars(weights: np.ndarray, names: list[str], ax: Axes | None = None) -> Axes:
     """Gate weights (n, K) as stacked horizontal bars, one a sequence (the paper's Fig. 3c)."""
     ax = ax or plt.subplots(figsize=(6.4, 0.9 + 0.32 * len(weights)))[1]
@@ -274,13 +311,14 @@ def gate_bars(weights: np.ndarray, names: list[str], ax: Axes | None = None) -> 
         shares = [f"{value:.0%}" if value >= 0.08 else "" for value in width]
         ax.bar_label(bars, shares, label_type="center", fontsize=8, color=_ink(colour))
         left += width
-    ax.set(xlim=(0, 1), xlabel="gate weight", yticks=place, yticklabels=names)
+    ax.set(xlim=(0, 1), xlabel="gate weight", yticks=place, yticklabels=_one_line(names))
     ax.invert_yaxis()
     ax.grid(visible=False)
     ax.figure.legend(loc="outside upper center", ncols=weights.shape[1])
     return ax
 
 
+@_literal
 def gate_by_label(weights: np.ndarray, labels: np.ndarray, what: str, ax: Axes | None = None) -> Axes:
     """Mean gate weight (n, K) of each expert within each label, with a line at the uniform 1/K."""
     ax = ax or plt.subplots()[1]
@@ -296,6 +334,7 @@ def gate_by_label(weights: np.ndarray, labels: np.ndarray, what: str, ax: Axes |
     return ax
 
 
+@_literal
 def heat_maps(matrices: dict[str, np.ndarray], what: str, label: str, rows: int = 1) -> np.ndarray:
     """Symmetric matrices (G, G) with values from -1 to 1 under one colour scale, an axes each (Fig. 3).
 
@@ -331,6 +370,7 @@ def heat_maps(matrices: dict[str, np.ndarray], what: str, label: str, rows: int 
     return axes.ravel()
 
 
+@_literal
 def relation(
     distance: np.ndarray, similarity: dict[str, np.ndarray], tests: dict[str, dict[str, float]], x: str, y: str
 ) -> np.ndarray:
@@ -401,22 +441,24 @@ def svg(figure: Figure) -> str:
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
 
 
+@_literal
 def scored(scores: dict[str, np.ndarray], titles: list[str], right: int, ax: Axes | None = None) -> Axes:
     """Shares of each system for the titles on offer, bars side by side, in the order given; `right` is the answer's."""
     ax = ax or plt.subplots(figsize=(6.4, 0.9 + 0.26 * len(titles)))[1]
-    place, height = np.arange(len(titles)), 0.8 / len(scores)
-    for index, (name, share) in enumerate(scores.items()):
+    place, height, drawn = np.arange(len(titles)), 0.8 / len(scores), []
+    for index, share in enumerate(scores.values()):
         look = {"color": COLOURS[index], "hatch": HATCHES[index], "edgecolor": "white"}
-        ax.barh(place + (index - (len(scores) - 1) / 2) * height, share, height, label=name, **look)
-    names = [f"{title} (read next)" if index == right else title for index, title in enumerate(titles)]
+        drawn.append(ax.barh(place + (index - (len(scores) - 1) / 2) * height, share, height, **look))
+    names = [f"{title} (read next)" if index == right else title for index, title in enumerate(_one_line(titles))]
     ax.set(xlim=(0, 1), xlabel="share of the probability of the twenty titles", yticks=place, yticklabels=names)
     ax.get_yticklabels()[right].set_fontweight("bold")
     ax.invert_yaxis()
     ax.grid(visible=False, axis="y")
-    ax.figure.legend(loc="outside upper center", ncols=len(scores))
+    ax.figure.legend(drawn, scores, loc="outside upper center", ncols=len(scores))
     return ax
 
 
+@_literal
 def experts_at(trend: pd.DataFrame, experts: int, weights: np.ndarray | None, names: list[str]) -> np.ndarray:
     """HitRatio@1 against the number of experts with `experts` marked, beside gate weights (n, experts) where known."""
     width = [1, 1.4] if weights is not None else [1]

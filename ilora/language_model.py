@@ -35,9 +35,10 @@ def load_language_model(
         raise runs.UserError(f"base_model {base_model!r} is no folder and no name of the form owner/model")
     place = runs.pick_device(device)
     dtype = torch.float32 if place.type == "cpu" else torch.bfloat16
+    pinned = {"trust_remote_code": False} | runs.revision(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False, use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **pinned)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, **pinned)
     except (OSError, ValueError) as error:
         raise runs.UserError(
             f"base_model {base_model!r} could not be loaded ({str(error).splitlines()[0]}): name a folder or a model "

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from ilora.data import CANDIDATES
+from ilora.draws import check_scores
 from ilora.model import LanguageRecommender
 
 
@@ -50,7 +51,8 @@ class Player(widgets.VBox):
         tokens, _ = self.recommender.prompts.write(row[0], row[1], behaviour=True)
         text = escape(self.recommender.prompts.tokenizer.decode(tokens))
         self.prompt.value = f'<pre style="white-space: pre-wrap">{text}</pre>'
-        log_likelihood = self.recommender.rank([row]).cpu().double().numpy()[0]
+        scores = self.recommender.rank([row]).cpu().double().numpy()
+        log_likelihood = check_scores(scores, (1, CANDIDATES), type(self.recommender).__name__)[0]
         share = np.exp(log_likelihood - log_likelihood.max())
         ranked = pd.Series(share / share.sum(), [self.titles[item] for item in row[1]], name="share of the twenty")
         self.ranking.value = ranked.sort_values(ascending=False).to_frame().to_html(float_format="{:.3f}".format)

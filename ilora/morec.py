@@ -149,13 +149,13 @@ class TitleVectors(nn.Module):
 
 def _load(text_encoder: str, titles: Sequence[str]) -> tuple[nn.Module, Tensor, str]:
     """A pretrained text encoder, its tokens of the titles (titles, longest), how it pools."""
-    name = f"text_encoder {text_encoder!r}"
+    name, revision = f"text_encoder {text_encoder!r}", runs.revision(text_encoder)
+    pinned = {"trust_remote_code": False} | revision
     try:
-        tokenizer = AutoTokenizer.from_pretrained(text_encoder, trust_remote_code=False)
-        encoder = AutoModel.from_pretrained(
-            text_encoder, trust_remote_code=False, use_safetensors=True, dtype=torch.float32
-        )
-        found = cached_file(text_encoder, "1_Pooling/config.json", _raise_exceptions_for_missing_entries=False)
+        tokenizer = AutoTokenizer.from_pretrained(text_encoder, **pinned)
+        encoder = AutoModel.from_pretrained(text_encoder, use_safetensors=True, dtype=torch.float32, **pinned)
+        pooling_file = "1_Pooling/config.json"
+        found = cached_file(text_encoder, pooling_file, _raise_exceptions_for_missing_entries=False, **revision)
     except (OSError, ValueError) as error:
         raise runs.UserError(
             f"{name} could not be loaded ({str(error).splitlines()[0]}): name a folder or a model of the Hugging Face "

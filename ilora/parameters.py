@@ -6,13 +6,16 @@ command line gives. A wrong parameter ends in one sentence.
 
 import ast
 import difflib
+import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ilora import data
 from ilora.data import WORDS
-from ilora.runs import Run, UserError, pick_device
+from ilora.runs import Run, UserError, model_content, pick_device
+from ilora.runs import content as folder_content
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,7 @@ PARAMETERS: dict[str, Parameter] = {
     "device": Parameter(str, "auto, cpu, cuda, cuda:N or mps", bool, "auto, cpu, cuda, cuda:N or mps"),
 }
 
+FOLDERS = ("data_dir", "results", "base_model", "text_encoder")  # parameters that may name one
 _KINDS = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
 
 
@@ -150,6 +154,27 @@ def _parse(name: str, text: str) -> Any:
         return text  # not of its type: check_parameters says so
 
 
+def inputs(values: Mapping[str, Any], where: Path = Path()) -> dict[str, str]:
+    """What parameters name, by content, as `runs.key` takes it; folders are named from `where`.  Raises UserError."""
+    from ilora.pretraining import base_content  # takes seconds, which `python -m ilora --help` need not
+
+    values = {name: _place(value, where) if name in FOLDERS else value for name, value in values.items()}
+    found = {}
+    if "dataset" in values:
+        names = inspect.signature(data.load).parameters.keys() & values.keys()
+        found["data"] = data.source_key(**{name: values[name] for name in names})
+    for name, content in (("base_model", base_content), ("text_encoder", model_content), ("results", folder_content)):
+        if name in values:
+            found[name] = content(values[name])
+    return found
+
+
+def _place(value: str, where: Path) -> str:
+    """A folder as seen from the working directory; what is no folder in `where` stays as it is."""
+    folder = where / Path(value).expanduser()
+    return str(folder) if value and folder.is_dir() else value
+
+
 def start(name: str, namespace: dict[str, Any]) -> Run:
     """Check a notebook's parameters and start its Run; `parameters.start("04_ilora", globals())`.
 
@@ -161,7 +186,7 @@ def start(name: str, namespace: dict[str, Any]) -> Run:
     _refuse_unknown(injected, own, f" in {name}")
     values = check_parameters({known: namespace[known] for known in PARAMETERS if known in namespace})
     namespace.update(values)
-    return Run(name, values)
+    return Run(name, values, inputs(values))
 
 
 def _parameter_cells(history: list[str]) -> tuple[list[str], list[str]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ilora import __version__, data, evaluation, language_model, pretraining, runs
+from ilora import data, evaluation, language_model, pretraining, runs
 from ilora.model import LanguageRecommender, Questions, adapter_config
 from ilora.prompts import Prompts
 from ilora.recommenders import Popularity, SequenceModel
@@ -126,14 +126,13 @@ def tuned_folder(
     gates = {"gate": gate, "gate_per_layer": gate_per_layer, "gate_top_k": gate_top_k}
     adapter |= {name: value for name, value in gates.items() if value} if experts > 1 else {}
     guided = {"guidance": guidance} if experts > 1 and guidance != "sequence" else {}
-    parameters = {
-        "dataset": dataset.key, "base_model": base_model, **adapter, **guided,
-        "embedded": pretraining.fingerprint(), "recipe": pretraining.VERSION,
-        "encoder": encoder and _digest(encoder), "train": len(train), "validation": len(validation),
-        "version": __version__, **({"window": window} if window else {}), **arguments.identity(),
-    }  # fmt: skip
+    limits = {"window": window or encoder.window, "train": len(train), "validation": len(validation)}
+    settings = {**adapter, **guided, **limits, **arguments.identity()}
+    inputs = {"data": dataset.key, "base_model": pretraining.base_content(base_model)}
+    if encoder is not None:
+        inputs["encoder"] = _content(encoder)
 
-    work = runs.home() / "training" / runs.key(parameters)
+    work = runs.home() / "training" / runs.key(settings, inputs)
 
     def make(folder: Path) -> None:
         asked = untuned(dataset, base_model, encoder, device)
@@ -150,13 +149,14 @@ def tuned_folder(
         shutil.copytree(work / "snapshots", folder / "snapshots")
 
     kind = "LoRA" if experts == 1 else f"iLoRA with {experts} experts"
-    folder = runs.cached("adapters", parameters, make, note=f"{kind} on {dataset.name}")
+    folder = runs.cached("adapters", settings, inputs, make, note=f"{kind} on {dataset.name}")
     shutil.rmtree(work, ignore_errors=True)
     return folder
 
 
-def _digest(encoder: SequenceModel) -> str:
-    digest = hashlib.sha256()
-    for value in encoder.state_dict().values():
-        digest.update(value.cpu().numpy().tobytes())
+def _content(encoder: SequenceModel) -> str:
+    """Digest of an encoder's class, configuration and weights."""
+    digest = hashlib.sha256(runs.digest([type(encoder).__name__, encoder.config]).encode())
+    for name, value in encoder.state_dict().items():
+        digest.update(name.encode() + value.cpu().numpy().tobytes())
     return digest.hexdigest()[:12]

@@ -19,7 +19,6 @@ to spell them.
 """
 
 import argparse
-import hashlib
 import shutil
 import tempfile
 from dataclasses import asdict, dataclass, replace
@@ -46,7 +45,6 @@ PUBLIC_READERS = 20_000
 LONGEST_LIST = 22  # titles; prompts offer 20
 HISTORY = 10  # longest history of a choice, titles
 KINDS = ("history", "about", "list", "choice")
-VERSION = 3  # part of the key of a kept base: raise it when documents or training change; the recipe is in the key
 
 
 @dataclass(frozen=True)
@@ -77,21 +75,23 @@ RECIPES = {"embedded": OTHER_DATA, "embedded-large": LARGE}  # base_model -> how
 NOISE = 0.2  # in copies of a weight, over their standard deviation
 
 
-def fingerprint() -> str:
-    """12 hex digits that change when the embedded model is made anew."""
-    return hashlib.sha256((EMBEDDED / "model.safetensors").read_bytes()).hexdigest()[:12]
+def base_content(base_model: str) -> str:
+    """What the name of a base model stands for, as an input of `runs.key`: see `runs.model_content`.
+
+    The names in RECIPES stand for the embedded model, from which their bases are made.
+    """
+    return f"{base_model} {runs.content(EMBEDDED)}" if base_model in RECIPES else runs.model_content(base_model)
 
 
 def base_for(dataset: Dataset, seed: int = 0, device: str = "auto", recipe: Recipe = OTHER_DATA) -> Path:
     """Folder of the small base for a data set, from the embedded one; made once, kept under `runs.home()`."""
-    parameters = {"dataset": dataset.key, "seed": seed, "recipe": asdict(recipe), "start": fingerprint()}
-    parameters["version"] = VERSION
-    work = runs.home() / "training" / f"base-{runs.key(parameters)}"
+    settings, inputs = {"seed": seed, "recipe": asdict(recipe)}, {"data": dataset.key, "start": runs.content(EMBEDDED)}
+    work = runs.home() / "training" / f"base-{runs.key(settings, inputs)}"
 
     def make(folder: Path) -> None:
         pretrain(dataset, folder, work, recipe, seed, device, start=EMBEDDED)
 
-    folder = runs.cached("base", parameters, make, note=f"a small language model for {dataset.name}")
+    folder = runs.cached("base", settings, inputs, make, note=f"a small language model for {dataset.name}")
     shutil.rmtree(work, ignore_errors=True)
     return folder
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
-from functools import wraps
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +87,78 @@ def home() -> Path:
     return folder
 
 
-def key(parameters: Mapping[str, Any]) -> str:
-    """12 hex digits of the sha256 of the parameters as canonical JSON; TypeError on what JSON cannot hold."""
-    text = json.dumps(parameters, sort_keys=True, separators=(",", ":"), allow_nan=False)
+def digest(value: Any) -> str:
+    """12 hex digits of the sha256 of `value` as canonical JSON; TypeError on what JSON cannot hold."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def ingredients(settings: Mapping[str, Any], inputs: Mapping[str, str]) -> dict[str, Any]:
+    """All that decides what is kept: the package version, the content of the inputs, and the settings."""
+    import ilora
+
+    if missing := [name for name, content in inputs.items() if not content]:
+        raise ValueError(f"no key without the content of {missing[0]!r}: results of other inputs could be reused")
+    return {"version": ilora.__version__, "inputs": dict(inputs), "settings": dict(settings)}
+
+
+def key(settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+    """The key under which anything is kept: 12 hex digits of its `ingredients`.
+
+    settings: whatever changes the result, as JSON; inputs: what it is made from, by content: a data set's key,
+    `content` of files, `model_content` of a model.
+    """
+    return digest(ingredients(settings, inputs))
+
+
+def content(path: str | Path) -> str:
+    """Digest of a file, or of all files in a folder and their names; hidden files and *.md do not count."""
+    path = Path(path)
+    if path.is_file():
+        about = path.stat()
+        return _file_digest(path.resolve(), about.st_size, about.st_mtime_ns)
+    files = [file for file in sorted(path.rglob("*")) if file.is_file() and file.suffix != ".md"]
+    named = {file.relative_to(path).as_posix(): file for file in files}
+    return digest({name: content(file) for name, file in named.items() if "/." not in f"/{name}"})
+
+
+def _file_digest(path: Path, size: int, modified: int) -> str:
+    if size < 2**20:  # a clock tick may pass between two versions of a small file
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    return _large_file_digest(path, size, modified)
+
+
+@cache
+def _large_file_digest(path: Path, size: int, modified: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def model_content(name: str) -> str:
+    """What the name of a model stands for: the content of a folder, or the commit of a model on the hub.
+
+    Raises UserError if the commit is neither on the hub nor in the local cache.
+    """
+    return content(name) if Path(name).is_dir() else hub_commit(name)
+
+
+def revision(name: str | Path) -> dict[str, str]:
+    """Argument of `from_pretrained` that loads the model of the key, even if the hub moves on."""
+    return {} if Path(name).is_dir() else {"revision": hub_commit(str(name))}
+
+
+@cache
+def hub_commit(name: str) -> str:
+    """The commit that a model's name stands for on the Hugging Face hub or, offline, in the local cache."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(name, "config.json")).parent.name  # .../snapshots/<commit>/config.json
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model {name!r} is no folder, and its commit on the Hugging Face hub cannot be read "
+            f"({str(error).splitlines()[0]}): name a folder or a model of the hub, and be online the first time"
+        ) from error
 
 
 def write_atomic(path: str | Path, data: bytes | str) -> None:
@@ -158,10 +226,12 @@ def _replace_folder(new: Path, path: Path) -> None:
         os.replace(new, path)
 
 
-def cached(kind: str, parameters: Mapping[str, Any], make: Callable[[Path], None], note: str = "") -> Path:
-    """The folder `home()/kind/key(parameters)`; made by `make(folder)` unless it is there.
+def cached(
+    kind: str, settings: Mapping[str, Any], inputs: Mapping[str, str], make: Callable[[Path], None], note: str = ""
+) -> Path:
+    """The folder `home()/kind/key(settings, inputs)`; made by `make(folder)` unless it is there.
 
-    A folder appears complete or not at all; `parameters.json` in it says what it was made from.  What must
+    A folder appears complete or not at all; `parameters.json` in it holds its `ingredients`.  What must
     outlive an interrupted `make`, such as checkpoints, belongs elsewhere under home().  Runs at the same time
     make it once, the others wait.  All processes of one distributed run call `make`, as training asks of them;
     what the main process made is kept.
@@ -170,7 +240,7 @@ def cached(kind: str, parameters: Mapping[str, Any], make: Callable[[Path], None
     from accelerate.utils import broadcast_object_list
 
     state = PartialState()
-    folder = home() / kind / key(parameters)
+    folder = home() / kind / key(settings, inputs)
     locks = home() / "locks"
     locks.mkdir(parents=True, exist_ok=True)
     with FileLock(locks / f"{kind}-{folder.name}") if state.is_main_process else nullcontext():
@@ -179,7 +249,7 @@ def cached(kind: str, parameters: Mapping[str, Any], make: Callable[[Path], None
         log.info("making %s/%s%s", kind, folder.name, f" ({note})" if note else "")
         with atomic_folder(folder) if state.is_main_process else tempfile.TemporaryDirectory() as temporary:
             make(Path(temporary))
-            write_json(Path(temporary) / "parameters.json", parameters)
+            write_json(Path(temporary) / "parameters.json", ingredients(settings, inputs))
         state.wait_for_everyone()
     return folder
 
@@ -187,12 +257,22 @@ def cached(kind: str, parameters: Mapping[str, Any], make: Callable[[Path], None
 # ---------------------------------------------------------------- one JSON per run
 
 
-class Run:
-    """Wall time and peak memory of a run, from construction (or entering `with`) to its save (or exit)."""
+def result_path(name: str, parameters: Mapping[str, Any], inputs: Mapping[str, str]) -> Path:
+    """Where the result of a run is kept."""
+    return home() / "results" / f"{name}-{key(parameters, inputs)}.json"
 
-    def __init__(self, name: str = "", parameters: Mapping[str, Any] | None = None) -> None:
+
+class Run:
+    """Wall time and peak memory of a run, from construction (or entering `with`) to its save (or exit).
+
+    inputs: the content of what the parameters name, see `key`.
+    """
+
+    def __init__(
+        self, name: str = "", parameters: Mapping[str, Any] | None = None, inputs: Mapping[str, str] | None = None
+    ) -> None:
         self.name = name
-        self.parameters = dict(parameters or {})
+        self.parameters, self.inputs = dict(parameters or {}), dict(inputs or {})
         self.device = pick_device(self.parameters.get("device", "auto"))
         self.__enter__()
 
@@ -223,15 +303,16 @@ class Run:
     def save(
         self, metrics: Mapping[str, Any], outcomes: Mapping[str, Any] | None = None, path: Path | None = None
     ) -> Path:
-        """Write `path`, by default `home()/results/<name>-<key>.json`, and return it.
+        """Write `path`, by default `result_path` of this run, and return it.
 
         `metrics` hold counts and intervals beside values; `outcomes` (name -> one value a sequence; a DataFrame
         will do) are what a paired test needs.
         """
-        path = path or home() / "results" / f"{self.name}-{key(self.parameters)}.json"
+        path = path or result_path(self.name, self.parameters, self.inputs)
         result = {
             "name": self.name,
             "parameters": self.parameters,
+            "inputs": self.inputs,
             "metrics": dict(metrics),
             "seconds": round(self.seconds, 1),
             "peak_memory_mib": round(self.peak_memory_mib),
@@ -243,6 +324,24 @@ class Run:
         }
         write_json(path, result)
         return path
+
+
+def publish(results: Mapping[str, dict[str, Any]], folder: Path, free: Sequence[str] = ()) -> None:
+    """Write results (file name -> result) to `folder`, in place of those with the same name and parameters.
+
+    So results of older data, models or versions do not stay next to newer ones. free: parameters that do not count.
+    """
+
+    def about(result: Mapping[str, Any]) -> str:
+        counted = {name: value for name, value in result.get("parameters", {}).items() if name not in free}
+        return digest([result.get("name"), counted])
+
+    new = {about(result) for result in results.values()}
+    for path in list(folder.glob("*-*.json")):
+        if about(json.loads(path.read_text(encoding="utf-8"))) in new:
+            path.unlink()
+    for name, result in results.items():
+        write_json(folder / name, result)
 
 
 def describe_device(device: torch.device) -> dict[str, Any]:

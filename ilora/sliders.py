@@ -52,7 +52,10 @@ def slider(
         f"<figcaption><strong>{escape(at)}.</strong> {escape(says_)}</figcaption></figure>"
         for place, ((at, picture), says_) in enumerate(rows)
     ]
-    return Slider(name, f'<div class="slider" id="{name}">\n{control}\n' + "\n".join(shown) + "\n</div>")
+    return Slider(
+        name,
+        f'<div class="slider mathjax_ignore tex2jax_ignore" id="{name}">\n{control}\n' + "\n".join(shown) + "\n</div>",
+    )
 
 
 def _svg(figure: Figure, prefix: str, label: str) -> str:

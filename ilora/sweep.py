@@ -97,12 +97,12 @@ def publish(jobs: Sequence[Job], folder: Path) -> None:
 
     What single users of other data than the world were asked and answered stays here: it may not be redistributed.
     """
-    for job in jobs:
-        if job.result.is_file():
-            result = portable(json.loads(job.result.read_text(encoding="utf-8")))
-            if result["parameters"].get("dataset", "world") != "world":
-                result["outcomes"] = {}
-            runs.write_json(folder / job.result.name, result)
+    results = {}
+    for path in (job.result for job in jobs if job.result.is_file()):
+        results[path.name] = result = portable(json.loads(path.read_text(encoding="utf-8")))
+        if result["parameters"].get("dataset", "world") != "world":
+            result["outcomes"] = {}
+    runs.publish(results, folder)
 
 
 def describe(job: Job) -> str:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from tqdm import tqdm
 from ilora import data, evaluation, pipeline, runs
 from ilora.chat import ChatRec
 from ilora.draws import hit_ratios
-from ilora.parameters import parse_parameters
+from ilora.parameters import inputs, parse_parameters
 from ilora.recommenders import Popularity, Recommender
 from ilora.traditional import L2_GRID, choose_l2, fit_recommender, table_1
 
@@ -130,7 +131,7 @@ class Cell:
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """What decides the result, and no more, so that a setting of other systems does not run this one again."""
+        """What decides the result beside `inputs`, and no more: a setting of other systems does not run it again."""
         world = WORLD if self.dataset == "world" else ()
         uses = {"window", "test_limit", *world, *SYSTEMS[self.system].uses}.difference(FREE)
         own = {"system": self.system, "dataset": self.dataset, "seed": self.seed, "draws": self.draws}
@@ -139,8 +140,20 @@ class Cell:
         return own | {name: self.settings[name] for name in sorted(uses)}
 
     @property
+    def source(self) -> dict[str, Any]:
+        """Arguments of `data.load`."""
+        world = {"conflict": self.settings["conflict"], "users": self.settings["users"], "seed": self.seed}
+        return {"dataset": self.dataset, "data_dir": self.data_dir} | (world if self.dataset == "world" else {})
+
+    @cached_property
+    def inputs(self) -> dict[str, str]:
+        """The data's key and the content of the models that the system is made from.  Raises UserError."""
+        models = {"base_model", "text_encoder"}.intersection(self.parameters)
+        return inputs(self.source | {name: self.settings[name] for name in models})
+
+    @property
     def result(self) -> Path:
-        return runs.home() / "results" / f"table-{runs.key(self.parameters)}.json"
+        return runs.result_path("table", self.parameters, self.inputs)
 
     @property
     def search(self) -> dict[str, Any]:
@@ -151,11 +164,13 @@ class Cell:
 
     @property
     def searched(self) -> Path:
-        return runs.home() / "results" / f"l2-{runs.key(self.search)}.json"
+        return runs.result_path("l2", self.search, {"data": self.inputs["data"]})
 
     def load(self) -> data.Dataset:
-        drawn = {"conflict": self.settings["conflict"], "users": self.settings["users"], "seed": self.seed}
-        return data.load(self.dataset, self.data_dir, **(drawn if self.dataset == "world" else {}))
+        dataset = data.load(**self.source)
+        if dataset.key != self.inputs["data"]:
+            raise runs.UserError(f"the files of {self.dataset} changed while the table ran: start it again")
+        return dataset
 
     @property
     def failure(self) -> Path:
@@ -168,7 +183,7 @@ class Cell:
 def run(cell: Cell) -> Path:
     """Make the cell's system, ask it, and write its result."""
     settings = cell.settings
-    timed = runs.Run("table", cell.parameters | {name: settings[name] for name in FREE})
+    timed = runs.Run("table", cell.parameters | {name: settings[name] for name in FREE}, cell.inputs)
     dataset = cell.load()
     system = SYSTEMS[cell.system].make(dataset, cell.seed, settings)
     sample, found = settings.get(SYSTEMS[cell.system].sample, 0), {}
@@ -199,7 +214,7 @@ def _answers(
         outcomes = evaluation.ask(system, questions.take(rows), at_once)
         for name in ("hit", "valid"):
             found[name].append("".join("01"[int(value)] for value in outcomes[name]))
-        found["questions"].append(runs.key({"candidates": evaluation.asked(questions).to_numpy().tolist()}))
+        found["questions"].append(runs.digest({"candidates": evaluation.asked(questions).to_numpy().tolist()}))
     found |= {"rows": rows.tolist()} if sample else {}
     return found | {"windows": np.unique(questions.sequences.user, return_counts=True)[1].tolist()}
 
@@ -214,7 +229,8 @@ def search(cell: Cell) -> Path:
     metrics: chosen; grid: for each l2 the epoch and HitRatio@1 on validation with its interval over users.
     """
     about = cell.search
-    timed, dataset = runs.Run("l2", about | {"device": cell.settings["device"]}), cell.load()
+    timed = runs.Run("l2", about | {"device": cell.settings["device"]}, {"data": cell.inputs["data"]})
+    dataset = cell.load()
     settings = table_1(about["system"], about["window"]) | {"device": cell.settings["device"]}
     chosen, found = choose_l2(dataset, grid=about["grid"], seed=about["seed"], **settings)
     validation = data.sequences(dataset, "validation", about["window"])
@@ -300,11 +316,8 @@ def search_all(table: Sequence[Cell]) -> None:
 
 def publish(table: Sequence[Cell], folder: Path) -> None:
     """Copy the results there are, failures and searches too, to `folder`."""
-    for cell in table:
-        for path in (cell.result, cell.failure, cell.searched):
-            (folder / path.name).unlink(missing_ok=True)
-            if path.is_file():
-                runs.write_json(folder / path.name, json.loads(path.read_text(encoding="utf-8")))
+    paths = {path: None for cell in table for path in (cell.result, cell.failure, cell.searched) if path.is_file()}
+    runs.publish({path.name: json.loads(path.read_text(encoding="utf-8")) for path in paths}, folder, FREE)
 
 
 @runs.command

@@ -104,12 +104,13 @@ def fit_recommender(
     rows = Windows(windows) if kind == "Caser" else Pieces(windows, seed)
     validation = sequences(dataset, "validation", window)
     config = {"window": window, "dropout": dropout}
-    parameters = {"dataset": dataset.key, "model": kind, **config, **arguments.identity()}
-    parameters |= {"text_encoder": str(text_encoder)} if text_encoder else {}
     loss = {name: value for name, value in (("negatives", negatives), ("recency", recency)) if value}
-    parameters |= loss
+    settings = {"model": kind, **config, **arguments.identity(), **loss}
+    inputs = {"data": dataset.key}
+    if text_encoder:
+        inputs["text_encoder"] = runs.model_content(str(text_encoder))
 
-    work = runs.home() / "training" / runs.key(parameters)
+    work = runs.home() / "training" / runs.key(settings, inputs)
 
     def make(folder: Path) -> None:
         runs.seed_all(seed)
@@ -128,7 +129,7 @@ def fit_recommender(
         history.to_csv(folder / "history.csv", index=False)
         model.save_pretrained(folder)
 
-    folder = runs.cached("recommenders", parameters, make, note=f"{kind} on {dataset.name}")
+    folder = runs.cached("recommenders", settings, inputs, make, note=f"{kind} on {dataset.name}")
     shutil.rmtree(work, ignore_errors=True)
     return KINDS[kind].from_pretrained(folder), pd.read_csv(folder / "history.csv")
 

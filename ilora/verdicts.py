@@ -52,6 +52,9 @@ def answers(results: Sequence[Mapping], dataset: str, windows: str = "last") -> 
         settings = [{k: v for k, v in r["parameters"].items() if k not in ("seed", *FREE)} for r in own]
         if any(other != settings[0] for other in settings):
             raise runs.UserError(f"the results of {system} on {dataset} are of several settings: keep one in a folder")
+        seeds = tuple(r["parameters"]["seed"] for r in own)
+        if len(set(seeds)) < len(seeds):
+            raise runs.UserError(f"there are two results of {system} on {dataset} with one seed: keep one in a folder")
         asked = [[r["outcomes"].get(f"{windows} {what}") for what in ("questions", "windows", "rows")] for r in own]
         if dataset != "world" and any(other != asked[0] for other in asked):  # each seed draws its own world
             raise runs.UserError(f"the runs of {system} on {dataset} were asked different questions: make them again")
@@ -62,7 +65,6 @@ def answers(results: Sequence[Mapping], dataset: str, windows: str = "last") -> 
         questions, of_users, sample = asked[0]
         users = np.repeat(np.arange(len(of_users)), of_users)  # of all questions
         rows = np.arange(len(users)) if sample is None else np.array(sample)
-        seeds = tuple(r["parameters"]["seed"] for r in own)
         found[system] = Answers(seeds, hit, valid, users[rows], tuple(questions), rows)
     return found
 

@@ -595,7 +595,7 @@ def test_the_example_of_the_readme_gives_what_the_model_itself_says(served):
     assert len(set(expected) - {None}) > 5  # it names titles, in different places
 
     for (history, candidates, _), (text, read, written) in zip(rows, said, strict=True):
-        kept = found._kept(runs.key({"messages": found.messages(history, candidates)}))
+        kept = found._kept(runs.digest({"messages": found.messages(history, candidates)}))
         assert kept["text"] == text
         assert kept["usage"] == {"prompt_tokens": read, "completion_tokens": written}
         assert kept["model"].startswith(served.model) and kept["date"].startswith("20")

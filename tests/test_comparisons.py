@@ -12,13 +12,14 @@ from ilora import comparisons, runs
 from ilora.__main__ import plan
 
 
-def write(folder, notebook="04", metrics=None, without=(), commit="c0ffee", **given):
+def write(folder, notebook="04", metrics=None, without=(), commit="c0ffee", inputs=None, **given):
     """A result as `sweep.publish` leaves it, of the notebook's defaults and what is given."""
     (job,) = plan({"device": "cpu"} | given, [notebook])
     parameters = {name: value for name, value in job.parameters.items() if name not in without}
     device = {"type": "cpu", "name": "a CPU", "threads": 1}
     result = {"name": job.source.stem, "parameters": parameters, "metrics": metrics, "device": device, "commit": commit}
-    runs.write_json(folder / f"{job.source.stem}-{runs.key(parameters)}.json", result)
+    result |= {"inputs": inputs} if inputs else {}  # older results have none
+    runs.write_json(folder / f"{job.source.stem}-{runs.key(parameters, inputs or {})}.json", result)
 
 
 def interval(value):
@@ -35,6 +36,16 @@ def hits(lora, ilora, validation=()):
 
 
 # ---------------------------------------------------------------- reading and choosing
+
+
+def test_results_on_different_data_are_not_put_together(tmp_path):
+    for seed, key in enumerate(["a", "a", None]):
+        write(tmp_path, metrics=hits(0.3, 0.4), inputs=key and {"data": key}, dataset="movielens", seed=seed)
+        write(tmp_path, metrics=hits(0.3, 0.4), inputs={"data": f"world {seed}"}, seed=seed)  # each seed draws one
+    assert len(comparisons.read(tmp_path, "04")) == 6
+    write(tmp_path, metrics=hits(0.3, 0.4), inputs={"data": "b"}, dataset="movielens", seed=3)
+    with pytest.raises(runs.UserError, match="holds results of 'movielens' on different data"):
+        comparisons.read(tmp_path, "04")
 
 
 def test_a_result_is_a_row_with_values_and_what_it_changed(tmp_path):

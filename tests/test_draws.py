@@ -7,7 +7,8 @@ from test_recommenders import ITEMS, dataset, make
 
 from ilora.data import candidates, sequences
 from ilora.draws import expected_hit_ratio, hit_ratios
-from ilora.recommenders import SASRec
+from ilora.recommenders import GRU4Rec, SASRec
+from ilora.runs import UserError
 
 
 def test_expected_hit_ratio_equals_all_draws_written_out():
@@ -39,6 +40,18 @@ def test_expected_hit_ratio_is_the_mean_over_drawn_candidates():
     assert abs(expected.mean() - drawn.mean()) < 4 * deviation
 
 
-def test_scores_that_are_not_numbers_are_refused():
-    with pytest.raises(ValueError, match="NaN"):
-        expected_hit_ratio(np.full((1, 30), np.nan), np.array([[0]]), np.array([1]))
+@pytest.mark.parametrize(("value", "system"), [(np.nan, "SASRec"), (np.inf, "SASRec"), (np.nan, "GRU4Rec")])
+def test_scores_that_are_not_numbers_are_refused_by_the_name_of_their_system(value, system):
+    model, rows = make({"SASRec": SASRec, "GRU4Rec": GRU4Rec}[system]), sequences(dataset(), "train", window=6)
+    with torch.no_grad():
+        next(iter(model.state_dict().values()))[3] = value
+    with pytest.raises(UserError, match=f"{system} gives .* scores that are NaN or infinite"):
+        hit_ratios(model, rows)
+
+
+def test_an_item_may_be_put_last():
+    scores = np.arange(30.0)[None]
+    scores[0, 29] = -np.inf
+    assert expected_hit_ratio(scores, np.array([[0]]), np.array([28])) == 1
+    with pytest.raises(UserError, match=r"of shape \(1, 30\), not \(2, 30\)"):
+        expected_hit_ratio(scores, np.array([[0], [1]]), np.array([28, 28]))

@@ -12,6 +12,7 @@ from ilora.data import Sequences
 from ilora.evaluation import NO_ANSWER, ask, choose, difference, interval, metrics
 from ilora.model import Questions
 from ilora.recommenders import Popularity
+from ilora.runs import UserError
 
 ITEMS = 50
 
@@ -359,3 +360,81 @@ def test_a_system_that_only_writes_has_no_rank_and_no_metrics_of_it():
     assert difference(written, full)["value"] == 0
     with pytest.raises(ValueError, match="Writer can only write"):
         ask(Writer(), asked, write=False)
+
+
+# ---------------------------------------------------------------- what no system may answer
+
+
+class Broken:
+    """Scores of 0, one of them changed, and the first column as the answer."""
+
+    def __init__(self, value=0.0, answer=0, short=False):
+        self.value, self.column, self.short = value, answer, short
+
+    def scores(self, rows):
+        scores = torch.zeros(len(rows), 20 - self.short)
+        scores[-1, 3] = self.value
+        return scores
+
+    def columns(self, rows):
+        return [self.column] * (len(rows) - self.short)
+
+
+class Ranks(Broken):
+    rank = Broken.scores
+
+
+class Writes(Broken):
+    generate = Broken.columns
+
+
+class Both(Ranks, Writes):
+    pass
+
+
+class AtOnce(Both):
+    """Ranks and writes together."""
+
+    def answer(self, rows):
+        return self.scores(rows), [0] * len(rows)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("kind", [Ranks, Both, AtOnce])
+def test_scores_that_are_not_numbers_are_refused(kind, value):
+    with pytest.raises(UserError, match=f"{kind.__name__} gives 1 of 640 scores that are NaN or infinite"):
+        ask(kind(value=value), questions())
+    assert ask(kind(value=-np.inf), questions())["rank"].between(1, 20).all()
+
+
+@pytest.mark.parametrize("kind", [Ranks, Writes, Both])
+def test_scores_and_answers_of_another_number_are_refused(kind):
+    message = "answers to 32 questions" if kind is Writes else r"of shape \(32, 19\), not \(32, 20\)"
+    with pytest.raises(UserError, match=f"{kind.__name__} gives .*{message}"):
+        ask(kind(short=True), questions())
+
+
+@pytest.mark.parametrize("answer", [-1, 20, 0.0, np.nan, "0"])
+def test_answers_that_no_candidate_has_are_refused(answer):
+    with pytest.raises(UserError, match=r"Writes answers .*: give the column of a candidate, 0 to 19, or None"):
+        ask(Writes(answer=answer), questions())
+    assert not ask(Writes(answer=None), questions())["valid"].any()
+    assert ask(Writes(answer=np.int64(19)), questions())["valid"].all()
+
+
+def test_given_scores_are_checked_too():
+    asked = questions()
+    with pytest.raises(UserError, match="a system gives 20 of 800 scores that are NaN"):
+        choose(asked, np.where(np.arange(40)[:, None] == 7, np.nan, np.zeros((40, 20))))
+    with pytest.raises(UserError, match="of shape"):
+        choose(asked, np.zeros((40, 19)))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_mean_of_what_is_no_number_is_refused(value):
+    values, users = np.array([0.0, 0.5, value]), np.arange(3)
+    with pytest.raises(UserError, match="1 of 3 values are NaN or infinite"):
+        interval(values, users)
+    table = pd.DataFrame({"user": users, "hit": values})
+    with pytest.raises(UserError, match="1 of 3 values are NaN or infinite"):
+        difference(table, table.assign(hit=0.0))

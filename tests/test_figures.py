@@ -1,5 +1,7 @@
 """Figures show what they are given, and nothing is cut off."""
 
+import xml.etree.ElementTree as ET
+
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
@@ -181,3 +183,76 @@ def test_lines_and_bars_differ_in_more_than_colour():
     assert len({line.get_linestyle() for line in DRAW["losses"]().lines}) == 2
     assert len({line.get_marker() for line in DRAW["lines"]().lines[:8]}) == 8
     assert len({bars[0].get_hatch() for bars in DRAW["gate_by_label"]().containers}) == 4
+
+
+# ---------------------------------------------------------------- titles are data
+
+TITLES = [
+    "$$", "$x$", "A_$1", "$\\frac$", r"\frac{1}{2}", r"\$5 and $6", "x^2", "_hidden", "<b>", "&amp;", "100%", "{x}",
+    "=1+1", "#1", "'\"", "\N{GRINNING FACE}", "\N{CJK UNIFIED IDEOGRAPH-6771}", "two  blanks",
+]  # fmt: skip
+WITH_NAMES = {
+    "intervals": lambda a, b: figures.intervals(TABLE.set_axis([a, b]), a),
+    "panels": lambda a, b: figures.panels({a: TABLE, b: TABLE.set_axis([b, a])}, a, b, 0.05),
+    "error_parts": lambda a, b: figures.error_parts({a: ERRORS.set_axis([a, b])}),
+    "ratios": lambda a, b: figures.ratios(RATIOS.set_axis(pd.MultiIndex.from_tuples([("cpu", a, b)] * 4)), a),
+    "losses": lambda a, b: figures.losses({a: HISTORY, b: HISTORY}),
+    "lines": lambda a, b: figures.lines(pd.DataFrame(RNG.random((5, 2)), columns=[a, b]), a, b),
+    "trend": lambda a, b: figures.trend(TREND.replace({"a": a, "b": b}), "conflict", a, title=b),
+    "trends": lambda a, b: figures.trend(TREND.assign(setting=[a, a, b, b]), "conflict", b, by="setting"),
+    "differences": lambda a, b: figures.differences(PAIRED.assign(variant=a), b, b),
+    "long_tail": lambda a, b: figures.long_tail(np.array([5, 1]), a).set_title(b),
+    "agreement": lambda a, b: figures.agreement(np.eye(4), a).set_title(b),
+    "state_map": lambda a, b: figures.state_map(RNG.normal(size=(30, 2)), np.array([a, b] * 15), "group"),
+    "gate_bars": lambda a, b: figures.gate_bars(GATES[:2], [a, b]),
+    "gate_by_label": lambda a, b: figures.gate_by_label(GATES, np.array([a, b] * 6), a),
+    "heat_maps": lambda a, b: figures.heat_maps({a: np.eye(3), b: np.eye(3)}, a, b),
+    "relation": lambda a, b: figures.relation(np.arange(3), {a: np.ones(3)}, {a: {"value": 1, "p": 0.5}}, a, b),
+    "scored": lambda a, b: figures.scored({a: SHARES[0], b: SHARES[1]}, [a, b] * 10, 7),
+    "experts_at": lambda a, b: figures.experts_at(EXPERTS, 4, GATES[:2], [a, b]),
+}
+ERRORS = pd.DataFrame({"error_users": [0.1, 0.2], "error_seeds": 0.1, "error_draws": 0.1})
+
+
+@pytest.mark.filterwarnings("ignore:Glyph:UserWarning")
+@pytest.mark.parametrize("styled", [True, False])
+@pytest.mark.parametrize("name", WITH_NAMES)
+def test_names_from_the_data_are_shown_as_they_are(name, styled, tmp_path):
+    if not styled:
+        mpl.rcdefaults()
+        mpl.use("agg")
+    for title, other in list(zip(TITLES[::2], TITLES[1::2], strict=True))[: None if styled else 2]:
+        axes = WITH_NAMES[name](title, other)
+        figure = plt.gcf()
+        figure.savefig(tmp_path / "figure.png")
+        written = ET.fromstring(figures.svg(figure))
+        words = " ".join("".join(text.itertext()) for text in written.iter("{http://www.w3.org/2000/svg}text"))
+        assert axes is not None
+        for own in (title, other):
+            assert " ".join(own.split()) in " ".join(words.split()), (own, words)
+
+
+@pytest.mark.parametrize("draw", ["gate_bars", "scored", "experts_at"])
+def test_a_title_of_several_lines_takes_one(draw):
+    WITH_NAMES[draw]("Alien\r\nResurrection\x07", "b")
+    labels = [label.get_text() for ax in plt.gcf().axes for label in ax.get_yticklabels()]
+    assert any(label.startswith("Alien Resurrection ") for label in labels)
+
+
+def test_a_minor_tick_of_a_ratio_is_a_number():
+    ax = figures.ratios(RATIOS.assign(value=2.0, low=1.5, high=4.0), "time")
+    ax.figure.canvas.draw()
+    shown = [label.get_text() for label in ax.get_xticklabels(minor=True)]
+    assert any(shown) and not any("$" in text for text in shown)
+
+
+def test_a_table_of_titles_shows_no_formulas_and_no_html():
+    shown = pd.DataFrame({"title": ["$x$", "<b>", "&amp;"]})._repr_html_()
+    assert "mathjax_ignore" in shown and "&lt;b&gt;" in shown and "&amp;amp;" in shown
+
+
+def test_text_that_a_notebook_adds_is_shown_as_it_is():
+    ax = figures.long_tail(np.array([5, 1]), "items")
+    added = [ax.set_title("$$"), ax.figure.suptitle("$$"), ax.text(0, 0, "$$")]
+    ax.figure.canvas.draw()
+    assert not any(text.get_parse_math() for text in added)

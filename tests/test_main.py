@@ -49,7 +49,7 @@ def repository(tmp_path, monkeypatch):
         "JUPYTER_PATH": "",
         "OMP_NUM_THREADS": "1",
         "PREFIX": runner.sys.prefix,
-        "RESULT": f"01_one-{runs.key(DEFAULTS)}.json",
+        "RESULT": f"01_one-{runs.key(DEFAULTS, {})}.json",
         "IPYTHONDIR": str(tmp_path / "ipython"),
         "PYTHONHASHSEED": "0",
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",
@@ -165,8 +165,8 @@ def test_a_run_with_parameters_leaves_the_book_alone_unless_a_folder_is_named(re
     root, builds = repository
     before = files(root / "book")
     home = root.parent / "home" / "notebooks"
-    one = home / f"01_one-{runs.key(DEFAULTS | {'experts': 2})}.ipynb"
-    two = home / f"02_two-{runs.key({'seed': 0})}.ipynb"
+    one = home / f"01_one-{runs.key(DEFAULTS | {'experts': 2}, {})}.ipynb"
+    two = home / f"02_two-{runs.key({'seed': 0}, {})}.ipynb"
 
     assert runner.main(["-p", "experts", "2", "--only", "02_two", "01"]) == 0  # 02 is not given experts
     assert files(root / "book") == before

@@ -206,7 +206,7 @@ def test_other_poolings_are_refused(tmp_path, config, name):
 
 
 def test_what_is_no_text_encoder_is_refused(tmp_path):
-    with pytest.raises(runs.UserError, match=r"text_encoder '.*' could not be loaded \(.*\): name a folder or a model"):
+    with pytest.raises(runs.UserError, match=r"nothing' is no folder, and its commit .* cannot be read \(.*\): name"):
         MoRec.from_dataset(titled(), tmp_path / "nothing")
     shutil.copytree(MINILM, tmp_path / "pickle")
     (tmp_path / "pickle" / "model.safetensors").unlink()

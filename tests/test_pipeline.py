@@ -16,14 +16,14 @@ def asked(monkeypatch, tmp_path):
 
     def parameters(**settings):
         kept = []
-        monkeypatch.setattr(runs, "cached", lambda kind, parameters, make, note="": kept.append(parameters) or tmp_path)
+        monkeypatch.setattr(runs, "cached", lambda kind, settings, *_, **__: kept.append(settings) or tmp_path)
         pipeline.tuned_folder(source, encoder, **settings)
         return kept[0]
 
     return parameters
 
 
-def test_what_is_left_at_its_default_keeps_the_name_that_it_had(asked):
+def test_settings_of_a_gate_count_only_where_there_is_one(asked):
     gate = {"gate": "linear", "guidance": "sequence", "gate_per_layer": False, "gate_top_k": 0}
     adapter = {"rank", "alpha", "dropout", "experts"}
     names = asked(experts=4, **gate).keys()

@@ -398,14 +398,6 @@ def test_a_base_for_other_data_is_made_once_and_loads(home, monkeypatch):
             pretraining.base_for(dataset, **({"device": "cpu", "recipe": recipe} | change))
 
 
-def test_another_embedded_model_makes_another_fingerprint(tmp_path, monkeypatch):
-    before = pretraining.fingerprint()
-    assert len(before) == 12 and int(before, 16) >= 0 and pretraining.fingerprint() == before
-    (tmp_path / "model.safetensors").write_bytes(b"other weights")
-    monkeypatch.setattr(pretraining, "EMBEDDED", tmp_path)
-    assert pretraining.fingerprint() != before
-
-
 def test_pretraining_is_the_same_twice(home):
     weights, recipe = [], replace(PUBLIC, documents=16, batch_size=8, epochs=2)
     for name in ("one", "two"):

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 
+import ilora
 from ilora import runs
 
 
@@ -50,14 +51,14 @@ def test_home_is_named_by_the_environment_or_lies_in_the_working_directory(home,
 
 
 def test_key_depends_on_values_alone():
-    assert runs.key({"a": 1, "b": [1.5, None]}) == runs.key({"b": (1.5, None), "a": 1})
-    assert len(runs.key({})) == 12
-    assert runs.key({"a": 1}) != runs.key({"a": 2})
+    assert runs.key({"a": 1, "b": [1.5, None]}, {}) == runs.key({"b": (1.5, None), "a": 1}, {})
+    assert len(runs.key({}, {})) == 12
+    assert runs.key({"a": 1}, {}) != runs.key({"a": 2}, {})
     for value in ({1, 2}, Path(), np.int64(1)):
         with pytest.raises(TypeError):
-            runs.key({"a": value})
+            runs.key({"a": value}, {})
     with pytest.raises(ValueError, match="JSON"):
-        runs.key({"a": float("nan")})
+        runs.key({"a": float("nan")}, {})
 
 
 def test_write_atomic_replaces_all_or_nothing(tmp_path, monkeypatch):
@@ -110,7 +111,7 @@ def test_runs_at_the_same_time_make_it_once(home):
         made.append(folder)
 
     with ThreadPoolExecutor(4) as pool:
-        folders = set(pool.map(lambda _: runs.cached("data", {"seed": 1}, make), range(4)))
+        folders = set(pool.map(lambda _: runs.cached("data", {"seed": 1}, {}, make), range(4)))
     assert len(made) == 1 and len(folders) == 1
 
 
@@ -124,23 +125,26 @@ def test_cached_makes_once_and_again_after_a_failure(home):
         (folder / "data.txt").write_text("x")
 
     with pytest.raises(OSError, match="killed"):
-        runs.cached("data", {"seed": 1}, make)
-    first = runs.cached("data", {"seed": 1}, make, note="one line")
-    assert runs.cached("data", {"seed": 1}, make) == first == home / "data" / runs.key({"seed": 1})
+        runs.cached("data", {"seed": 1}, {"file": "a"}, make)
+    first = runs.cached("data", {"seed": 1}, {"file": "a"}, make, note="one line")
+    assert runs.cached("data", {"seed": 1}, {"file": "a"}, make) == first
+    assert first == home / "data" / runs.key({"seed": 1}, {"file": "a"})
     assert len(made) == 2
-    assert json.loads((first / "parameters.json").read_text()) == {"seed": 1}
+    about = {"version": ilora.__version__, "inputs": {"file": "a"}, "settings": {"seed": 1}}
+    assert json.loads((first / "parameters.json").read_text()) == about
 
 
 # ---------------------------------------------------------------- results
 
 
 def test_a_result_says_what_was_run_where_and_what_came_out(home):
-    with runs.Run("04_ilora", {"seed": 1, "device": "cpu"}) as run:
+    with runs.Run("04_ilora", {"seed": 1, "device": "cpu"}, {"data": "abc"}) as run:
         pass
     assert run.seconds == run.seconds
     path = run.save({"HitRatio@1": {"value": 0.5, "count": 2}}, pd.DataFrame({"hit": [True, False]}))
     result = json.loads(path.read_text())
-    assert path == home / "results" / f"04_ilora-{runs.key(run.parameters)}.json"
+    assert path == home / "results" / f"04_ilora-{runs.key(run.parameters, {'data': 'abc'})}.json"
+    assert result["inputs"] == {"data": "abc"}
     assert result["parameters"] == {"seed": 1, "device": "cpu"}
     assert result["metrics"]["HitRatio@1"]["value"] == 0.5
     assert result["outcomes"] == {"hit": [True, False]}

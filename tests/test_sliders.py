@@ -81,3 +81,16 @@ def test_what_cannot_be_shown_is_refused(wrong, says):
 def test_the_picture_of_the_idea_is_what_figures_draws():
     committed = (ROOT / "book" / "assets" / "idea.svg").read_text(encoding="utf-8")
     assert committed == figures.svg(figures.idea()), "make it anew: the command is in figures.idea"
+
+
+@pytest.mark.parametrize(
+    "title", ["$$", "$x$", "A_$1", "<b>", "&amp;", r"\frac", "100%", "=1", "\N{GRINNING FACE}", "'\""]
+)
+@pytest.mark.filterwarnings("ignore:Glyph:UserWarning")
+def test_titles_are_shown_as_they_are(title):
+    pictures = {title: figures.scored({"LoRA": np.full(2, 0.5)}, [title, "b"], 0)}
+    page = BeautifulSoup(slider(pictures, [title], title, "knob", title).html, "html.parser")
+    assert page.label.get_text() == page.figure["data-at"] == title
+    assert page.figcaption.get_text() == f"{title}. {title}" and page.svg["aria-label"] == f"{title}, at {title}"
+    assert f"{title} (read next)" in [text.get_text().strip() for text in page.find_all("text")]
+    assert "mathjax_ignore" in page.div["class"]

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from ilora import runs, sweep
+from ilora import data, runs, sweep
 from ilora.__main__ import Job
 
 
@@ -21,7 +21,7 @@ def fake(monkeypatch, home):
         ran.append(job.parameters["seed"])
         if job.parameters["seed"] == 1:
             return "UserError: seed 1 is unlucky"
-        runs.Run(job.source.stem, job.parameters).save({"LoRA": {"hit_ratio": {"value": 0.5, "n": 10}}})
+        runs.Run(job.source.stem, job.parameters, job.inputs).save({"LoRA": {"hit_ratio": {"value": 0.5, "n": 10}}})
         return ""
 
     monkeypatch.setattr(sweep, "execute", execute)
@@ -59,21 +59,23 @@ def test_a_grid_that_cannot_run_is_refused_in_one_line_before_any_run(fake, caps
 def test_a_point_runs_as_a_command_of_its_own_and_says_why_it_failed(home):
     job = sweep.points("02", {"dataset": "csv", "data_dir": str(home)}, [["seed", "0"]])[0]
     assert "events.csv" in sweep.execute(job)
-    assert not job.result.is_file()
+    with pytest.raises(runs.UserError, match=r"events.csv is missing"):  # as a sweep says before any run
+        sweep.run([job])
 
 
 def test_published_results_name_no_folder_of_this_machine(home, tmp_path):
     (home / "artifacts").mkdir()
-    job = sweep.points("02", {"dataset": "csv", "data_dir": str(home / "artifacts")}, [["seed", "0"]])[0]
-    runs.Run(job.source.stem, job.parameters).save({})
+    job = sweep.points("02", {"data_dir": str(home / "artifacts")}, [["seed", "0"]])[0]
+    runs.Run(job.source.stem, job.parameters, job.inputs).save({})
     sweep.publish([job], tmp_path)
     assert str(home) not in next(tmp_path.glob("*.json")).read_text()
 
 
 @pytest.mark.parametrize("dataset", ["world", "movielens"])
-def test_published_results_hold_single_users_of_the_world_alone(home, tmp_path, dataset):
+def test_published_results_hold_single_users_of_the_world_alone(home, tmp_path, dataset, monkeypatch):
+    monkeypatch.setattr(data, "source_key", lambda **_: "the key of its files")
     job = sweep.points("02", {"dataset": dataset}, [["seed", "0"]])[0]
-    runs.Run(job.source.stem, job.parameters).save({"n": 1}, {"user": [7], "hit": [True]})
+    runs.Run(job.source.stem, job.parameters, job.inputs).save({"n": 1}, {"user": [7], "hit": [True]})
     sweep.publish([job], tmp_path)
     result = json.loads((tmp_path / job.result.name).read_text(encoding="utf-8"))
     assert result["metrics"] == {"n": 1}

@@ -1,0 +1,405 @@
+"""What is kept is found again only by the same version, data, models and settings; each ingredient counts."""
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import safetensors.torch
+import torch
+from huggingface_hub import hf_hub_download
+
+import ilora
+from ilora import __main__ as runner
+from ilora import chat, data, parameters, pipeline, pretraining, runs, sweep, table, traditional
+from ilora.language_model import load_language_model
+from ilora.pretraining import EMBEDDED, OTHER_DATA
+from ilora.recommenders import SASRec
+
+COMMITS = {"ada/small": "a" * 40, "ada/other": "b" * 40}
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    """An artifacts folder, a hub that knows COMMITS, and a small embedded model in place of the shipped one."""
+    monkeypatch.setenv("ILORA_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(pretraining, "EMBEDDED", model(tmp_path / "embedded", b"shipped"))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", on_hub)
+    runs.hub_commit.cache_clear()
+    yield tmp_path / "home"
+    runs.hub_commit.cache_clear()
+
+
+def on_hub(name, file):
+    if name not in COMMITS:
+        raise OSError("offline, and it is not in the cache")
+    return str(Path("models", "snapshots", COMMITS[name], file))
+
+
+def model(folder, weights=b"weights"):
+    folder.mkdir(exist_ok=True)
+    (folder / "model.safetensors").write_bytes(weights)
+    os.utime(folder / "model.safetensors", (0, 0))  # as if no tick of the clock lay between two versions
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def csv_files(folder, seed=0, users=40):
+    """A user's own data: different for each seed, in files of one size."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir(exist_ok=True)
+    items = pd.DataFrame({"id": range(40), "title": [f"Title {n:02d}" for n in range(40)]})
+    items.to_csv(folder / "items.csv", index=False)
+    rows = [(user, item, 100 + at) for user in range(users) for at, item in enumerate(rng.permutation(40)[:8])]
+    pd.DataFrame(rows, columns=["user", "item", "time"]).to_csv(folder / "events.csv", index=False)
+    return folder
+
+
+def small_dataset(key="data-1"):
+    source = data.load("world", users=40)
+    return dataclasses.replace(source, key=key)
+
+
+# ---------------------------------------------------------------- a key for everything that is kept
+
+
+class Kept(Exception):
+    """Carries the folder in which something would be kept."""
+
+
+@pytest.fixture
+def kept(monkeypatch):
+    """Where `make(...)` would keep what it makes, without making it."""
+
+    def place(kind, settings, inputs, make, note=""):
+        raise Kept(f"{kind}/{runs.key(settings, inputs)}")
+
+    def find(make, *arguments, **settings):
+        monkeypatch.setattr(runs, "cached", place)
+        try:
+            return str(make(*arguments, **settings))
+        except Kept as found:
+            return str(found)
+
+    return find
+
+
+def make_world(**settings):
+    return data.load("world", **({"users": 40} | settings))
+
+
+def make_csv(folder):
+    return data.load("csv", str(folder))
+
+
+def recommender(key="data-1", dataset=None, **settings):
+    return traditional.fit_recommender(dataset or DATASET[key], **settings)
+
+
+def adapter(key="data-1", encoder="one", **settings):
+    return pipeline.tuned_folder(DATASET[key], ENCODER[encoder], **settings)
+
+
+def base(key="data-1", **settings):
+    return pretraining.base_for(DATASET[key], **settings)
+
+
+def cell(system="iLoRA", dataset="world", seed=0, draws=2, data_dir="", **settings):
+    return table.Cell(system, dataset, seed, draws, data_dir, table.SETTINGS | {"users": 40} | settings).result
+
+
+def search(dataset="world", seed=0, **settings):
+    return table.Cell("SASRec", dataset, seed, 2, "", table.SETTINGS | {"users": 40} | settings).searched
+
+
+def job(notebook="04", **given):
+    (planned,) = runner.plan(given, [notebook])
+    assert planned.executed.stem == planned.result.stem
+    return planned.result
+
+
+def saved(**given):
+    """Where a notebook keeps its result."""
+    values = {"dataset": "world", "users": 40, "seed": 0} | given
+    return parameters.start("04_ilora", values).save({})
+
+
+def replies(base_url="http://localhost/v1", model="small"):
+    return chat.ChatRec(base_url, model, ["a", "b"], "item", "chose").folder
+
+
+DATASET, ENCODER = {}, {}
+
+
+@pytest.fixture(autouse=True)
+def inputs(home):
+    source = small_dataset()
+    DATASET.update({key: dataclasses.replace(source, key=key) for key in ("data-1", "data-2")})
+    ENCODER["one"] = SASRec(len(source.items), dim=8)
+    ENCODER["other weights"] = SASRec(len(source.items), dim=8)
+    ENCODER["other heads"] = SASRec(len(source.items), dim=8, heads=4)
+    ENCODER["other heads"].load_state_dict(ENCODER["one"].state_dict())
+    ENCODER["none"] = None
+
+
+MADE = {
+    "world": (make_world, {}),
+    "recommender": (recommender, {}),
+    "MoRec": (recommender, {"kind": "MoRec", "text_encoder": "ada/small"}),
+    "base": (base, {}),
+    "adapter": (adapter, {"experts": 4}),
+    "adapter on text": (adapter, {"encoder": "none", "window": 10}),
+    "cell": (cell, {}),
+    "cell of MoRec": (cell, {"system": "MoRec", "text_encoder": "ada/small"}),
+    "cell of ChatRec": (cell, {"system": "ChatRec", "chat_url": "http://localhost/v1", "chat_model": "a"}),
+    "search": (search, {}),
+    "notebook": (job, {"users": 40}),
+    "result": (saved, {"experts": 4, "rank": 8}),
+    "replies": (replies, {}),
+}
+RECIPE = dataclasses.replace(OTHER_DATA, spotted=0.5)
+CHANGES = {
+    "world": {"conflict": 0.1, "users": 41, "seed": 1},
+    "recommender": {
+        "key": "data-2", "kind": "GRU4Rec", "seed": 1, "epochs": 2, "window": 5, "learning_rate": 1e-3,
+        "batch_size": 64, "l2": 0.1, "dropout": 0.1, "negatives": 5, "recency": 1.0,
+    },
+    "MoRec": {"key": "data-2", "text_encoder": "ada/other", "seed": 1},
+    "base": {"key": "data-2", "seed": 1, "recipe": RECIPE},
+    "adapter": {
+        "key": "data-2", "encoder": "other weights", "base_model": "ada/small", "rank": 16, "alpha": 16, "dropout": 0.1,
+        "experts": 2, "gate": "convolutional", "gate_per_layer": True, "gate_top_k": 2, "guidance": "random",
+        "epochs": 2, "learning_rate": 1e-3, "batch_size": 16, "train_limit": 20, "seed": 1, "window": 5,
+    },
+    "adapter on text": {"key": "data-2", "window": 5, "base_model": "embedded-large"},
+    "cell": {
+        "system": "LLaRA", "seed": 1, "draws": 3, "conflict": 0.1, "users": 41, "window": 5, "base_model": "ada/small",
+        "rank": 16, "alpha": 16.0, "dropout": 0.1, "experts": 2, "epochs": 2, "learning_rate": 1e-3, "batch_size": 16,
+        "train_limit": 10, "test_limit": 10,
+    },
+    "cell of MoRec": {"text_encoder": "ada/other"},
+    "cell of ChatRec": {"chat_url": "http://localhost/v2", "chat_model": "b", "chat_limit": 5},
+    "search": {"seed": 1, "conflict": 0.1, "users": 41, "window": 5},
+    "notebook": {"notebook": "03", "conflict": 0.1, "users": 41, "seed": 1, "rank": 16, "base_model": "ada/small"},
+    "result": {"users": 41, "seed": 1, "experts": 2, "base_model": "ada/small"},
+    "replies": {"base_url": "http://localhost/v2", "model": "large"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, changes in CHANGES.items() for name in changes])
+def test_each_setting_and_input_makes_another_key(kept, kind, name):
+    make, settings = MADE[kind]
+    first, again = kept(make, **settings), kept(make, **settings)
+    assert first == again != kept(make, **settings | {name: CHANGES[kind][name]})
+
+
+def test_an_encoder_is_known_by_its_weights_and_its_shape(kept):
+    places = {kept(adapter, encoder=name) for name in ("one", "other weights", "other heads")}
+    assert len(places) == 3
+
+
+@pytest.mark.parametrize("kind", [kind for kind in MADE if kind != "replies"])
+def test_each_version_has_keys_of_its_own(kept, kind, monkeypatch):
+    make, settings = MADE[kind]
+    first = kept(make, **settings)
+    monkeypatch.setattr(ilora, "__version__", "99.0")
+    assert kept(make, **settings) != first
+
+
+def test_replies_that_were_paid_for_outlive_a_version(monkeypatch):
+    first = replies()
+    monkeypatch.setattr(ilora, "__version__", "99.0")
+    assert replies() == first
+
+
+@pytest.mark.parametrize("make", [base, adapter, cell, job])
+def test_another_embedded_model_makes_another_key(kept, make, tmp_path):
+    first = kept(make)
+    (tmp_path / "embedded" / "model.safetensors").write_bytes(b"another")
+    second = kept(make)
+    (tmp_path / "embedded" / "tokenizer.json").write_text("{}")
+    assert len({first, second, kept(make)}) == 3
+
+
+@pytest.mark.parametrize("make", [adapter, cell, job, saved])
+def test_two_models_in_one_folder_have_two_keys(kept, make, tmp_path):
+    folder = model(tmp_path / "base", b"one")
+    places = [kept(make, base_model=str(folder))]
+    model(folder, b"two")  # as long as the first
+    places.append(kept(make, base_model=str(folder)))
+    (folder / "tokenizer.json").write_text("{}")
+    places.append(kept(make, base_model=str(folder)))
+    assert len(set(places)) == 3
+    (folder / ".cache").mkdir()
+    for file in ("README.md", ".cache/lock"):
+        (folder / file).write_text("no part of the model")
+    assert kept(make, base_model=str(folder)) == places[-1]
+
+
+@pytest.mark.parametrize("make", [recommender, cell])
+def test_two_text_encoders_in_one_folder_have_two_keys(kept, make, tmp_path):
+    folder = model(tmp_path / "encoder", b"one")
+    settings = {"kind": "MoRec"} if make is recommender else {"system": "MoRec"}
+    first = kept(make, text_encoder=str(folder), **settings)
+    model(folder, b"two")
+    assert kept(make, text_encoder=str(folder), **settings) != first
+
+
+@pytest.mark.parametrize("make", [adapter, cell, job, saved])
+def test_two_commits_of_a_model_have_two_keys(kept, make, monkeypatch):
+    first = kept(make, base_model="ada/small")
+    assert kept(make, base_model="ada/small") == first
+    monkeypatch.setitem(COMMITS, "ada/small", "c" * 40)
+    runs.hub_commit.cache_clear()
+    assert kept(make, base_model="ada/small") != first
+
+
+def test_the_commit_is_read_from_the_local_cache_and_is_what_is_loaded(tmp_path, monkeypatch):
+    """Offline, with a cache as the hub's client leaves it: the model of the commit, not of another one beside it."""
+    for commit, weights in (("c" * 40, 0.0), ("d" * 40, 1.0)):
+        folder = tmp_path / "models--ada--tiny" / "snapshots" / commit
+        shutil.copytree(EMBEDDED, folder)
+        state = safetensors.torch.load_file(folder / "model.safetensors")
+        state = {name: torch.full_like(value, weights) for name, value in state.items()}
+        safetensors.torch.save_file(state, folder / "model.safetensors", {"format": "pt"})
+    (tmp_path / "models--ada--tiny" / "refs").mkdir()
+    main = tmp_path / "models--ada--tiny" / "refs" / "main"
+    main.write_text("c" * 40)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", hf_hub_download)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert pretraining.base_content("ada/tiny") == "c" * 40
+    main.write_text("d" * 40)  # the hub moves on while this process runs
+    model, _ = load_language_model("ada/tiny", device="cpu")
+    assert not any(value.any() for value in model.parameters())
+
+
+def test_a_model_without_a_commit_is_refused_in_one_sentence():
+    with pytest.raises(runs.UserError) as error:
+        cell(base_model="nobody/nothing")
+    assert "model 'nobody/nothing' is no folder, and its commit on the Hugging Face hub cannot be read" in str(
+        error.value
+    )
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("make", [make_csv, lambda folder: cell("Popularity", "csv", data_dir=str(folder)),
+                                  lambda folder: job("01", dataset="csv", data_dir=str(folder)),
+                                  lambda folder: saved(dataset="csv", data_dir=str(folder)),
+                                  lambda folder: table.Cell("SASRec", "csv", 0, 2, str(folder)).searched])  # fmt: skip
+@pytest.mark.parametrize("file", ["events.csv", "items.csv"])
+def test_other_data_in_one_folder_makes_another_key(kept, make, file, tmp_path):
+    folder = csv_files(tmp_path / "own")
+    first = kept(make, folder)
+    assert kept(make, folder) == first
+    text = (folder / file).read_text()
+    (folder / file).write_text(text.replace("Title 00", "Title XX") if file == "items.csv" else text[:-2] + "9\n")
+    assert kept(make, folder) != first
+
+
+def test_the_key_of_a_data_set_is_known_before_it_is_read(tmp_path):
+    folder = csv_files(tmp_path / "own")
+    assert data.source_key("csv", str(folder)) == data.load("csv", str(folder)).key
+    assert data.source_key("world", users=40, seed=3) == data.load("world", users=40, seed=3).key
+
+
+def test_nothing_is_kept_by_inputs_that_are_unknown():
+    with pytest.raises(ValueError, match="no key without the content of 'data'"):
+        runs.key({"seed": 0}, {"data": ""})
+
+
+def test_results_that_a_notebook_reads_are_an_input(tmp_path):
+    (tmp_path / "results").mkdir()
+    first = job("05", results=str(tmp_path / "results"))
+    (tmp_path / "results" / "04_ilora-1.json").write_text("{}")
+    assert job("05", results=str(tmp_path / "results")) != first
+
+
+# ---------------------------------------------------------------- end to end
+
+
+def published(folder):
+    return [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))]
+
+
+@pytest.mark.parametrize("to", ["b", "a"])
+def test_a_table_of_other_data_reads_and_publishes_it(tmp_path, to):
+    folders = [csv_files(tmp_path / name, seed) for seed, name in enumerate("AB")]
+    for folder, target in zip(folders, ("a", to), strict=True):
+        command = ["table", "--datasets", "csv", "--data-dir", str(folder), "--systems", "Popularity"]
+        assert runner.main([*command, "--to", str(tmp_path / "to" / target)]) == 0
+    (found,) = published(tmp_path / "to" / to)
+    right = data.load("csv", str(folders[1]))
+    assert found["inputs"] == {"data": right.key}
+    asked = pipeline.questions(right, "test", table.SETTINGS["window"], windows="last")
+    outcomes = table._answers(table.Popularity.from_dataset(right), asked, 5, 32)
+    assert {name: found["outcomes"][f"last {name}"] for name in outcomes} == outcomes
+
+
+def test_a_table_whose_data_change_on_the_way_stops(tmp_path):
+    folder = csv_files(tmp_path / "own")
+    one = table.Cell("Popularity", "csv", 0, 1, str(folder))
+    assert one.inputs
+    csv_files(folder, seed=1)
+    with pytest.raises(runs.UserError, match="the files of csv changed while the table ran"):
+        one.load()
+
+
+def test_a_sweep_over_changed_data_runs_again(tmp_path, monkeypatch):
+    """What a point runs is chapter 1's work with its result: the key that the notebook finds is the one foreseen."""
+    ran = []
+
+    def execute(planned):
+        monkeypatch.chdir(runner.ROOT)
+        values = parameters.start(planned.source.stem, dict(planned.parameters))
+        source = data.load("csv", planned.parameters["data_dir"])
+        ran.append(source.key)
+        values.save({"events": int(source.events["item"].iloc[0])})
+        return ""
+
+    monkeypatch.setattr(sweep, "execute", execute)
+    folder = csv_files(tmp_path / "own")
+    command = ["01", "--over", "seed", "0", "-p", "dataset", "csv", "-p", "data_dir", str(folder)]
+    command += ["--to", str(tmp_path / "to")]
+    assert sweep.main(command) == sweep.main(command) == 0
+    assert len(ran) == 1
+    csv_files(folder, seed=1)
+    assert sweep.main(command) == 0
+    assert len(set(ran)) == 2
+    (found,) = published(tmp_path / "to")  # in place of the result of the old data
+    assert found["inputs"]["data"] == ran[-1]
+
+
+def test_a_notebook_finds_the_key_that_was_planned(tmp_path, monkeypatch):
+    """Run for real: data by a relative folder, from another working directory than the notebook's."""
+    root = tmp_path / "repo"
+    (root / "notebooks").mkdir(parents=True)
+    shutil.copy(runner.ROOT / "notebooks" / "01_data.ipynb", root / "notebooks")
+    notebook = json.loads((root / "notebooks" / "01_data.ipynb").read_text())
+    code = [entry for entry in notebook["cells"] if entry["cell_type"] == "code"][:2]
+    last = code[1] | {
+        "id": "last",
+        "source": "from ilora import data\nrun.save({'items': len(data.load(dataset, data_dir).items)})",
+    }
+    (root / "notebooks" / "01_data.ipynb").write_text(json.dumps(notebook | {"cells": [*code, last]}))
+    monkeypatch.setattr(runner, "ROOT", root)
+    monkeypatch.setenv("PYTHONPATH", str(Path(ilora.__file__).parents[1]))
+    monkeypatch.chdir(tmp_path)
+    results = []
+    for seed in range(2):
+        csv_files(tmp_path / "own", seed)
+        assert runner.main(["--only", "01", "-p", "dataset", "csv", "-p", "data_dir", "own"]) == 0
+        (planned,) = runner.plan(runner.local_paths({"dataset": "csv", "data_dir": "own"}), ["01"])
+        assert planned.result.is_file() and planned.executed.is_file()
+        results.append(json.loads(planned.result.read_text())["inputs"]["data"])
+    assert results[0] != results[1]
+    assert len(list((runs.home() / "results").glob("01_data-*.json"))) == 2
+
+
+def test_the_shipped_model_counts_with_all_its_files():
+    names = {file.name for file in EMBEDDED.iterdir()}
+    assert {"model.safetensors", "tokenizer.json", "config.json"} <= names
