@@ -21,7 +21,8 @@ log = logging.getLogger(__name__)
 
 MIN_HISTORY = 3  # LLaRA drops windows with fewer items before the target
 CANDIDATES = 20  # the target and 19 others
-_FORMAT = 1  # part of every key: raise it when a reader's result changes
+REPEATS = ("keep", "drop")
+_FORMAT = 2  # part of every key: raise it when a reader's result changes
 
 WORDS = {  # noun and verb of a data set, for prompts
     "world": ("story", "read"),
@@ -79,8 +80,9 @@ def load_dataset(folder: str | Path) -> Dataset:
 
 
 def load(
-    dataset: str = "world", data_dir: str = "", conflict: float = 0.5, users: int = 2000, seed: int = 0
-) -> Dataset:
+    dataset: str = "world", data_dir: str = "", conflict: float = 0.5, users: int = 2000, seed: int = 0,
+    repeats: str = "keep",
+) -> Dataset:  # fmt: skip
     """The data set of that name; read once, then kept in `runs.home()/data/<key>`.
 
     dataset: world, movielens, lastfm, steam, llara (a folder of LLaRA's files) or csv (a folder with
@@ -88,26 +90,35 @@ def load(
     data_dir: the folder with the files or one above it (ml-100k, llara/lastfm, ... are looked for). Empty:
         the world is drawn; MovieLens and LastFM are downloaded, licence shown first, checksum compared.
     conflict, users, seed: of the world.
+    repeats: "keep" all events, or "drop" each event of an item that the user chose before, so that no target is in
+        its history. What `keep` leaves in is counted in the notes.
     Raises UserError: one sentence with file, line or row, and remedy.
     """
+    if repeats not in REPEATS:
+        raise UserError(f"repeats must be one of {', '.join(REPEATS)}, not {repeats!r}")
     if dataset not in WORDS:
         raise UserError(f"there is no data set {dataset!r}: choose among {', '.join(WORDS)}")
     if dataset == "world":  # cheap to draw again, and its code may change: its content is part of the key
         world = sources.read_world(conflict, users, seed)
         knobs = {"conflict": conflict, "users": users, "seed": seed}
-        return _keep(dataset, knobs | {"content": _content(world)}, lambda: world)
+        return _keep(dataset, knobs | {"content": _content(world)}, lambda: world, repeats)
     read, files = sources.find_source(dataset, data_dir)
     source = {"reader": read.__name__, "files": {file.name: _sha256(file) for file in files}}
-    return _keep(dataset, source, lambda: read(files))
+    return _keep(dataset, source, lambda: read(files), repeats)
 
 
-def _keep(name: str, parameters: dict, read: Callable[[], Tables]) -> Dataset:
+def _keep(name: str, parameters: dict, read: Callable[[], Tables], repeats: str) -> Dataset:
     """The stored copy for these parameters; read, checked and stored first if there is none."""
-    parameters = {"dataset": name, "format": _FORMAT, **parameters}
+    parameters = {"dataset": name, "format": _FORMAT, "repeats": repeats, **parameters}
     noun, verb = WORDS[name]
 
     def make(folder: Path) -> None:
         items, events, users, notes = read()
+        if repeats == "drop":
+            again = events.duplicated(["user", "item"])
+            notes += (f"repeats = 'drop' left out {again.sum()} of {len(events)} events",)
+            events = events[~again].reset_index(drop=True)
+        notes += _notes(events)
         dataset = Dataset(items, events, users, name, runs.key(parameters), noun, verb, notes)
         _check_usable(dataset)
         dataset._write(folder)
@@ -116,6 +127,23 @@ def _keep(name: str, parameters: dict, read: Callable[[], Tables]) -> Dataset:
     for note in dataset.notes:
         log.warning("%s: %s", name, note)
     return dataset
+
+
+def _notes(events: pd.DataFrame) -> tuple[str, ...]:
+    """The numbers of repeats and of equal times, a sentence each; none where there are none."""
+    user, n = events["user"], len(events)
+    position = events.groupby("user").cumcount()
+    back = position - position.groupby([user, events["item"]]).shift()  # events since the user last chose the item
+    targets, repeated = position >= MIN_HISTORY, (position >= MIN_HISTORY) & (back <= 10)
+    twins = events.duplicated(["user", "item", "time"])
+    ties = events.duplicated(["user", "time"], keep=False) & ~twins
+    counts = {
+        f"of {n} events repeat another one, with the same user, item and time": twins,
+        f"of {n} events have the time of another one of their user, which leaves their order open": ties,
+        f"of {targets.sum()} targets ({repeated.sum() / max(targets.sum(), 1):.1%}) are among the 10 items before, "
+        "where no other candidate can be, so the prompt gives the answer away (repeats='drop' prevents this)": repeated,
+    }
+    return tuple(f"{rows.sum()} {what}" for what, rows in counts.items() if rows.any())
 
 
 def _content(tables: Tables) -> str:

@@ -90,8 +90,8 @@ def read_windows(file: Path, padding: int) -> tuple[np.ndarray, np.ndarray]:
     if history.ndim == 3:
         history, target = history[..., 0], target[..., 0]
     wrong = ((history < 0) | (history > padding)).any(axis=1) | (target < 0) | (target >= padding)
-    says = f"an item id is not among the {padding} titles beside it; use one release"
-    refuse_rows(file, wrong, lambda _: says, first=0, word="row")
+    says = f"an item id is not among the {padding} titles in the folder; use the files of one release"
+    refuse_rows(file, pd.Series(wrong), lambda _: says, word="row")
     return np.take_along_axis(history, np.argsort(history == padding, axis=1, kind="stable"), axis=1), target
 
 
