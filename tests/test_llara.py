@@ -108,7 +108,7 @@ def test_llara_windows_are_joined_to_histories(tmp_path):
 
 def test_a_train_sample_stands_in_and_says_so(tmp_path, caplog):
     dataset = load("steam", str(llara_folder(tmp_path / "steam", train="train_sample.df").parent))
-    assert dataset.notes == ("for want of train_data.df, train users are the 2 of train_sample.df",)
+    assert dataset.notes == ("train_data.df is missing, so train users are the 2 of train_sample.df",)
     assert dataset.notes[0] in caplog.text and (dataset.noun, dataset.verb) == ("game", "played")
 
 
