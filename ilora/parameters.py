@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ilora.data import WORDS
+from ilora.data import REPEATS, WORDS
 from ilora.runs import Run, UserError, pick_device
 
 
@@ -41,6 +41,7 @@ PARAMETERS: dict[str, Parameter] = {
         lambda value: value == "" or Path(value).expanduser().is_dir(),
         "empty or a folder that exists",
     ),
+    "repeats": _one_of(REPEATS, "events of an item that the user chose before: keep or drop them"),
     "results": Parameter(
         str, "folder with the results of sweeps", lambda value: Path(value).is_dir(), "a folder that exists"
     ),
