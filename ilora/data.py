@@ -136,7 +136,7 @@ def _notes(events: pd.DataFrame) -> tuple[str, ...]:
     back = position - position.groupby([user, events["item"]]).shift()  # events since the user last chose the item
     targets, repeated = position >= MIN_HISTORY, (position >= MIN_HISTORY) & (back <= 10)
     twins = events.duplicated(["user", "item", "time"])
-    ties = events.duplicated(["user", "time"], keep=False) & ~twins
+    ties = events[~twins].duplicated(["user", "time"], keep=False)
     counts = {
         f"of {n} events repeat another one, with the same user, item and time": twins,
         f"of {n} events have the time of another one of their user, which leaves their order open": ties,
