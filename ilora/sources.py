@@ -301,15 +301,18 @@ def _read_table(file: Path, columns: Sequence[str]) -> pd.DataFrame:
     for column in columns:
         if column not in header:
             separator = next((mark for mark in ";\t|" if len(header) == 1 and mark in header[0]), None)
-            hint = (
-                f" separated by {separator!r}: export it with commas" if separator else ": name its columns in line 1"
-            )
-            raise UserError(f"{file} has no column {column!r} but {', '.join(header) or 'is empty'}{hint}")
+            remedy = f"export it with commas, not {separator!r}" if separator else "name its columns in line 1"
+            raise UserError(f"{file} has no column {column!r} but {', '.join(header) or 'no text'}: {remedy}")
     twice = [name for name in header if name and header.count(name) > 1]
     if twice:
         raise UserError(f"{file}, line {records.index[0]}: two columns are named {twice[0]!r}; rename or drop one")
     records = records.iloc[1:]
-    _check_widths(file, records, [len(header)], f'the first line has {len(header)}; quote a comma: "Good, the Bad"')
+    _check_widths(
+        file,
+        records,
+        [len(header)],
+        f'the first line has {len(header)}; a field with a comma needs quotes, "Good, the Bad"',
+    )
     _refuse_swallowed(file, content, records, len(header))
     table = pd.DataFrame(records.tolist(), records.index, range(len(header)), dtype=str)
     for at in [at for at, name in enumerate(header) if not name]:  # as a comma at the end of each line makes one

@@ -107,7 +107,7 @@ EVENTS = "user,item,time\n" + "".join(f"u{u},i{n},{n}\n" for u in range(12) for 
             EVENTS.replace(",0\n", ",2024-01-01\n"),
             r"events.csv, line 3: time '1' is not written like '2024-01-01'",
         ),
-        ("", None, r"items.csv has no column 'id' but is empty: name its columns in line 1"),
+        ("", None, r"items.csv has no column 'id' but no text: name its columns in line 1"),
         (None, "user,item,time\n", r"csv has 0 users, 0 of them .* none of these in its train split"),
         (
             None,
@@ -139,7 +139,11 @@ def test_bad_csv_is_refused_with_line_and_remedy(tmp_path, home, items, events, 
 @pytest.mark.parametrize(
     ("items", "events", "says"),
     [  # a file that could be read in two ways
-        (HEAD.replace("Title 0", "Good, the Bad"), None, r"items.csv, line 2: 3 fields, the first line has 2; quote"),
+        (
+            HEAD.replace("Title 0", "Good, the Bad"),
+            None,
+            r"items.csv, line 2: 3 fields, the first line has 2; a field with a comma needs quotes",
+        ),
         (HEAD + "i99,Good, the Bad\n", None, r"items.csv, line 32: 3 fields"),
         (HEAD + "i99\n", None, r"items.csv, line 32: 1 fields"),
         (HEAD.replace("\n", ",\n").replace("Title 7,", "Title 7,the Bad"), None, r"items.csv, line 9: a field without"),
@@ -164,9 +168,9 @@ def test_bad_csv_is_refused_with_line_and_remedy(tmp_path, home, items, events, 
         (
             HEAD.replace(",", ";"),
             None,
-            r"items.csv has no column 'id' but id;title separated by ';': export it with commas",
+            r"items.csv has no column 'id' but id;title: export it with commas, not ';'",
         ),
-        (None, EVENTS.replace(",", "\t"), r"separated by '\\t': export it with commas"),
+        (None, EVENTS.replace(",", "\t"), r"export it with commas, not '\\t'"),
         # line numbers are those of the file
         (HEAD + "\n\n  \ni99,\n", None, r"items.csv, line 35: the title of item 'i99' is empty"),
         ("id,title\n" + 'a,"Alien\nResurrection"\n\nb,"A\r\n\r\nB"\n,C\n', None, r"items.csv, line 8: the id is empty"),
@@ -263,7 +267,7 @@ def test_a_csv_that_can_be_read_in_one_way_is_read(tmp_path, change, title):
 
 def test_ids_of_users_and_items_lose_spaces_and_nothing_else(tmp_path):
     events = "user, item ,time\n" + "".join(
-        f"{' ' * (n % 2)}0{user}{' ' * (n % 3)},i{n} ,{n}\n" for user in range(12) for n in range(5)
+        f"{' ' * (n % 2)}0{user}{' ' * (n % 3)},i{n} ,{5 + n}\n" for user in range(12) for n in range(5)
     )
     dataset = load("csv", str(write_csv(tmp_path / "csv", events=events + "ANNA,i1,0\nanna,i1,0\n")))
     assert list(dataset.users["source_id"]) == [f"0{user}" for user in range(12)] + ["ANNA", "anna"]
