@@ -74,7 +74,7 @@ def test_titles_that_count_as_one_are_numbered(titles, unique):
     assert unique_titles(titles) == unique
 
 
-def plays(folder, users=40, artists=30, events=12):
+def plays(folder, users=40, artists=30, events=30):
     """Random plays of four of the artists by each user: users come back to what they played."""
     rng = np.random.default_rng(0)
     lines = [
@@ -94,18 +94,18 @@ def test_repeats_are_counted_and_dropped_where_wanted(tmp_path, caplog):
     windows = [sequences(kept, split) for split in data.SPLITS]
     known = sum((part.history == part.target[:, None]).any(1).sum() for part in windows)
     total = sum(map(len, windows))
-    assert kept.notes[0] == "1 of 481 events repeat another one, with the same user, item and time"
+    assert kept.notes[0] == "1 of 1201 events repeat another one, with the same user, item and time"
     assert kept.notes[-1].startswith(f"{known} of {total} targets ({known / total:.1%}) are among the 10 items before")
     assert known / total > 0.8 and len(kept.notes) == 2 and kept.notes[-1] in caplog.text
     with pytest.raises(UserError, match="add users with more events"):  # four artists each leave one target of most
-        load("csv", plays(tmp_path / "few", users=10), repeats="drop")
+        load("csv", plays(tmp_path / "few", users=10, events=4), repeats="drop")
     dropped = load("csv", folder, repeats="drop")
     assert dropped.key != kept.key
     assert not dropped.events.duplicated(["user", "item"]).any()
     first = kept.events.drop_duplicates(["user", "item"])
     assert dropped.events.to_numpy().tolist() == first.to_numpy().tolist()
-    assert dropped.notes == (f"repeats = 'drop' left out {481 - len(first)} of 481 events",)
-    assert load("csv", folder).key == kept.key and len(load("csv", folder).events) == 481
+    assert dropped.notes == (f"repeats = 'drop' left out {1201 - len(first)} of 1201 events",)
+    assert load("csv", folder).key == kept.key and len(load("csv", folder).events) == 1201
     with pytest.raises(UserError, match="repeats must be one of keep, drop, not 'no'"):
         load("csv", folder, repeats="no")
 
