@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 MIN_HISTORY = 3  # LLaRA drops windows with fewer items before the target
 CANDIDATES = 20  # the target and 19 others
+REPEATS = ("keep", "drop")
 
 WORDS = {  # noun and verb of a data set, for prompts
     "world": ("story", "read"),
@@ -78,8 +79,9 @@ def load_dataset(folder: str | Path) -> Dataset:
 
 
 def load(
-    dataset: str = "world", data_dir: str = "", conflict: float = 0.5, users: int = 2000, seed: int = 0
-) -> Dataset:
+    dataset: str = "world", data_dir: str = "", conflict: float = 0.5, users: int = 2000, seed: int = 0,
+    repeats: str = "keep",
+) -> Dataset:  # fmt: skip
     """The data set of that name; read once, then kept in `runs.home()/data/<key>`.
 
     dataset: world, movielens, lastfm, steam, llara (a folder of LLaRA's files) or csv (a folder with
@@ -87,14 +89,21 @@ def load(
     data_dir: the folder with the files or one above it (ml-100k, llara/lastfm, ... are looked for). Empty:
         the world is drawn; MovieLens and LastFM are downloaded, licence shown first, checksum compared.
     conflict, users, seed: of the world.
+    repeats: "keep" all events, or "drop" each event of an item that the user chose before, so that no target is in
+        its history. What `keep` leaves in is counted in the notes.
     Raises UserError: one sentence with file, line or row, and remedy.
     """
-    settings, files, read = _source(dataset, data_dir, conflict, users, seed)
+    settings, files, read = _source(dataset, data_dir, conflict, users, seed, repeats)
     noun, verb = WORDS[dataset]
 
     def make(folder: Path) -> None:
-        tables = read()
-        made = Dataset(*tables[:3], dataset, runs.key(settings, files), noun, verb, tables.notes)
+        items, events, split, notes = read()
+        if repeats == "drop":
+            again = events.duplicated(["user", "item"])
+            notes += (f"repeats = 'drop' left out {again.sum()} of {len(events)} events",)
+            events = events[~again].reset_index(drop=True)
+        notes += _notes(events)
+        made = Dataset(items, events, split, dataset, runs.key(settings, files), noun, verb, notes)
         _check_usable(made)
         made._write(folder)
 
@@ -105,24 +114,45 @@ def load(
 
 
 def source_key(
-    dataset: str = "world", data_dir: str = "", conflict: float = 0.5, users: int = 2000, seed: int = 0
-) -> str:
+    dataset: str = "world", data_dir: str = "", conflict: float = 0.5, users: int = 2000, seed: int = 0,
+    repeats: str = "keep",
+) -> str:  # fmt: skip
     """The key of the data set that `load` gives, from the content of its files, without reading it."""
-    return runs.key(*_source(dataset, data_dir, conflict, users, seed)[:2])
+    return runs.key(*_source(dataset, data_dir, conflict, users, seed, repeats)[:2])
 
 
 def _source(
-    dataset: str, data_dir: str, conflict: float, users: int, seed: int
+    dataset: str, data_dir: str, conflict: float, users: int, seed: int, repeats: str
 ) -> tuple[dict, dict[str, str], Callable[[], Tables]]:
     """Settings and inputs of a data set's key, and its reader."""
+    if repeats not in REPEATS:
+        raise UserError(f"repeats must be one of {', '.join(REPEATS)}, not {repeats!r}")
     if dataset not in WORDS:
         raise UserError(f"there is no data set {dataset!r}: choose among {', '.join(WORDS)}")
+    settings = {"dataset": dataset, "repeats": repeats}
     if dataset == "world":
         world = sources.read_world(conflict, users, seed)
-        return {"dataset": dataset}, {"world": _content(world)}, lambda: world
+        return settings, {"world": _content(world)}, lambda: world
     read, files = sources.find_source(dataset, data_dir)
     inputs = {file.name: runs.content(file) for file in files}
-    return {"dataset": dataset, "reader": read.__name__}, inputs, lambda: read(files)
+    return settings | {"reader": read.__name__}, inputs, lambda: read(files)
+
+
+def _notes(events: pd.DataFrame) -> tuple[str, ...]:
+    """The numbers of repeats and of equal times, a sentence each; none where there are none."""
+    user, n = events["user"], len(events)
+    position = events.groupby("user").cumcount()
+    back = position - position.groupby([user, events["item"]]).shift()  # events since the user last chose the item
+    targets, repeated = position >= MIN_HISTORY, (position >= MIN_HISTORY) & (back <= 10)
+    twins = events.duplicated(["user", "item", "time"])
+    ties = events[~twins].duplicated(["user", "time"], keep=False)
+    counts = {
+        f"of {n} events repeat another one, with the same user, item and time": twins,
+        f"of {n} events have the time of another one of their user, which leaves their order open": ties,
+        f"of {targets.sum()} targets ({repeated.sum() / max(targets.sum(), 1):.1%}) are among the 10 items before, "
+        "where no other candidate can be, so the prompt gives the answer away (repeats='drop' prevents this)": repeated,
+    }
+    return tuple(f"{rows.sum()} {what}" for what, rows in counts.items() if rows.any())
 
 
 def _content(tables: Tables) -> str:

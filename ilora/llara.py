@@ -1,10 +1,16 @@
 """LLaRA's rows: pickled tables of windows and targets, read without running anything that a pickle may call.
 
-Unpickling calls whatever a file names, so that a file from a stranger can run any program. Here a file that names
-anything but the parts of a table is refused. Rows are joined to histories again where the windows of a user slide.
+Unpickling calls whatever a file names, so that a file from a stranger can run any program. Here every name that
+pandas 1.3 to 3 writes for a table of numbers, lists and text gives a stand-in that only keeps what it is given, and
+any other name is refused. Rows are joined to histories again where the windows of a user slide.
 """
 
+import io
+import itertools
+import math
 import pickle
+import pickletools
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +21,7 @@ from ilora.tables import SPLITS, Tables, refuse_rows, user_table
 
 
 class _Part:
-    """Stands in for a pandas object while a pickle is read: keeps what it is given, does nothing."""
+    """Stands in for an object of pandas or numpy while a pickle is read: keeps what it is given, does nothing."""
 
     def __init__(self, *arguments: object) -> None:
         self.arguments = arguments
@@ -24,17 +30,45 @@ class _Part:
         self.state = state
 
 
-def _array(data: bytes, dtype: np.dtype, shape: tuple[int, ...], order: str) -> np.ndarray:
-    return np.frombuffer(data, dtype).reshape(shape, order=order)
+def _dtype(part: _Part) -> np.dtype:
+    """A dtype of plain numbers; ValueError for any other."""
+    code, order = part.arguments[0], part.state[1]
+    if not re.fullmatch("[biuf][1248]", code):
+        raise ValueError(f"values of type {code}")
+    return np.dtype((order if order in "<>" else "") + code)
 
 
-_ADMITTED = {  # all that these files name, and nothing in it runs anything
+def _plain(value: object) -> object:
+    """Lists in the place of an array's stand-in, else the value.  Raises ValueError if shape and size differ."""
+    if not isinstance(value, _Part):
+        return value
+    _, shape, dtype, fortran, data = value.state
+    if not isinstance(data, list):
+        return _numbers(data, dtype, shape, "F" if fortran else "C")
+    if math.prod(shape) != len(data):
+        raise ValueError(f"{len(data)} values in shape {shape}")
+    data = [_plain(each) for each in data]
+    return data if len(shape) == 1 else [data[row * shape[1] : (row + 1) * shape[1]] for row in range(shape[0])]
+
+
+def _numbers(data: bytes, dtype: _Part, shape: tuple[int, ...], order: str) -> list:
+    return np.frombuffer(data, _dtype(dtype)).reshape(shape, order=order).tolist()
+
+
+def _texts(parts: tuple) -> list[str]:
+    """The texts of an Arrow array: type, length, number of nulls, offset, (validity, ends, characters)."""
+    kind, length, _, offset, (_, ends, characters), *_ = parts
+    ends = np.frombuffer(ends, {"string": np.int32, "large_string": np.int64}[kind])[offset : offset + length + 1]
+    return [bytes((characters or b"")[start:end]).decode() for start, end in itertools.pairwise(ends)]
+
+
+_ADMITTED = {  # all that such files name, and nothing in it runs anything
     "builtins.slice": slice,
-    "numpy.dtype": np.dtype,
+    "numpy.dtype": _Part,
     "numpy.ndarray": _Part,
-    "numpy.core.multiarray._reconstruct": lambda *_: np.empty(0, np.int8),  # ndarray.__setstate__ fills it
-    "numpy.core.multiarray.scalar": lambda dtype, data: np.frombuffer(data, dtype)[0],
-    "numpy.core.numeric._frombuffer": _array,
+    "numpy.core.multiarray._reconstruct": _Part,
+    "numpy.core.multiarray.scalar": lambda dtype, data: _numbers(data, dtype, (1,), "C")[0],
+    "numpy.core.numeric._frombuffer": _numbers,
     "pandas.core.frame.DataFrame": _Part,
     "pandas.core.indexes.base.Index": _Part,
     "pandas.core.indexes.base._new_Index": lambda _, state: _Part(state),
@@ -42,36 +76,80 @@ _ADMITTED = {  # all that these files name, and nothing in it runs anything
     "pandas.core.indexes.numeric.Int64Index": _Part,
     "pandas.core.internals.managers.BlockManager": _Part,
     "pandas._libs.internals._unpickle_block": _Part,
+    **dict.fromkeys(
+        ("pandas.DataFrame", "pandas.Index", "pandas.RangeIndex", "pandas.StringDtype", "pandas.NA"), _Part
+    ),
+    "pandas.core.arrays.string_.StringDtype": _Part,
+    "pandas.core.arrays.string_.StringArray": _Part,
+    "pandas.core.arrays.string_arrow.ArrowStringArray": _Part,
+    "pandas.arrays.StringArray": _Part,
+    "pandas.arrays.ArrowStringArray": _Part,
+    "pandas._libs.arrays.__pyx_unpickle_NDArrayBacked": _Part,
+    "pandas._libs.missing.C_NAType": _Part,
+    "pyarrow.lib.type_for_alias": lambda name: name,
+    "pyarrow.lib.py_buffer": lambda data: data,
+    "pyarrow.lib._restore_array": _texts,
 }
 
 
 class _Unpickler(pickle.Unpickler):
-    """Admits what a table of numbers and lists needs; refuses all else by name, before anything is called."""
+    """Admits what a table of numbers, lists and text needs; refuses all else by name, before anything is called."""
 
     def find_class(self, module: str, name: str) -> object:
         wanted = f"{module}.{name}".replace("numpy._core.", "numpy.core.")
         if wanted not in _ADMITTED:
-            raise UserError(f"calls {wanted}, which no table of numbers needs and which may run code")
+            raise UserError(f"calls {wanted}, which no table of numbers, lists and text needs and which may run code")
         return _ADMITTED[wanted]
 
 
-def _read_table(file: Path) -> dict[str, list]:
-    """The columns of a pickled DataFrame (pandas 1.3 to 2) as lists.
+def _unpickle(content: bytes) -> object:
+    for opcode, argument, _ in pickletools.genops(content):  # which raises ValueError where sizes are false
+        if "PUT" in opcode.name and int(argument) > len(content):  # would reserve memory up to this place
+            raise ValueError(f"place {argument} in a memo")
+    return _Unpickler(io.BytesIO(content)).load()
+
+
+def _column_names(data: object) -> list[str]:
+    """The names in an Index; pandas 3 keeps them as Arrow strings or, without pyarrow, in an array of numpy's."""
+    if not isinstance(data, _Part) or len(data.state) == 5:
+        return _plain(data)
+    return data.state["_pa_array"] if isinstance(data.state, dict) else _plain(data.state[1])
+
+
+def _read_table(file: Path, wanted: tuple[str, ...] = ("seq", "next")) -> dict[str, list]:
+    """Those of the wanted columns that a pickled DataFrame (pandas 1.3 to 3) has, as lists.
 
     Raises UserError if the file is damaged, is no DataFrame or names what a DataFrame does not need.
     """
     columns = {}
     try:
-        with open(file, "rb") as handle:
-            blocks, (names, *_) = _Unpickler(handle).load().state["_mgr"].arguments
-        names = names.arguments[0]["data"]
+        blocks, (names, *_) = _unpickle(file.read_bytes()).state["_mgr"].arguments
+        names = _column_names(names.arguments[0]["data"])
         for values, where, *_ in (block.arguments for block in blocks):
-            columns |= {str(name): list(row) for name, row in zip(names[where], values, strict=True)}
+            inside = names[where]
+            if set(wanted).intersection(inside):  # other columns may be of any kind
+                columns |= dict(zip(inside, _plain(values), strict=True))
     except UserError as error:
-        raise UserError(f"{file} {error}: use files from a source that you trust") from error
-    except (pickle.UnpicklingError, EOFError, AttributeError, LookupError, TypeError, ValueError) as error:
+        remedy = "use files from a source that you trust, or save seq, len_seq and next alone, as lists and int64"
+        raise UserError(f"{file} {error}: {remedy}") from error
+    except (pickle.UnpicklingError, EOFError, AttributeError, LookupError, TypeError, ValueError, MemoryError) as error:
         raise UserError(f"{file} is damaged or not a pickled DataFrame ({error}): fetch it again") from error
+    if not set(wanted) <= columns.keys():
+        raise UserError(
+            f"{file} has columns {', '.join(map(str, names))}, not seq and next: it is not one of LLaRA's files"
+        )
     return columns
+
+
+_MOST = 10**9  # item ids in a file; a few bytes can claim more
+
+
+def _item_ids(values: list) -> np.ndarray:
+    """int64 of whole numbers, or of the first of each (item, rating) pair.  Raises ValueError or TypeError."""
+    values = [value[0] if isinstance(value, list | tuple) else value for value in values]
+    if not all(isinstance(value, int | float) and value == int(value) for value in values):
+        raise ValueError("not whole numbers")
+    return np.array(values, np.int64)
 
 
 def read_windows(file: Path, padding: int) -> tuple[np.ndarray, np.ndarray]:
@@ -80,18 +158,18 @@ def read_windows(file: Path, padding: int) -> tuple[np.ndarray, np.ndarray]:
     `padding` is the number of items. Raises UserError naming file, row and remedy.
     """
     columns = _read_table(file)
-    if not {"seq", "next"} <= columns.keys():
-        raise UserError(f"{file} has columns {', '.join(columns)}, not seq and next: it is not one of LLaRA's files")
     try:
-        history, target = np.array(columns["seq"], np.int64), np.array(columns["next"], np.int64)
-    except (TypeError, ValueError) as error:
+        rows, target = columns["seq"], _item_ids(columns["next"])
+        (width,) = set(map(len, rows))
+        if width * len(rows) > _MOST:
+            raise ValueError(f"{len(rows)} lists of {width}")
+        history = _item_ids([item for row in rows for item in row]).reshape(len(rows), width)
+    except (TypeError, ValueError, OverflowError, LookupError) as error:
         what = f"{file}: seq and next are not item ids in lists of one length ({error})"
         raise UserError(f"{what}: fetch it again") from error
-    if history.ndim == 3:
-        history, target = history[..., 0], target[..., 0]
     wrong = ((history < 0) | (history > padding)).any(axis=1) | (target < 0) | (target >= padding)
-    says = f"an item id is not among the {padding} titles beside it; use one release"
-    refuse_rows(file, wrong, lambda _: says, first=0, word="row")
+    says = f"an item id is not among the {padding} titles in the folder; use the files of one release"
+    refuse_rows(file, pd.Series(wrong), lambda _: says, word="row")
     return np.take_along_axis(history, np.argsort(history == padding, axis=1, kind="stable"), axis=1), target
 
 
@@ -106,7 +184,7 @@ def read_splits(files: list[Path], items: pd.DataFrame) -> Tables:
         events.append((user + len(users), item))
         users += [split] * (user.max(initial=-1) + 1)
         if split == "train" and file.name != "train_data.df":
-            notes = (f"for want of train_data.df, train users are the {len(users)} of {file.name}",)
+            notes = (f"train_data.df is missing, so train users are the {len(users)} of {file.name}",)
     user, item = (np.concatenate(parts) for parts in zip(*events, strict=True))
     events = pd.DataFrame({"user": user, "item": item})
     events["time"] = events.groupby("user").cumcount()  # the files have no times

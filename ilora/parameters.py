@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ilora import data
-from ilora.data import WORDS
+from ilora.data import REPEATS, WORDS
 from ilora.runs import Run, UserError, model_content, pick_device
 from ilora.runs import content as folder_content
 
@@ -44,6 +44,7 @@ PARAMETERS: dict[str, Parameter] = {
         lambda value: value == "" or Path(value).expanduser().is_dir(),
         "empty or a folder that exists",
     ),
+    "repeats": _one_of(REPEATS, "events of an item that the user chose before: keep or drop them"),
     "results": Parameter(
         str, "folder with the results of sweeps", lambda value: Path(value).is_dir(), "a folder that exists"
     ),

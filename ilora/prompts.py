@@ -22,6 +22,13 @@ def wording(noun: str, verb: str) -> tuple[str, str, str]:
     return f"Each {noun} this person {verb}, in order:", f". The next {noun} is one of:", f". The next {noun} is:"
 
 
+def prompt_text(history: Sequence[str], candidates: Sequence[str], noun: str, verb: str, mark: str = ITEM_TOKEN) -> str:
+    """The prompt of titles as text, with a mark after each; `Prompts` writes the same in tokens."""
+    opening, offer, question = wording(noun, verb)
+    read, offered = ("; ".join(f"{title}{mark}" for title in titles) for titles in (history, candidates))
+    return f"{opening} {read}{offer} {offered}{question}"
+
+
 class Prompts:
     """Writes the prompts of one data set for one tokenizer.
 

@@ -1,14 +1,18 @@
-"""Readers: from the files of publishers, of LLaRA and of a user's own, and from the world, to `Tables`.
+"""Readers: from the files of publishers, of LLaRA and of users (CSV), and from the world, to `Tables`.
 
 - LLaRA keeps MovieLens ratings of 3 and more: only so are its 94 + 95 rows the users' last events. So
   does the reader here. Equal times stay in file order, or take that of LLaRA's rows where these lie beside.
 - LLaRA's LastFM lists a user's artists in the order of one global list (by id), not of time: no two artists
   occur in both orders. The reader of the publisher's archive orders them by the month of first tagging.
 
-Each reader checks what it reads: a UserError is one sentence with file, line or row, and remedy.
+Each reader checks what it reads: a UserError is one sentence with file, line or row, and remedy. A file that could be
+read in two ways is refused, not guessed at.
 """
 
+import csv
 import html
+import io
+import itertools
 import re
 import zipfile
 from collections.abc import Callable, Sequence
@@ -65,7 +69,10 @@ def find_source(name: str, data_dir: str) -> tuple[Reader, list[Path]]:
 def _require(folder: Path, *names: str) -> list[Path]:
     for name in names:
         if not (folder / name).is_file():
-            raise UserError(f"{folder / name} is missing: put it there, or name another folder with data_dir")
+            like = name.lower().removesuffix("csv")  # events.csv.gz, Events.csv, events.tsv
+            near = sorted(file.name for file in folder.iterdir() if file.name.lower().startswith(like))
+            hint = f"; unpack or export {near[0]} as {name}" if near else ""
+            raise UserError(f"{folder / name} is missing: put it there, or name another folder with data_dir{hint}")
     return [folder / name for name in names]
 
 
@@ -111,12 +118,54 @@ def _download(name: str) -> Path:
     return folder / f"{archive}.unzip"
 
 
-def _lines(file: Path, encoding: str = "utf-8") -> list[str]:
-    """The lines of a text file, without empty ones at its end."""
+def _decode(file: Path, *encodings: str) -> str:
+    """The text of a file in the first of these encodings, by default UTF-8, that it is valid in."""
+    content = file.read_bytes()
+    for encoding in encodings or ("utf-8-sig",):
+        try:
+            text = content.decode(encoding)
+        except UnicodeDecodeError as error:
+            line = content.count(b"\n", 0, error.start) + 1
+        else:
+            break
+    else:
+        raise UserError(f"{file}, line {line}: not {encoding} text; save the file in that encoding")
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise UserError(f"{file}, line {line}: a NUL byte, so this is no text file; export it again as UTF-8 text")
+    return text
+
+
+def _records(file: Path, text: str, **dialect: object) -> pd.Series:
+    """Lists of fields, under the number of the line on which each record begins; blank lines are left out."""
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, **dialect)
+    records, lines, line = [], [], 1
     try:
-        return file.read_text(encoding=encoding).rstrip("\n").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not {encoding} text from byte {error.start} on: save it as that") from error
+        for fields in reader:
+            if len(fields) > 1 or any(map(str.strip, fields)):
+                records.append(fields)
+                lines.append(line)
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(f"{file}, line {line}: not a record of CSV ({error}); close and double its quotes") from error
+    return pd.Series(records, lines, dtype=object)
+
+
+_TABS = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+
+
+def _check_widths(file: Path, records: pd.Series, widths: Sequence[int], says: str) -> None:
+    """Raise UserError for the first record that has another number of fields than `widths` allow."""
+    refuse_rows(file, ~records.map(len).isin(widths), lambda line: f"{len(records[line])} fields, {says}")
+
+
+def _whole_numbers(file: Path, text: pd.Series) -> np.ndarray:
+    """int64, without loss.  Raises UserError for the first text that is no whole number of 64 bits."""
+    values = [int(each) if re.fullmatch("[+-]?[0-9]{1,19}", each) else None for each in text]
+    wrong = [value is None or not -(2**63) <= value < 2**63 for value in values]
+    says = "is not a whole number of at most 64 bits; correct it or export the file again"
+    refuse_rows(file, pd.Series(wrong, text.index, dtype=bool), lambda line: f"{text[line]!r} {says}")
+    return np.array(values, np.int64)
 
 
 _GENRES = [  # of the flags at the end of a line of u.item
@@ -128,12 +177,18 @@ _ARTICLE = re.compile(r"^(.*?), (The|An|A)(?= \(|$)")
 
 
 def _read_u_item(file: Path) -> pd.DataFrame:
-    """Titles with the year cut off and the article in front; text is year and genres; ids from 1 on."""
+    """Titles with the year cut off and the article in front; text is year and genres; ids from 1 on.
+
+    The published file is in latin-1 and not valid UTF-8; a copy that is valid UTF-8 was converted.
+    """
     titles, years, text = [], [], []
-    for number, line in enumerate(_lines(file, "latin-1"), start=1):
-        source_id, title, *_ = row = line.split("|")
-        if len(row) != 5 + len(_GENRES) or source_id != str(number):
-            raise UserError(f"{file}, line {number}: not film {number} in 24 fields but {line[:40]!r}; fetch it again")
+    records = _records(file, _decode(file, "utf-8-sig", "latin-1"), delimiter="|", quoting=csv.QUOTE_NONE)
+    for number, (line, row) in enumerate(records.items(), start=1):
+        if len(row) != 5 + len(_GENRES) or row[0] != str(number) or not row[1].strip():
+            raise UserError(
+                f"{file}, line {line}: not film {number} in 24 fields but {'|'.join(row)[:40]!r}; fetch it again"
+            )
+        title = row[1]
         year = _YEAR.search(title)
         years.append(year[1] if year else "")
         titles.append(_ARTICLE.sub(r"\2 \1", _YEAR.sub("", title)))
@@ -142,21 +197,21 @@ def _read_u_item(file: Path) -> pd.DataFrame:
     return item_table(unique_titles(titles, years), text, range(1, len(titles) + 1))
 
 
-def _read_numbers(file: Path, columns: Sequence[str], header: int | None) -> pd.DataFrame:
-    """A tab-separated table of whole numbers."""
-    try:
-        return pd.read_csv(file, sep="\t", names=columns, header=header, dtype=np.int64, index_col=False)
-    except ValueError as error:  # pandas says which field of which line
-        raise UserError(f"{file} is damaged ({str(error).strip()}): fetch it again") from error
+def _read_numbers(file: Path, columns: Sequence[str], header: bool = False) -> pd.DataFrame:
+    """A tab-separated table of whole numbers; its index holds the lines of the file."""
+    records = _records(file, _decode(file), **_TABS)[int(header) :]
+    _check_widths(file, records, [len(columns)], f"not {len(columns)} separated by tabs; fetch the file again")
+    table = pd.DataFrame(records.tolist(), records.index, columns, dtype=str)
+    return table.apply(lambda column: _whole_numbers(file, column))
 
 
 def _read_movielens(files: list[Path]) -> Tables:
     """u.data and u.item of MovieLens-100K; LLaRA's rows, if given, settle the order of equal times."""
     data, titles, *rows = files
     items = _read_u_item(titles)
-    table = _read_numbers(data, ["user", "item", "rating", "time"], None)
+    table = _read_numbers(data, ["user", "item", "rating", "time"])
     unknown = ~table["item"].between(1, len(items))
-    refuse_rows(data, unknown, lambda row: f"no film {table['item'][row]} in u.item; use one archive", first=1)
+    refuse_rows(data, unknown, lambda line: f"no film {table['item'][line]} in u.item; use one archive")
     notes = () if len(table) == 100_000 else (f"u.data has {len(table)} ratings, as published it has 100000",)
     table = table[table["rating"] >= 3]
     user, source_users = pd.factorize(table["user"], sort=True)
@@ -192,9 +247,11 @@ _CORE = 4  # the fewest events of a user, and of an artist but for cut-off rows,
 def _read_hetrec(files: list[Path]) -> Tables:
     """Artists that each user tagged, by first tagging, then id; of users and artists with _CORE or more."""
     tags, names = files
-    table = _read_numbers(tags, ["user", "artist", "tag", "time"], 0)
+    table = _read_numbers(tags, ["user", "artist", "tag", "time"], header=True)
     table = table.groupby(["user", "artist"], as_index=False)["time"].min()
-    titles = dict(line.split("\t")[:2] for line in _lines(names)[1:])
+    records = _records(names, _decode(names), **_TABS)[1:]
+    _check_widths(names, records, range(2, 5), "not id, name, url and picture separated by tabs; fetch the file again")
+    titles = dict(fields[:2] for fields in records)
     table = table[table["artist"].astype(str).isin(titles.keys())]  # a few tagged artists have no name
     before = None
     while before != len(table):
@@ -214,7 +271,7 @@ def _read_hetrec(files: list[Path]) -> Tables:
 def _read_id2name(file: Path) -> pd.DataFrame:
     """Lines id::title, ids 0..n-1 in order; HTML entities such as &amp; become characters."""
     titles = []
-    for number, line in enumerate(_lines(file)):
+    for number, line in enumerate(re.split("\r?\n", _decode(file).rstrip())):
         source_id, _, title = line.partition("::")
         if source_id != str(number) or not title.strip():
             raise UserError(f"{file}, line {number + 1}: not '{number}::title' but {line!r}; give each id one title")
@@ -228,72 +285,115 @@ def _read_llara(files: list[Path]) -> Tables:
     return llara.read_splits(rows, _read_u_item(titles) if titles.name == "u.item" else _read_id2name(titles))
 
 
-# ---------------------------------------------------------------- a user's own CSV files
+# ---------------------------------------------------------------- CSV files of a user
 
 
 def _refuse_twice(file: Path, keys: pd.Series, say: Callable[[int, int], str]) -> None:
-    """Raise for the first row with a key that an earlier row has; `say` is told row and the earlier line."""
-    refuse_rows(file, keys.duplicated(), lambda row: say(row, np.flatnonzero(keys == keys[row])[0] + 2))
+    """Raise for the first row with a key that an earlier row has; `say` is given its line and the earlier one."""
+    refuse_rows(file, keys.duplicated(), lambda line: say(line, keys.index[keys == keys[line]][0]))
 
 
-def _read_table(file: Path, columns: Sequence[str], types: type | dict) -> pd.DataFrame:
-    """A CSV file with these columns and perhaps others; only an empty field is empty, "NA" is text."""
-    try:
-        table = pd.read_csv(
-            file, dtype=types, encoding="utf-8-sig", keep_default_na=False, index_col=False, skipinitialspace=True
-        )
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is not a CSV file in UTF-8 ({str(error).strip()}): mend or export it again") from error
+def _read_table(file: Path, columns: Sequence[str]) -> pd.DataFrame:
+    """The text of these columns of a CSV file, and of `text` if it is there; its index holds the lines of the file."""
+    content = _decode(file)
+    records = _records(file, content, skipinitialspace=True)
+    header = [name.strip() for name in records.iloc[0]] if len(records) else []
     for column in columns:
-        if column not in table:
-            raise UserError(f"{file} has no column {column!r} but {', '.join(table)}: name its columns in line 1")
-    return table
+        if column not in header:
+            separator = next((mark for mark in ";\t|" if len(header) == 1 and mark in header[0]), None)
+            remedy = f"export it with commas, not {separator!r}" if separator else "name its columns in line 1"
+            raise UserError(f"{file} has no column {column!r} but {', '.join(header) or 'no text'}: {remedy}")
+    twice = [name for name in header if name and header.count(name) > 1]
+    if twice:
+        raise UserError(f"{file}, line {records.index[0]}: two columns are named {twice[0]!r}; rename or drop one")
+    records = records.iloc[1:]
+    _check_widths(
+        file,
+        records,
+        [len(header)],
+        f'the first line has {len(header)}; a field with a comma needs quotes, "Good, the Bad"',
+    )
+    _refuse_swallowed(file, content, records, len(header))
+    table = pd.DataFrame(records.tolist(), records.index, range(len(header)), dtype=str)
+    for at in [at for at, name in enumerate(header) if not name]:  # as a comma at the end of each line makes one
+        refuse_rows(file, table[at].str.strip() != "", lambda line: "a field without a column name; name it in line 1")
+    table = table.set_axis(header, axis=1)[[*columns, *{"text"}.intersection(header)]]
+    return table.apply(lambda column: column.str.strip())
+
+
+def _refuse_swallowed(file: Path, content: str, records: pd.Series, width: int) -> None:
+    """Raise for a record of several lines that are records too: a quote that was never closed looks like that."""
+    starts = records.index.to_numpy()
+    lines = io.StringIO(content, newline=None).read().split("\n")
+    ends = np.append(starts[1:], len(lines) + 1)
+    swallowed = pd.Series(ends - starts > 1, records.index)
+    for line, end in zip(starts[swallowed], ends[swallowed], strict=True):
+        part = [text for text in lines[line - 1 : end - 1] if text.strip()]  # blank lines may follow a record
+        swallowed[line] = len(part) > 1 and all(text.count(",") == width - 1 for text in part)
+    says = "a quoted field goes on over lines that look like rows; close its quote, or write the field in one line"
+    refuse_rows(file, swallowed, lambda line: says)
 
 
 def _read_csv(files: list[Path]) -> Tables:
     """events.csv (user, item, time) and items.csv (id, title, and text if it is there)."""
     event_file, item_file = files
-    items = _read_table(item_file, ("id", "title"), str)
-    ids, titles = items["id"].str.strip(), items["title"].str.strip()
-    refuse_rows(item_file, ids == "", lambda row: "the id is empty; give the item one")
-    refuse_rows(item_file, titles == "", lambda row: f"the title of item {ids[row]!r} is empty; give it one")
-    _refuse_twice(item_file, ids, lambda row, line: f"id {ids[row]!r} is on line {line} too; keep one of them")
+    items = _read_table(item_file, ("id", "title"))
+    ids, titles = items["id"], items["title"]
+    refuse_rows(item_file, ids == "", lambda line: "the id is empty; give the item one")
+    refuse_rows(item_file, titles == "", lambda line: f"the title of item {ids[line]!r} is empty; give it one")
+    _refuse_twice(item_file, ids, lambda line, first: f"id {ids[line]!r} is on line {first} too; keep one of them")
     _refuse_twice(
         item_file,
         same_title(titles),
-        lambda row, line: (
-            f"title {titles[row]!r} is on line {line} too (case and spaces do not count) and answers "
-            "are told apart by title; make them differ, by a year for example"
+        lambda line, first: (
+            f"title {titles[line]!r} is on line {first} too (case and spaces do not count) and an answer is matched "
+            "by its title; make them differ, by a year for example"
         ),
     )
-    events = _read_table(event_file, ("user", "item", "time"), {"user": str, "item": str})
-    codes, names = pd.factorize(events["item"])  # as text: "01" and "1" are two items
-    item = pd.Index(ids).get_indexer(names.str.strip())[codes]
-    refuse_rows(event_file, events["user"] == "", lambda row: "the user is empty; name one or drop the line")
-    refuse_rows(event_file, item < 0, lambda row: f"item {names[codes[row]]!r} is not in items.csv; add it")
+    events = _read_table(event_file, ("user", "item", "time"))
+    item = pd.Series(pd.Index(ids).get_indexer(events["item"]), events.index)  # as text: "01" and "1" are two items
+    refuse_rows(event_file, events["user"] == "", lambda line: "the user is empty; name one or drop the line")
+    refuse_rows(event_file, item < 0, lambda line: f"item {events['item'][line]!r} is not in items.csv; add it")
     time = _parse_time(event_file, events["time"])
     user, source_users = pd.factorize(events["user"])  # in order of appearance
-    return assemble(item_table(titles, items.get("text", ""), ids), user, item, time, source_users)
+    return assemble(item_table(titles, items.get("text", ""), ids), user, item.to_numpy(), time, source_users)
 
 
-def _parse_time(file: Path, time: pd.Series) -> np.ndarray:
-    """int64: whole numbers as they are, ISO dates as microseconds since 1970 (UTC where they do not say)."""
-    if pd.api.types.is_integer_dtype(time):
-        return time.to_numpy(np.int64)
-    text = time.astype(str)
-    dashed = text.str.contains("-")
-    if dashed.any():
-        values = pd.to_datetime(text, format="ISO8601", utc=True, errors="coerce").dt.as_unit("us")
-        wrong = values.isna() | ~dashed  # "1717" among dates is no year
-    else:
-        values = pd.to_numeric(text, errors="coerce")
-        wrong = values % 1 != 0
+_DATE = r"\d{4}-\d\d-\d\d"
+_CLOCK = r"[T ]\d\d:\d\d(?::\d\d(?:[.]\d{1,6})?)?"
+_ZONE = r"(?:Z|[+-]\d\d:?\d\d)"
+_FORMS = re.compile(
+    rf"(?P<number>[+-]?\d{{1,19}})|(?P<date>{_DATE})|(?P<time>{_DATE}{_CLOCK})|(?P<zone>{_DATE}{_CLOCK}{_ZONE})",
+    re.ASCII,
+)
+_UNITS = {9: "s", 10: "s", 12: "ms", 13: "ms", 15: "us", 16: "us", 18: "ns", 19: "ns"}  # since 1970, by digits
+
+
+def _parse_time(file: Path, text: pd.Series) -> np.ndarray:
+    """int64: whole numbers as they are, ISO dates as microseconds since 1970 (UTC where they name no zone)."""
+    form = pd.Series([(found := _FORMS.fullmatch(each)) and found.lastgroup for each in text], text.index, dtype=object)
+    remedy = "write 2024-05-31, 2024-05-31T18:00:00 or seconds since 1970, with all digits and all lines in one way"
+    refuse_rows(
+        file, form.isna(), lambda line: f"time {text[line]!r} is neither a whole number nor an ISO date; {remedy}"
+    )
     refuse_rows(
         file,
-        wrong,
-        lambda row: (
-            f"time {text[row]!r} is neither a whole number nor an ISO date; write it as 2024-05-31, as "
-            "2024-05-31T18:00:00 or as seconds since 1970, all lines in one way"
-        ),
+        form != next(iter(form), None),
+        lambda line: f"time {text[line]!r} is not written like {text.iloc[0]!r}; {remedy}",
     )
+    if (form == "number").all():
+        _refuse_mixed_units(file, text)
+        return _whole_numbers(file, text)
+    values = pd.to_datetime(text, format="ISO8601", utc=True, errors="coerce").dt.as_unit("us")
+    refuse_rows(file, values.isna(), lambda line: f"time {text[line]!r} is no day and time that exists; correct it")
     return values.astype(np.int64).to_numpy()
+
+
+def _refuse_mixed_units(file: Path, text: pd.Series) -> None:
+    """Raise where some times have as many digits as seconds since 1970, others as milliseconds, none between them."""
+    digits = text.str.lstrip("+-").str.lstrip("0").str.len()
+    for few, many in itertools.pairwise(sorted(digits.unique())):
+        if many - few > 1 and few in _UNITS and many in _UNITS:
+            like = text[digits == few].iloc[0]
+            says = f"time {{}} is in another unit than {like}: {_UNITS[many]} and {_UNITS[few]} since 1970; use one"
+            refuse_rows(file, digits == many, lambda line, says=says: says.format(text[line]))

@@ -2,13 +2,15 @@
 
 Decisions that hold for every source:
 
-- Answers are told apart by title, so titles are unique; case and repeated spaces do not count. Published
-  data keep all items: where films of several years share a title each gets its year, and what is still alike
-  gets " (2)", " (3)". A user's own data are refused instead, naming the lines that clash.
+- Titles and texts are one line in Unicode NFC with single spaces, so that what a tokenizer writes reads back as itself.
+- An answer is matched to an item by its title, so titles are unique; case does not count. Published data keep all
+  items: where films of several years share a title each gets its year, and what is still alike gets " (2)",
+  " (3)". CSV files of a user are refused instead, naming the lines that clash.
 - Splits are by user: by first event, the first 80 % train, the next 10 % validation, the rest test, as
   in LLaRA (754, 94 and 95 users of MovieLens-100K). LLaRA's own files bring their own split.
 """
 
+import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -34,8 +36,9 @@ def item_table(
     titles: Sequence[str], text: Sequence[str] | str = "", source_id: Sequence | None = None
 ) -> pd.DataFrame:
     """Items in the order given; `source_id` is what the source calls them, by default their number."""
-    items = pd.DataFrame({"title": list(titles)}).rename_axis("id").reset_index()
-    return items.assign(text=text, source_id=[str(s) for s in (items["id"] if source_id is None else source_id)])
+    items = pd.DataFrame({"title": one_line(titles)}).rename_axis("id").reset_index()
+    items["text"] = "" if isinstance(text, str) else one_line(text)
+    return items.assign(source_id=[str(s) for s in (items["id"] if source_id is None else source_id)])
 
 
 def user_table(split: Sequence[str], source_users: Sequence) -> pd.DataFrame:
@@ -56,25 +59,29 @@ def assemble(
     return Tables(items, events, user_table(split, source_users))
 
 
+def one_line(texts: Sequence[str]) -> list[str]:
+    """Each text in one line, in Unicode NFC, with single spaces and none at the ends."""
+    return [" ".join(unicodedata.normalize("NFC", text).split()) for text in texts]
+
+
 def same_title(titles: pd.Series) -> pd.Series:
     """Equal for titles that count as one."""
-    return titles.str.split().str.join(" ").str.casefold()
+    return pd.Series(one_line(titles), titles.index, dtype=str).str.casefold()
 
 
 def unique_titles(titles: Sequence[str], years: Sequence[str] | None = None) -> list[str]:
     """Titles with the year where years differ under one title, then with (2), (3), ... for later items."""
-    table = pd.DataFrame({"title": titles, "year": years or ""}, dtype=str)
+    table = pd.DataFrame({"title": one_line(titles), "year": years or ""}, dtype=str)
     differ = table.groupby(same_title(table["title"]))["year"].transform("nunique") > 1
     title = table["title"].mask(differ & (table["year"] != ""), table["title"] + " (" + table["year"] + ")")
-    number = title.groupby(same_title(title)).cumcount() + 1
-    return list(title.mask(number > 1, title + " (" + number.astype(str) + ")"))
+    while (number := title.groupby(same_title(title)).cumcount() + 1).max() > 1:  # "A (2)" may be a title already
+        title = title.mask(number > 1, title + " (" + number.astype(str) + ")")
+    return list(title)
 
 
-def refuse_rows(
-    file: Path, wrong: pd.Series | np.ndarray, say: Callable[[int], str], first: int = 2, word: str = "line"
-) -> None:
-    """Raise UserError for the first row where `wrong`; `first` is the number of row 0 (2 after a header line)."""
-    rows = np.flatnonzero(wrong)
-    if len(rows):
-        more = f" ({len(rows)} such {word}s)" if len(rows) > 1 else ""
-        raise UserError(f"{file}, {word} {rows[0] + first}: {say(rows[0])}{more}")
+def refuse_rows(file: Path, wrong: pd.Series, say: Callable[[int], str], word: str = "line") -> None:
+    """Raise UserError for the first row where `wrong`; its index holds the lines of the file, which `say` is given."""
+    lines = wrong.index[wrong]
+    if len(lines):
+        more = f" ({len(lines)} such {word}s)" if len(lines) > 1 else ""
+        raise UserError(f"{file}, {word} {lines[0]}: {say(lines[0])}{more}")

@@ -9,7 +9,7 @@ import pytest
 from ilora import data
 from ilora.data import Sequences, candidates, load, load_dataset, sequences
 from ilora.runs import UserError
-from ilora.tables import item_table, user_table
+from ilora.tables import item_table, unique_titles, user_table
 
 
 @pytest.fixture(autouse=True)
@@ -45,11 +45,82 @@ def test_saving_leaves_an_equal_copy(tmp_path):
 
 
 def test_titles_that_look_like_missing_values_survive(tmp_path):
-    titles = ["NA", "null", "1999", " spaced", "None", 'quo"te, comma', *map(str, range(20))]
+    titles = ["NA", "null", "1999", "None", 'quo"te, comma', *map(str, range(20))]
     world = load(users=40)
     items = item_table(titles)
     replace(world, items=items).save(tmp_path / "odd")
     assert list(load_dataset(tmp_path / "odd").items["title"]) == titles
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["Alien\nResurrection", " Alien \t Resurrection ", "Alien\u2028Resurrection", "Alien\r\n\r\nResurrection"],
+)
+def test_titles_and_texts_are_one_line(written):
+    items = item_table([written, "Cafe\u0301"], [written, ""])
+    assert list(items["title"]) == ["Alien Resurrection", "Caf\u00e9"]
+    assert list(items["text"]) == ["Alien Resurrection", ""]
+
+
+@pytest.mark.parametrize(
+    ("titles", "unique"),
+    [
+        (["Alien", "Alien\n", "ALIEN"], ["Alien", "Alien (2)", "ALIEN (3)"]),
+        (["Caf\u00e9", "Cafe\u0301"], ["Caf\u00e9", "Caf\u00e9 (2)"]),
+        (["A (2)", "A", "A"], ["A (2)", "A", "A (2) (2)"]),
+    ],
+)
+def test_titles_that_count_as_one_are_numbered(titles, unique):
+    assert unique_titles(titles) == unique
+
+
+def plays(folder, users=40, artists=30, events=30):
+    """Random plays of four of the artists by each user: users come back to what they played."""
+    rng = np.random.default_rng(0)
+    lines = [
+        f"u{user},a{rng.choice([user % artists, (user + 1) % artists, 3, 4])},{n}"
+        for user in range(users)
+        for n in range(events)
+    ]
+    folder.mkdir()
+    (folder / "items.csv").write_text("id,title\n" + "".join(f"a{n},Artist {n}\n" for n in range(artists)))
+    (folder / "events.csv").write_text("\n".join(["user,item,time", *lines, lines[-1]]) + "\n")
+    return str(folder)
+
+
+def test_repeats_are_counted_and_dropped_where_wanted(tmp_path, caplog):
+    folder = plays(tmp_path / "plays")
+    kept = load("csv", folder)
+    windows = [sequences(kept, split) for split in data.SPLITS]
+    known = sum((part.history == part.target[:, None]).any(1).sum() for part in windows)
+    total = sum(map(len, windows))
+    assert kept.notes[0] == "1 of 1201 events repeat another one, with the same user, item and time"
+    assert kept.notes[-1].startswith(f"{known} of {total} targets ({known / total:.1%}) are among the 10 items before")
+    assert known / total > 0.8 and len(kept.notes) == 2 and kept.notes[-1] in caplog.text
+    with pytest.raises(UserError, match="add users with more events"):  # four artists each leave one target of most
+        load("csv", plays(tmp_path / "few", users=10, events=4), repeats="drop")
+    dropped = load("csv", folder, repeats="drop")
+    assert dropped.key != kept.key
+    assert not dropped.events.duplicated(["user", "item"]).any()
+    first = kept.events.drop_duplicates(["user", "item"])
+    assert dropped.events.to_numpy().tolist() == first.to_numpy().tolist()
+    assert dropped.notes == (f"repeats = 'drop' left out {1201 - len(first)} of 1201 events",)
+    assert load("csv", folder).key == kept.key and len(load("csv", folder).events) == 1201
+    with pytest.raises(UserError, match="repeats must be one of keep, drop, not 'no'"):
+        load("csv", folder, repeats="no")
+
+
+def test_equal_times_are_counted_and_keep_the_order_of_the_file(tmp_path):
+    folder = tmp_path / "days"
+    folder.mkdir()
+    (folder / "items.csv").write_text("id,title\n" + "".join(f"i{n},Title {n}\n" for n in range(30)))
+    lines = [f"u{u},i{(7 * n + u) % 30},2024-01-0{1 + n // 4}\n" for u in range(12) for n in range(9)]
+    (folder / "events.csv").write_text("user,item,time\n" + "".join(lines))
+    dataset = load("csv", str(folder))
+    assert dataset.notes == (
+        "96 of 108 events have the time of another one of their user, which leaves their order open",
+    )
+    assert list(dataset.events["item"][:9]) == [7 * n % 30 for n in range(9)]
 
 
 def small(histories: list[list[int]], splits: list[str], n_items: int = 40) -> data.Dataset:

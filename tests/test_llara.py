@@ -2,9 +2,11 @@
 
 import os
 import pickle
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from ilora import llara
@@ -61,6 +63,11 @@ class Pickler(pickle._Pickler):  # the Python one, to write globals by name
 
 def write_frame(file: Path, seq: list, target: list, extra: object = None) -> None:
     """A pickle shaped like LLaRA's: a DataFrame of pandas 1.x with columns seq, len_seq and next."""
+    with open(file, "wb") as handle:
+        Pickler(handle, 5).dump(old_frame(seq, target, extra))
+
+
+def old_frame(seq: list, target: list, extra: object = None) -> PandasPart:
     managers, base = "pandas.core.internals.managers", "pandas.core.indexes.base"
     seqs = np.empty((1, len(seq)), dtype=object)
     seqs[0, :] = [*seq] if extra is None else [*seq[:-1], extra]
@@ -75,9 +82,7 @@ def write_frame(file: Path, seq: list, target: list, extra: object = None) -> No
         PandasPart(base, "_new_Index", (Name("pandas.core.indexes.range", "RangeIndex"), {"start": 0})),
     ]
     manager = PandasPart(managers, "BlockManager", ((block(seqs, 0, 1), block(numbers, 1, 3)), axes))
-    frame = PandasPart("pandas.core.frame", "DataFrame", (), {"_mgr": manager})
-    with open(file, "wb") as handle:
-        Pickler(handle, 5).dump(frame)
+    return PandasPart("pandas.core.frame", "DataFrame", (), {"_mgr": manager})
 
 
 def llara_folder(folder: Path, train="train_data.df", extra=None) -> Path:
@@ -108,7 +113,7 @@ def test_llara_windows_are_joined_to_histories(tmp_path):
 
 def test_a_train_sample_stands_in_and_says_so(tmp_path, caplog):
     dataset = load("steam", str(llara_folder(tmp_path / "steam", train="train_sample.df").parent))
-    assert dataset.notes == ("for want of train_data.df, train users are the 2 of train_sample.df",)
+    assert dataset.notes == ("train_data.df is missing, so train users are the 2 of train_sample.df",)
     assert dataset.notes[0] in caplog.text and (dataset.noun, dataset.verb) == ("game", "played")
 
 
@@ -126,6 +131,163 @@ def test_every_other_global_is_refused(tmp_path, call):
     file.write_bytes(f"c{module}\n{name}\n(S'1'\ntR.".encode())
     with pytest.raises(UserError, match=f"bad.df calls {call}, .* use files from a source that you trust"):
         llara._read_table(file)
+
+
+# ---------------------------------------------------------------- files that pandas writes today
+
+
+ROWS = pd.DataFrame({"seq": [[1, 2, 3, 30], [4, 5, 6, 7], [2, 3, 30, 30]], "len_seq": [3, 4, 2], "next": [4, 5, 6]})
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        ROWS,
+        ROWS.assign(title=["a", "b", "c"]),
+        ROWS.assign(title=pd.array(["a", "b", None], dtype=pd.StringDtype("python"))),
+        ROWS.assign(title=pd.Series(["a", "b", "c"], dtype=object), share=0.5, new=True),
+        ROWS.set_index(pd.Index(["x", "y", "z"])),
+        ROWS.set_index(pd.Index([7, 8, 9])),
+        pd.concat([ROWS, ROWS]).iloc[::2].iloc[:3].assign(seq=ROWS["seq"].tolist(), next=[4, 5, 6]),
+        ROWS.astype({"next": "int16"}),
+        ROWS.astype({"next": float}),
+        ROWS.astype({"next": ">i8"}),
+        ROWS.assign(seq=[np.array(row) for row in ROWS["seq"]]),
+        ROWS.assign(seq=[[np.int64(item) for item in row] for row in ROWS["seq"]]),
+        ROWS.assign(seq=[[(item, 5) for item in row] for row in ROWS["seq"]], next=[(4, 1), (5, 2), (6, 3)]),
+    ],
+)
+@pytest.mark.parametrize("protocol", [3, 4, 5])
+def test_what_pandas_pickles_today_is_read(tmp_path, frame, protocol):
+    frame.to_pickle(tmp_path / "rows.df", protocol=protocol)
+    history, target = llara.read_windows(tmp_path / "rows.df", 30)
+    assert history.tolist() == ROWS["seq"].tolist() and target.tolist() == [4, 5, 6]
+
+
+def test_column_names_in_arrow_strings_are_read(tmp_path):
+    """As pandas 3 writes them where pyarrow is installed, which the tests must not need."""
+    ends = np.array([0, 0, 3, 10, 14]).tobytes()  # of five texts, the first of which an offset skips
+    kind = PandasPart("pyarrow.lib", "type_for_alias", ("large_string",))
+    buffers = [None, *(PandasPart("pyarrow.lib", "py_buffer", (data,)) for data in (ends, b"seqlen_seqnext"))]
+    array = PandasPart("pyarrow.lib", "_restore_array", ((kind, 3, 0, 1, buffers, [], None),))
+    names = PandasPart("pandas.arrays", "ArrowStringArray", (), {"_pa_array": array, "_dtype": None})
+    frame = old_frame(ROWS["seq"].tolist(), [4, 5, 6])
+    _, axes = frame.state["_mgr"].arguments
+    axes[0].arguments[1]["data"] = names
+    with open(tmp_path / "rows.df", "wb") as handle:
+        Pickler(handle, 5).dump(frame)
+    assert llara.read_windows(tmp_path / "rows.df", 30)[0].tolist() == ROWS["seq"].tolist()
+
+
+@pytest.mark.parametrize(
+    ("frame", "says"),
+    [
+        (ROWS.astype({"next": "Int64"}), r"IntegerArray, .* save seq, len_seq and next alone, as lists and int64"),
+        (ROWS.assign(day=pd.Categorical([1, 2, 3])), r"Categorical, .* save seq, len_seq and next alone"),
+        (ROWS.rename(columns={"seq": "items"}), r"has columns items, len_seq, next, not seq and next"),
+        (ROWS.assign(next=[4, 5.5, 6]), r"not whole numbers"),
+        (ROWS.assign(next=[4, 5, float("nan")]), r"NaN"),
+        (ROWS.assign(next=["4", "5", "6"]), r"rows.df is damaged|not whole numbers"),
+        (ROWS.assign(seq=[1, 2, 3]), r"seq and next are not item ids in lists of one length"),
+        (ROWS.assign(seq=[[1], [1, 2], [1]]), r"seq and next are not item ids in lists of one length"),
+        (ROWS[:0], r"rows.df.*fetch it again"),
+    ],
+)
+def test_other_tables_are_refused(tmp_path, frame, says):
+    frame.to_pickle(tmp_path / "rows.df")
+    with pytest.raises(UserError, match=says):
+        llara.read_windows(tmp_path / "rows.df", 30)
+
+
+class Call:
+    """Pickles as a call of an admitted name with any arguments, and a state."""
+
+    def __init__(self, name: str, *arguments: object, state: object = None):
+        self.parts = Name(*name.rsplit(".", 1)), arguments, state
+
+    def __reduce__(self):
+        return self.parts
+
+
+def array(shape: tuple, code: str, data: object) -> Call:
+    dtype = Call("numpy.dtype", code, False, True, state=(3, "<", None, None, None, -1, -1, 0))
+    start = Name("numpy", "ndarray"), (0,), b"b"
+    return Call("numpy.core.multiarray._reconstruct", *start, state=(1, shape, dtype, False, data))
+
+
+HARM = [
+    Call("builtins.slice", Malicious("touch harm")),
+    Call("numpy.dtype", Call("builtins.getattr", Name("os", "system"), "__call__")),
+    Call("pandas._libs.internals._unpickle_block", Call("builtins.eval", "1"), 0, 2),
+    Call("pandas._libs.arrays.__pyx_unpickle_NDArrayBacked", Name("subprocess", "Popen"), 0, None),
+    Call("pandas.core.indexes.base._new_Index", Name("os", "system"), {"command": "touch harm"}),
+    Call("pyarrow.lib.type_for_alias", Name("builtins", "exec")),
+    Call("operator.attrgetter", "system"),
+    Call("pandas.core.frame.DataFrame.eval", "1"),
+    Call("numpy.core.multiarray._reconstruct.__globals__", "1"),
+]
+LIES = [
+    array((10**12,), "O8", [1]),
+    array((10**12,), "i8", b"12345678"),
+    array((2, -5), "O8", [1] * 10),
+    array((2,), "O8", [1, 2, 3]),
+    array((1,), "V1000000000", b"x"),
+    array((1,), "i8", [2]),
+    Call("numpy.core.numeric._frombuffer", b"12345678", array((1,), "i8", b""), (10**12,), "C"),
+    Call("pyarrow.lib._restore_array", ("large_string", 10**12, 0, 0, [None, b"12345678", b"x"])),
+    Call("pyarrow.lib._restore_array", ("int64", 1, 0, 0, [None, b"12345678", b"x"])),
+]
+
+
+def with_element(file: Path, element: object) -> None:
+    with open(file, "wb") as handle:
+        Pickler(handle, 5).dump(old_frame([[1, 2, 3, 4], [5, 6, 7, 8]], [1, 2], element))
+
+
+@pytest.mark.parametrize("element", HARM, ids=lambda element: str(element.parts[0].name))
+def test_an_admitted_name_runs_nothing(tmp_path, monkeypatch, element):
+    monkeypatch.chdir(tmp_path)
+    with_element(tmp_path / "bad.df", element)
+    with pytest.raises(UserError, match=r"bad.df calls .* may run code: use files from a source that you trust"):
+        llara.read_windows(tmp_path / "bad.df", 30)
+    assert not (tmp_path / "harm").exists()
+
+
+@pytest.mark.parametrize("element", LIES)
+def test_sizes_that_are_not_true_are_refused_without_the_memory(tmp_path, element):
+    with_element(tmp_path / "bad.df", element)
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"bad.df"):
+        llara.read_windows(tmp_path / "bad.df", 30)
+    assert tracemalloc.get_traced_memory()[1] < 50e6
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x80\x05K\x01r\xff\xff\xff\x3f.",  # a memo of 2**30 places
+        b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b"x.",  # a bytearray of 1 TiB
+        b"\x80\x05\x8e" + (2**40).to_bytes(8, "little") + b"x.",  # bytes of 1 TiB
+        b"\x80\x05\x8b" + (2**31 - 1).to_bytes(4, "little") + b"1.",  # a whole number of 2 GiB
+        b"",
+        b"no pickle",
+    ],
+)
+def test_a_few_bytes_cannot_claim_much_memory(tmp_path, content):
+    (tmp_path / "bad.df").write_bytes(content)
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"bad.df is damaged or not a pickled DataFrame"):
+        llara.read_windows(tmp_path / "bad.df", 30)
+    assert tracemalloc.get_traced_memory()[1] < 50e6
+    tracemalloc.stop()
+
+
+def test_rows_that_share_one_long_list_cannot_claim_much_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(llara, "_MOST", 1000)
+    write_frame(tmp_path / "bad.df", [[1] * 200] * 6, [1] * 6)
+    with pytest.raises(UserError, match=r"6 lists of 200"):
+        llara.read_windows(tmp_path / "bad.df", 30)
 
 
 @pytest.mark.parametrize(

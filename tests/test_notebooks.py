@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -53,6 +54,33 @@ def test_a_notebook_runs_and_leaves_its_result(home, name):
     if name == "06_gradients":
         assert result["metrics"]["groups"].keys() == {"LoRA", "iLoRA"}
         assert result["metrics"]["gate"]["between groups"]["n"] == 96  # one sequence a training user
+
+
+def seconds_of_children():
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+@pytest.mark.parametrize("plays", ["new", "repeated"])
+def test_a_first_look_at_a_small_csv_makes_no_language_model(tmp_path, plays):
+    folder, rng = tmp_path / "csv", np.random.default_rng(0)
+    folder.mkdir()
+    (folder / "items.csv").write_text("id,title\n" + "".join(f"i{n},Title $${n} <b>\n" for n in range(60)))
+    rows = [rng.choice(60, 12, replace=False) if plays == "new" else rng.choice(8, 12) for _ in range(120)]
+    events = [f"u{user},i{item},{1000 * user + n}\n" for user, row in enumerate(rows) for n, item in enumerate(row)]
+    (folder / "events.csv").write_text("user,item,time\n" + "".join(events))
+    before = seconds_of_children()
+    done = papermill(tmp_path, "01_data", dataset="csv", data_dir=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert seconds_of_children() - before < 30  # of processors: no more on two cores with nothing else to do
+    assert {path.name for path in tmp_path.iterdir()} >= {"data", "results"}
+    assert not [name for name in ("base", "training", "adapters", "recommenders") if (tmp_path / name).exists()]
+    (path,) = (tmp_path / "results").glob("01_data-*.json")
+    rules = json.loads(path.read_text(encoding="utf-8"))["metrics"]["rules"]
+    assert (rules["in the history"]["value"] > 0.5) == (plays == "repeated")
+    output = (tmp_path / "01_data.ipynb").read_text(encoding="utf-8")
+    assert ("targets (" in output) == (plays == "repeated")
+    assert "Each item this person chose, in order: Title" in output and "tokens of the embedded tokenizer" in output
 
 
 def test_the_gates_of_ablations_run_and_say_what_they_are(tmp_path):

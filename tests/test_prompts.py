@@ -3,7 +3,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from ilora.prompts import ITEM_TOKEN, NO_ITEM, NO_LABEL, Prompts, read_answer, wording
+from ilora.prompts import ITEM_TOKEN, NO_ITEM, NO_LABEL, Prompts, prompt_text, read_answer, wording
 
 TITLES = ["Mossy Oak", "The Neon Market, part 2", "Ill", "Salted: a tale", "Oak"]
 
@@ -208,3 +208,14 @@ def test_read_answer(text, column):
 
 def test_every_offered_title_reads_as_itself():
     assert [read_answer(title, OFFERED) for title in OFFERED] == [0, 1, 2, 3]
+
+
+def test_the_text_of_a_prompt_is_what_its_tokens_say():
+    tokenizer = byte_level(ITEM_TOKEN)
+    prompts = Prompts(tokenizer, TITLES, "story", "read")
+    for history, offered in (([0, 3], [1, 2, 4]), ([2], [0, 1])):
+        titles = [[TITLES[item] for item in items] for items in (history, offered)]
+        tokens, _ = prompts.write(history, offered, behaviour=True)
+        assert tokenizer.decode(tokens) == "<s>" + prompt_text(*titles, "story", "read")
+        tokens, _ = prompts.write(history, offered, behaviour=False)
+        assert tokenizer.decode(tokens) == "<s>" + prompt_text(*titles, "story", "read", mark="")

@@ -1,9 +1,10 @@
-"""Readers of a user's own CSV and of publishers' archives, in small; and of the real files where they lie beside."""
+"""Readers of a user's CSV and of publishers' archives, in small; and of the real files where they are there."""
 
 import functools
 import hashlib
 import http.server
 import os
+import re
 import threading
 import zipfile
 from pathlib import Path
@@ -28,7 +29,7 @@ def home(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- a user's own CSV files
 
 
-def own(folder: Path, items: str | None = None, events: str | None = None) -> Path:
+def write_csv(folder: Path, items: str | None = None, events: str | None = None) -> Path:
     """Thirty items and twelve users of six events; either file may be replaced."""
     if items is None:
         items = "id,title\n" + "".join(f"i{n},Title {n}\n" for n in range(30))
@@ -43,7 +44,7 @@ def own(folder: Path, items: str | None = None, events: str | None = None) -> Pa
 
 
 def test_own_csv(tmp_path):
-    dataset = load("csv", str(own(tmp_path / "own")))
+    dataset = load("csv", str(write_csv(tmp_path / "csv")))
     assert list(dataset.users["split"]) == ["train"] * 9 + ["validation"] + ["test"] * 2
     assert list(dataset.users["source_id"]) == [f"u{n}" for n in range(12)]
     assert list(dataset.events["item"][dataset.events["user"] == 3]) == [3, 4, 5, 6, 7, 8]
@@ -61,18 +62,18 @@ def test_saved_files_are_themselves_readable_as_csv(tmp_path):
 def test_ids_are_text(tmp_path):
     items = "id,title\n" + "".join(f"{n},A {n}\n0{n},B {n}\n" for n in range(20))
     events = "user,item,time\n" + "".join(f"{u},{u % 2 * '0'}{n},{n}\n" for u in range(12) for n in range(5))
-    dataset = load("csv", str(own(tmp_path / "own", items, events)))
+    dataset = load("csv", str(write_csv(tmp_path / "csv", items, events)))
     assert list(dataset.items["title"][dataset.events["item"][4:6]]) == ["A 4", "B 0"]
 
 
 def test_iso_dates_order_events(tmp_path):
-    dates = ["2024-01-03", "2024-01-01T12:00:00", "2024-01-01T12:00:00+02:00", "2024-01-02 08:00"]
+    dates = ["2024-01-03T00:00Z", "2024-01-01T12:00:00Z", "2024-01-01T12:00:00.5+02:00", "2024-01-02 08:00+0000"]
     events = "user,item,time\n" + "".join(
         f"u{user},i{n},{date}\n" for user in range(12) for n, date in enumerate(dates)
     )
-    dataset = load("csv", str(own(tmp_path / "own", events=events)))
+    dataset = load("csv", str(write_csv(tmp_path / "csv", events=events)))
     assert list(dataset.events["item"][:4]) == [2, 1, 3, 0]
-    assert dataset.events["time"][1] - dataset.events["time"][0] == 2 * 3600 * 10**6
+    assert dataset.events["time"][1] - dataset.events["time"][0] == 7_200_000_000 - 500_000  # microseconds
 
 
 HEAD = "id,title\n" + "".join(f"i{n},Title {n}\n" for n in range(30))  # lines 1 to 31
@@ -97,13 +98,16 @@ EVENTS = "user,item,time\n" + "".join(f"u{u},i{n},{n}\n" for u in range(12) for 
         (
             None,
             EVENTS + "u1,i7,yesterday\n",
-            r"events.csv, line 74: time 'yesterday' is neither .* write it as",
+            r"events.csv, line 74: time 'yesterday' is neither .* write 2024-05-31",
         ),
         (None, EVENTS + "u1,i7,\n", r"events.csv, line 74: time '' is neither"),
         (None, EVENTS + "u1,i7,2.5\nu1,i8,1.5\n", r"events.csv, line 74: time '2.5' .*\(2 such lines\)"),
-        (None, EVENTS.replace(",0\n", ",2024-01-01\n"), r"events.csv, line 3: time '1' is neither"),
-        (None, EVENTS + 'u1,"i7,5\n', r"events.csv is not a CSV file"),
-        ("", None, r"items.csv is not a CSV file"),
+        (
+            None,
+            EVENTS.replace(",0\n", ",2024-01-01\n"),
+            r"events.csv, line 3: time '1' is not written like '2024-01-01'",
+        ),
+        ("", None, r"items.csv has no column 'id' but no text: name its columns in line 1"),
         (None, "user,item,time\n", r"csv has 0 users, 0 of them .* none of these in its train split"),
         (
             None,
@@ -123,13 +127,172 @@ EVENTS = "user,item,time\n" + "".join(f"u{u},i{n},{n}\n" for u in range(12) for 
     ],
 )
 def test_bad_csv_is_refused_with_line_and_remedy(tmp_path, home, items, events, says):
-    folder = own(tmp_path / "own", items, events)
+    folder = write_csv(tmp_path / "csv", items, events)
     if items and "T18" in items:
-        own(folder, items, EVENTS)
+        write_csv(folder, items, EVENTS)
     with pytest.raises(UserError, match=says) as refused:
         load("csv", str(folder))
     assert "\n" not in str(refused.value)
     assert not list(home.glob("data/*"))  # nothing half made is left
+
+
+@pytest.mark.parametrize(
+    ("items", "events", "says"),
+    [  # a file that could be read in two ways
+        (
+            HEAD.replace("Title 0", "Good, the Bad"),
+            None,
+            r"items.csv, line 2: 3 fields, the first line has 2; a field with a comma needs quotes",
+        ),
+        (HEAD + "i99,Good, the Bad\n", None, r"items.csv, line 32: 3 fields"),
+        (HEAD + "i99\n", None, r"items.csv, line 32: 1 fields"),
+        (HEAD.replace("\n", ",\n").replace("Title 7,", "Title 7,the Bad"), None, r"items.csv, line 9: a field without"),
+        (
+            HEAD.replace("\n", ",\n").replace("title,", "title"),
+            None,
+            r"items.csv, line 2: 3 fields, .*\(30 such lines\)",
+        ),
+        (None, EVENTS.replace("u0,i0,0", "u0,i0,2,0"), r"events.csv, line 2: 4 fields, the first line has 3"),
+        (None, EVENTS + "u1,i7\n", r"events.csv, line 74: 2 fields"),
+        (None, EVENTS + 'u1,"i7,5\n', r"events.csv, line 74: not a record of CSV \(unexpected end of data\)"),
+        (HEAD + 'i98,"Good\ni99,Bad\n', None, r"items.csv, line 32: not a record of CSV"),
+        (HEAD + 'i98,"Good" Bad\n', None, r"items.csv, line 32: not a record of CSV .*double its quotes"),
+        (HEAD.replace("Title 3\n", '"Title 3\n').replace("Title 5\n", 'Title 5"\n'), None, r"line 5: a quoted .* rows"),
+        (
+            HEAD.replace("\n", ",\n").replace("Title 3,", '"Title 3,').replace("Title 5,", 'Title 5",'),
+            None,
+            r"items.csv, line 5: a quoted field goes on over lines that look like rows; close its quote",
+        ),
+        (None, EVENTS + "u1,i7\0,5\n", r"events.csv, line 74: a NUL byte"),
+        (HEAD.replace("id,title", "id,title,title").replace("\n", ",x\n"), None, r"two columns are named 'title'"),
+        (
+            HEAD.replace(",", ";"),
+            None,
+            r"items.csv has no column 'id' but id;title: export it with commas, not ';'",
+        ),
+        (None, EVENTS.replace(",", "\t"), r"export it with commas, not '\\t'"),
+        # line numbers are those of the file
+        (HEAD + "\n\n  \ni99,\n", None, r"items.csv, line 35: the title of item 'i99' is empty"),
+        ("id,title\n" + 'a,"Alien\nResurrection"\n\nb,"A\r\n\r\nB"\n,C\n', None, r"items.csv, line 8: the id is empty"),
+        (HEAD + 'i98,"Title\n4"\n', None, r"items.csv, line 32: title 'Title\\n4' is on line 6 too"),
+        (HEAD + "i98,Cafe\u0301\ni99,CAF\u00c9\n", None, r"items.csv, line 33: title 'CAF\u00c9' is on line 32 too"),
+        # times that cannot be compared without loss
+        (
+            None,
+            EVENTS + "u1,i7,1.71717E+12\n",
+            r"events.csv, line 74: time '1.71717E\+12' is neither .* with all digits",
+        ),
+        (None, EVENTS.replace(",3\n", ",1e12\n"), r"events.csv, line 5: time '1e12' is neither .*\(12 such lines\)"),
+        (None, EVENTS + "u1,i7,1717171717.0\n", r"line 74: time '1717171717.0' is neither"),
+        (
+            None,
+            EVENTS + "u1,i7,9223372036854775808\n",
+            r"line 74: '9223372036854775808' is not a whole number of at most 64",
+        ),
+        (None, EVENTS + f"u1,i7,{10**30}\n", r"line 74: time '10{30}' is neither"),
+        (None, EVENTS + "u1,i7,\u0661\n", r"line 74: time '\u0661' is neither"),
+        (
+            None,
+            EVENTS + "u1,i7,1717171717\nu1,i8,1717171717000\n",
+            r"line 75: time 1717171717000 is in another unit than 17",
+        ),
+        (None, EVENTS.replace(",0\n", ",2024-5-1\n"), r"line 2: time '2024-5-1' is neither"),
+        (None, EVENTS.replace(",0\n", ",31-05-2024\n"), r"line 2: time '31-05-2024' is neither"),
+        (None, re.sub(r",\d\n", ",2024-02-30\n", EVENTS), r"line 2: time '2024-02-30' is no day and time that exists"),
+        (
+            None,
+            re.sub(r",(\d)\n", r",2024-01-0\1T10:00:00.1234567\n", EVENTS),
+            r"line 2: time '2024-01-00T10.* neither",
+        ),
+        (
+            None,
+            re.sub(r",[1-5]\n", ",2024-01-01\n", EVENTS).replace(",0\n", ",2024-01-01T10:00\n"),
+            r"line 3: .*not written",
+        ),
+        (
+            None,
+            re.sub(r",[1-5]\n", ",2024-01-01 10:00\n", EVENTS).replace(",0\n", ",2024-01-01 10:00Z\n"),
+            r"line 3: time '2024-01-01 10:00' is not written like '2024-01-01 10:00Z'",
+        ),
+    ],
+)
+def test_a_csv_that_could_be_read_in_two_ways_is_refused_with_its_line(tmp_path, home, items, events, says):
+    folder = write_csv(tmp_path / "csv")
+    for name, text in (("items.csv", items), ("events.csv", events)):
+        if text is not None:
+            (folder / name).write_bytes(text.encode())
+    with pytest.raises(UserError, match=says) as refused:
+        load("csv", str(folder))
+    assert "\n" not in str(refused.value)
+    assert not list(home.glob("data/*"))
+
+
+@pytest.mark.parametrize(
+    ("change", "title"),
+    [
+        (lambda text: "\ufeff" + text.replace("\n", "\r\n"), "Title 4"),
+        (lambda text: text.replace("id,title", '"id", "title"'), "Title 4"),
+        (lambda text: text.replace("\n", ",\n"), "Title 4"),
+        (lambda text: text.replace("\n", "\n\n"), "Title 4"),
+        (lambda text: text.replace("Title 4", '"Title, 4"'), "Title, 4"),
+        (lambda text: text.replace("Title 4", '"Title ""4"""'), 'Title "4"'),
+        (lambda text: text.replace("Title 4", 'Title 4" disk'), 'Title 4" disk'),
+        (lambda text: text.replace("Title 4", '"Title\n\n4"'), "Title 4"),
+        (lambda text: text.replace("Title 4", '"Title,\nor ""4"""'), 'Title, or "4"'),
+        (lambda text: text.replace("i4,Title 4", " i4 , Tit\u2028le\u00a0 4\t"), "Tit le 4"),
+        (lambda text: text.replace("Title 4", "Tit\u006c\u0065\u0301"), "Titl\u00e9"),
+    ],
+    ids=[
+        "BOM and CRLF",
+        "quoted header",
+        "last comma",
+        "blank lines",
+        "comma",
+        "quotes",
+        "inch",
+        "lines",
+        "both",
+        "spaces",
+        "NFD",
+    ],
+)
+def test_a_csv_that_can_be_read_in_one_way_is_read(tmp_path, change, title):
+    folder = write_csv(tmp_path / "csv")
+    text = (folder / "items.csv").read_text()
+    (folder / "items.csv").write_bytes(change(text).encode())
+    dataset = load("csv", str(folder))
+    assert list(dataset.items["title"]) == [f"Title {n}" if n != 4 else title for n in range(30)]
+    assert list(dataset.events["item"][dataset.events["user"] == 3]) == [3, 4, 5, 6, 7, 8]
+
+
+def test_ids_of_users_and_items_lose_spaces_and_nothing_else(tmp_path):
+    events = "user, item ,time\n" + "".join(
+        f"{' ' * (n % 2)}0{user}{' ' * (n % 3)},i{n} ,{5 + n}\n" for user in range(12) for n in range(5)
+    )
+    dataset = load("csv", str(write_csv(tmp_path / "csv", events=events + "ANNA,i1,0\nanna,i1,0\n")))
+    assert list(dataset.users["source_id"]) == [f"0{user}" for user in range(12)] + ["ANNA", "anna"]
+
+
+@pytest.mark.parametrize("first", [-(2**63), 0, 1_717_171_717, 1_717_171_717_000_000_001, 2**63 - 6])
+def test_whole_numbers_are_exact_times(tmp_path, first):
+    events = "user,item,time\n" + "".join(f"u{u},i{n},{first + n}\n" for n in range(5, -1, -1) for u in range(12))
+    dataset = load("csv", str(write_csv(tmp_path / "csv", events=events)))
+    assert list(dataset.events["time"][:6]) == [first + n for n in range(6)]
+    assert list(dataset.events["item"][:6]) == list(range(6)) and dataset.notes == ()
+
+
+def test_times_that_run_through_many_digits_are_no_mixture_of_units(tmp_path):
+    times = [10**digits for digits in range(8, 14)]
+    events = "user,item,time\n" + "".join(f"u{u},i{n},{time}\n" for n, time in enumerate(times) for u in range(12))
+    assert list(load("csv", str(write_csv(tmp_path / "csv", events=events))).events["time"][:6]) == times
+
+
+@pytest.mark.parametrize("name", ["events.csv.gz", "Events.csv", "events.tsv", "events.xlsx"])
+def test_a_missing_file_is_found_under_another_name(tmp_path, name):
+    folder = write_csv(tmp_path / "csv")
+    (folder / "events.csv").rename(folder / name)
+    with pytest.raises(UserError, match=rf"events.csv is missing: .*; unpack or export {name} as events.csv"):
+        load("csv", str(folder))
 
 
 @pytest.mark.parametrize(
@@ -154,9 +317,9 @@ def test_an_empty_folder_says_what_is_missing(tmp_path, name):
 
 
 def test_text_in_another_encoding(tmp_path):
-    folder = own(tmp_path / "own")
+    folder = write_csv(tmp_path / "csv")
     (folder / "items.csv").write_bytes(HEAD.encode() + "i99,Café\n".encode("latin-1"))
-    with pytest.raises(UserError, match=r"items.csv is not a CSV file in UTF-8 .*mend or export it again"):
+    with pytest.raises(UserError, match=r"items.csv, line 32: not utf-8-sig text; save the file in that encoding"):
         load("csv", str(folder))
 
 
@@ -177,6 +340,14 @@ def test_titles_of_films(tmp_path):
         *("The Horseman on the Roof (Hussard sur le toit, Le)", "Misérables, Les"),
     ]
     assert items["text"][0] == "1995; Animation, Children's, Comedy" and items["text"][7] == ""
+
+
+def test_a_list_of_films_that_was_converted_to_utf_8_is_read_as_that(tmp_path):
+    flags = "|" + "|".join("0" * 19)
+    line = f"1|Misérables, Les (1995)|01-Jan-1995||url{flags}\n"
+    for encoding in ("latin-1", "utf-8", "utf-8-sig"):
+        (tmp_path / "u.item").write_text(line, encoding=encoding)
+        assert list(sources._read_u_item(tmp_path / "u.item")["title"]) == ["Misérables, Les"]
 
 
 def archive_files(folder: Path) -> dict[str, str]:
@@ -208,7 +379,11 @@ def test_movielens_keeps_ratings_of_three_and_more(tmp_path):
 @pytest.mark.parametrize(
     ("name", "change", "says"),
     [
-        ("u.data", lambda text: text[:-7] + "x\n", r"u.data is damaged .*: fetch it again"),
+        ("u.data", lambda text: text[:-7] + "x\n", r"u.data, line 120: 3 fields, not 4 separated by tabs; fetch"),
+        ("u.data", lambda text: text.replace("\t4\t", "\tfour\t", 1), r"u.data, line 1: 'four' is not a whole number"),
+        ("u.data", lambda text: "\n" + text + "1\t1\t4\t5.5\n", r"u.data, line 122: '5.5' is not a whole number"),
+        ("u.item", lambda text: text.replace("|Film 9 (1990)|", "||"), r"u.item, line 9: not film 9 in 24 fields"),
+        ("u.item", lambda text: text.replace("\n7|", "\n\n\nseven\n7|"), r"u.item, line 9: not film 7 in 24 fields"),
         (
             "u.data",
             lambda text: text + "1\t31\t4\t5\n",
@@ -239,6 +414,19 @@ def test_hetrec_orders_artists_by_first_tagging(tmp_path):
     assert len(dataset.items) == 29 and len(dataset.users) == 12
     assert list(dataset.items["title"][-2:]) == ["Artist 37", "Artist 37 (2)"]
     assert list(dataset.events["item"][:29]) == list(range(28, -1, -1)) and dataset.events["time"][0] == 1203
+
+
+@pytest.mark.parametrize(
+    ("artists", "says"),
+    [
+        ("id\tname\n1\tA\n\n\n2\n", r"artists.dat, line 5: 1 fields, not id, name, url and picture separated by tabs"),
+        ("id\tname\turl\tpicture\n1\tA\tB\tu\tp\n", r"artists.dat, line 2: 5 fields"),
+    ],
+)
+def test_damaged_hetrec(tmp_path, artists, says):
+    folder = write(tmp_path / "lastfm", {"artists.dat": artists, sources._TAGS: "u\ta\tt\ts\n1\t1\t1\t-5\n"})
+    with pytest.raises(UserError, match=says):
+        load("lastfm", str(folder))
 
 
 @pytest.fixture
