@@ -32,7 +32,7 @@ from transformers import (
 
 from ilora.adapter import ILoraConfig, export_lora, gate_weights
 from ilora.gates import Gate, LinearGate
-from ilora.runs import UserError
+from ilora.errors import UserError
 
 D, K, R, ALPHA = 6, 4, 8, 32  # gate_dim, experts, rank, alpha
 VOCABULARY, BATCH = 50, 3
@@ -229,7 +229,7 @@ def test_layers_that_run_often_share_one_gate(per_layer):
     layers = [model.base_model.model.first, model.base_model.model.second]
 
     def written_out(layer, x):
-        w = model.base_model.gate_of(layer, "default")(z)
+        w = layer.conditioning.gate_of(layer, "default")(z)
         parts = zip(
             layer.lora_A["default"].weight.chunk(K), layer.lora_B["default"].weight.chunk(K, 1), w.T, strict=True
         )

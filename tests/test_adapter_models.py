@@ -35,7 +35,7 @@ from test_adapter import (
 from torch import nn
 
 from ilora.adapter import ILoraConfig, ILoraModel, export_lora
-from ilora.runs import UserError
+from ilora.errors import UserError
 
 models = pytest.mark.parametrize("architecture", ARCHITECTURES)
 writers = pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "perceptron"])
