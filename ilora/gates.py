@@ -16,17 +16,18 @@ from torch.nn import functional as F
 from ilora.errors import UserError
 
 
-def check_representations(z: Tensor, width: int | str = "gate_dim", finite: bool = False) -> None:
+def check_representations(z: Tensor, width: int | None = None, finite: bool = False) -> None:
     """Raise UserError unless z is a floating-point tensor (batch, width), with `finite` one without NaN."""
-    kind = type(z).__name__ if not isinstance(z, Tensor) else f"{z.dtype} of shape {tuple(z.shape)}"
+    wanted = f"(batch, {width or 'gate_dim'})"
     if not isinstance(z, Tensor) or not z.is_floating_point():
+        kind = z.dtype if isinstance(z, Tensor) else type(z).__name__
         raise UserError(
-            f"sequence_embeds must be a floating-point tensor of shape (batch, {width}), not {kind}: convert it by "
+            f"sequence_embeds must be a floating-point tensor of shape {wanted}, not {kind}: convert it by "
             "torch.as_tensor(z, dtype=torch.float32)."
         )
-    if z.dim() != 2 or width not in ("gate_dim", z.shape[1]):
+    if z.dim() != 2 or (width is not None and z.shape[1] != width):
         raise UserError(
-            f"sequence_embeds must have shape (batch, {width}), not {tuple(z.shape)}: "
+            f"sequence_embeds must have shape {wanted}, not {tuple(z.shape)}: "
             "pass one representation of gate_dim values per row."
         )
     if finite and not z.isfinite().all():

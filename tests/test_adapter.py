@@ -675,9 +675,9 @@ def test_forward_refuses_wrong_representations():
         model(ids)
     with pytest.raises(UserError, match="pass sequence_embeds=z"):
         model.generate(ids, max_new_tokens=1)
-    with pytest.raises(UserError, match=r"shape \(3, 5\) but the gate wants \(batch, 6\)"):
+    with pytest.raises(UserError, match=r"shape \(batch, 6\), not \(3, 5\)"):
         model(ids, sequence_embeds=users()[:, :5])
-    with pytest.raises(UserError, match=r"shape \(6,\)"):
+    with pytest.raises(UserError, match=r"not \(6,\)"):
         model(ids, sequence_embeds=users()[0])
     for rows in (1, 2, 4):
         with pytest.raises(UserError, match=f"{rows} rows but an adapted layer got \\(3, 7, 32\\)"):
