@@ -23,7 +23,7 @@ gate (w = 1 / K) is LoRA of rank r with scale alpha / r, and num_experts=1 is Lo
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -189,12 +189,9 @@ class ILoraModel(LoraModel):
 
     # ---- conditioned calls
 
-    @contextmanager
-    def sequence_embeds(self, z: Tensor) -> Iterator[None]:
+    def sequence_embeds(self, z: Tensor) -> AbstractContextManager[None]:
         """Condition every forward in the context on z (b, d), for callers that cannot pass the keyword."""
-        check_representations(z)
-        with self.conditioning.under(Condition(self.conditioning.given_or_enclosing(z), {})):
-            yield
+        return self.conditioning.context(z)
 
     def generate(self, *args: Any, sequence_embeds: Tensor | None = None, **kwargs: Any) -> Any:
         """The model's `generate`; a row of sequence_embeds serves all beams or samples of its prompt."""

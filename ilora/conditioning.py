@@ -5,20 +5,19 @@ model(ids, sequence_embeds=z)        with model.sequence_embeds(z): model(ids)
            +-- pre-hook of the base model ---------+
                              |
                              v
-      Condition: z (b, d), w (b, K) of each shared gate        one for each thread and asyncio task
+      Condition: z (b, d), w (b, K) of each shared gate        one for each thread
             |                                |
             v                                v
   Conditioning.factor in each      CarryingCheckpoint hands z and w to the
   adapted layer                    recomputation of a checkpointed block
 """
 
+import asyncio
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -28,27 +27,32 @@ from torch import Tensor, nn
 from ilora.errors import UserError
 from ilora.gates import Gate, check_representations
 
-# id of a Conditioning -> its condition
-_CONDITIONS: ContextVar[MappingProxyType] = ContextVar("ilora_conditions", default=MappingProxyType({}))
-
-
 @dataclass(eq=False)
 class Condition:
     """What running code is conditioned on."""
 
     z: Tensor  # (b, d)
     weights: dict[str, Tensor]  # adapter -> w (b, K) of its shared gate, once computed
+    task: asyncio.Task | None = None  # of a context: the asyncio task that entered it
     outer: "Condition | None" = None  # of a forward: the context around it
     factors: dict[tuple, list[Tensor]] | None = None  # of a forward: those not handed out yet, see `factor`
 
 
-class _Traced(threading.local):
-    """The same condition once more, for compiled code, which cannot read a context variable."""
+class _Running(threading.local):
+    """The condition of the code that a thread runs (not a context variable, which compiled code cannot read)."""
 
-    condition: Condition | None = None
+    def __init__(self) -> None:
+        self.condition: Condition | None = None
 
     def __reduce__(self) -> tuple:
-        return _Traced, ()  # a copied or pickled model starts without a condition
+        return _Running, ()  # a copied or pickled model starts without a condition
+
+
+def _task() -> asyncio.Task | None:
+    try:
+        return asyncio.current_task()
+    except RuntimeError:  # no event loop runs
+        return None
 
 
 class Conditioning:
@@ -63,7 +67,7 @@ class Conditioning:
         self.active: list[str] = []  # the active adapters
         self.merged: list[list[str]] = []  # each adapted layer's list of merged adapters, which PEFT keeps
         self.least_dim = least_dim  # of what a layer may get: 3 for (b, s, d_in), 2 for (b, d_in)
-        self._traced = _Traced()
+        self.running = _Running()
         checkpointed = [part for part in model.modules() if hasattr(part, "gradient_checkpointing")]
         self._hooks = (
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
@@ -82,27 +86,32 @@ class Conditioning:
 
     # ---- from the caller
 
-    def condition(self) -> Condition | None:
-        return self._traced.condition if torch.compiler.is_compiling() else _CONDITIONS.get().get(id(self))
-
-    def _set(self, condition: Condition | None) -> None:
-        self._traced.condition = condition
-        if not torch.compiler.is_compiling():
-            _CONDITIONS.set(MappingProxyType({**_CONDITIONS.get(), id(self): condition}))
-
     @contextmanager
     def under(self, condition: Condition) -> Iterator[None]:
-        before = self.condition()
-        self._set(condition)
+        before, self.running.condition = self.running.condition, condition
         try:
             yield
         finally:
-            self._set(before)
+            self.running.condition = before
+
+    @contextmanager
+    def context(self, z: Tensor) -> Iterator[None]:
+        """What `model.sequence_embeds(z)` enters."""
+        check_representations(z)
+        with self.under(Condition(self.given_or_enclosing(z), {}, task=_task())):
+            yield
 
     def _enclosing(self) -> Condition | None:
         """The context around a starting call; the condition of a forward is left from an interrupted one."""
-        condition = self.condition()
-        return condition.outer if condition is not None and condition.factors is not None else condition
+        condition = self.running.condition
+        if condition is not None and condition.factors is not None:
+            condition = condition.outer
+        if condition is not None and not torch.compiler.is_compiling() and condition.task is not _task():
+            raise UserError(
+                "another asyncio task is inside `with model.sequence_embeds(z):` in this thread: "
+                "pass sequence_embeds=z to the call, or do not await inside the context."
+            )
+        return condition
 
     def given_or_enclosing(self, z: Tensor | None) -> Tensor | None:
         """The z of a starting call.  Raises UserError if the model is merged: it is one user's then."""
@@ -120,12 +129,12 @@ class Conditioning:
         z, condition = self.given_or_enclosing(kwargs.pop("sequence_embeds", None)), None
         if z is not None:
             weights = {name: self.gates[name](z) for name in self.active if name in self.gates}
-            condition = Condition(z, weights, self._enclosing(), factors={})
-        self._set(condition)
+            condition = Condition(z, weights, outer=self._enclosing(), factors={})
+        self.running.condition = condition
         return args, kwargs
 
     def _after_forward(self, model: nn.Module, args: tuple, output: Any) -> None:
-        self._set(self._enclosing())
+        self.running.condition = self._enclosing()
 
     # ---- to the layers
 
@@ -134,7 +143,7 @@ class Conditioning:
 
     def weights_of(self, layer: LoraLayer, adapter: str) -> Tensor:
         """w (b, K) of an adapted layer in the running forward."""
-        if (condition := self.condition()) is None:
+        if (condition := self.running.condition) is None:
             raise UserError(
                 "iLoRA got no sequence representations: pass sequence_embeds=z of shape (batch, gate_dim) or "
                 "call inside `with model.sequence_embeds(z):` (and give transformers.Trainer "
@@ -146,7 +155,7 @@ class Conditioning:
 
     def weights_of_one_user(self, layer: LoraLayer, adapter: str) -> Tensor:
         """w (1, K) of the only row that the context has."""
-        if (condition := self.condition()) is None or len(condition.z) != 1:
+        if (condition := self.running.condition) is None or len(condition.z) != 1:
             raise UserError(
                 "merging is for exactly one user: give z of shape (1, gate_dim), such as a group's mean, and "
                 "merge inside `with model.sequence_embeds(z):`."
@@ -160,7 +169,7 @@ class Conditioning:
         Layers under a shared gate get slices of one tensor, whose gradients are summed at once: on a GPU each
         small kernel more costs eager code a launch in every layer.
         """
-        condition = None if torch.compiler.is_compiling() else self.condition()
+        condition = None if torch.compiler.is_compiling() else self.running.condition
         if condition is None or condition.factors is None or adapter not in condition.weights:
             return self._new_factor(layer, adapter, middle)
         like = middle.shape, middle.dtype, middle.device, torch.is_grad_enabled()
@@ -194,7 +203,7 @@ class CarryingCheckpoint:
         self.conditioning, self.checkpoint = conditioning, checkpoint
 
     def __call__(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
-        condition = self.conditioning.condition()
+        condition = self.conditioning.running.condition
         if condition is None or torch.compiler.is_compiling():
             return self.checkpoint(function, *args, **kwargs)
         adapters = tuple(condition.weights)
