@@ -38,14 +38,21 @@ class Condition:
     factors: dict[tuple, list[Tensor]] | None = None  # of a forward: those not handed out yet, see `factor`
 
 
-class _Running(threading.local):
-    """The condition of the code that a thread runs (not a context variable, which compiled code cannot read)."""
+@dataclass(eq=False)
+class _Running:
+    """What a thread runs under."""
+
+    condition: Condition | None = None
+
+
+class _PerThread(threading.local):
+    """An object per thread (compiled code reads no context variable and loses what it sets on a thread's local)."""
 
     def __init__(self) -> None:
-        self.condition: Condition | None = None
+        self.running = _Running()
 
     def __reduce__(self) -> tuple:
-        return _Running, ()  # a copied or pickled model starts without a condition
+        return _PerThread, ()  # a copied or pickled model starts without a condition
 
 
 def _task() -> asyncio.Task | None:
@@ -67,7 +74,7 @@ class Conditioning:
         self.active: list[str] = []  # the active adapters
         self.merged: list[list[str]] = []  # each adapted layer's list of merged adapters, which PEFT keeps
         self.least_dim = least_dim  # of what a layer may get: 3 for (b, s, d_in), 2 for (b, d_in)
-        self.running = _Running()
+        self._per_thread = _PerThread()
         checkpointed = [part for part in model.modules() if hasattr(part, "gradient_checkpointing")]
         self._hooks = (
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
@@ -85,6 +92,10 @@ class Conditioning:
                 part._gradient_checkpointing_func = function.checkpoint
 
     # ---- from the caller
+
+    @property
+    def running(self) -> _Running:
+        return self._per_thread.running
 
     @contextmanager
     def under(self, condition: Condition) -> Iterator[None]:
