@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from ilora.errors import UserError
 from ilora.gates import Gate, check_representations
 
+
 @dataclass(eq=False)
 class Condition:
     """What running code is conditioned on."""

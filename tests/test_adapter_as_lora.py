@@ -18,7 +18,6 @@ from test_adapter import (
     BATCH,
     SEVEN,
     D,
-    K,
     R,
     adapted,
     assert_close,
@@ -34,17 +33,15 @@ from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 from transformers import (
     AutoModel,
-    AutoModelForCausalLM,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     BertConfig,
-    LlamaConfig,
     T5Config,
     T5ForConditionalGeneration,
 )
 
-from ilora.adapter import ILORA, ILoraConfig, export_lora, gate_weights
+from ilora.adapter import ILORA, export_lora, gate_weights
 from ilora.errors import UserError
 
 
@@ -134,7 +131,7 @@ def test_wrapping_again_gives_the_second_adapter(kind, name, again):
     loss.backward()
     trained = {key for key, parameter in second.named_parameters() if parameter.grad is not None}
     assert trained and all(f".{name}." in key for key in trained)
-    assert any("lora_gate" in key for key in trained) == (kind not in ("lora", "one expert")) or kind == "one expert"
+    assert any("lora_gate" in key for key in trained) == (kind != "lora")
 
 
 @kinds
@@ -199,11 +196,11 @@ def test_a_merged_model_answers_for_nobody_else(kind, how):
     for rows in (1, BATCH):
         z = users(rows)
         for call in (
-            lambda z=z: model(tokens(rows), sequence_embeds=z),
-            lambda z=z: model.generate(tokens(rows), sequence_embeds=z, max_new_tokens=1),
+            lambda z=z: model(tokens(len(z)), sequence_embeds=z),
+            lambda z=z: model.generate(tokens(len(z)), sequence_embeds=z, max_new_tokens=1),
             lambda z=z: model.sequence_embeds(z).__enter__(),
         ):
-            with pytest.raises(UserError, match="merged for one user.*unmerge_adapter"):
+            with pytest.raises(UserError, match=r"merged for one user.*unmerge_adapter"):
                 call()
     outputs(model, tokens())  # as the merged user
     model.unmerge_adapter()
@@ -447,7 +444,7 @@ def test_unknown_adapters_and_other_models_are_named(tmp_path):
         lambda **kw: gate_weights(model, users(), **kw),
         lambda **kw: export_lora(model, users(1), tmp_path, **kw),
     ):
-        with pytest.raises(UserError, match="'third'.*name one of default, second"):
+        with pytest.raises(UserError, match=r"'third'.*name one of default, second"):
             call(adapter_name="third")
         model.base_model.set_adapter(["default", "second"])
         with pytest.raises(UserError, match="name one of default, second"):
@@ -473,21 +470,20 @@ def test_the_type_prints_like_pefts():
 
 
 def test_interleaved_asyncio_tasks_are_refused():
+    """Two tasks that wait inside their contexts: none gets the other's users."""
     model = adapted()
 
-    async def serve(seed, turn, other):
+    async def serve(seed):
         with model.sequence_embeds(users(seed=seed)):
-            other.set()
-            await turn.wait()
+            await asyncio.sleep(0.01)
             return outputs(model, tokens())
 
     async def both():
-        a, b = asyncio.Event(), asyncio.Event()
-        return await asyncio.gather(serve(1, a, b), serve(2, b, a), return_exceptions=True)
+        return await asyncio.gather(serve(1), serve(2), return_exceptions=True)
 
-    expected = [outputs(model, tokens(), sequence_embeds=users(seed=seed)) for seed in (1, 2)]
-    for found, right in zip(asyncio.run(both()), expected, strict=True):
-        assert isinstance(found, UserError) or torch.equal(found, right)
+    first, second = asyncio.run(both())
+    assert torch.equal(first, outputs(model, tokens(), sequence_embeds=users(seed=1)))
+    assert isinstance(second, UserError) and "asyncio" in str(second)
 
 
 @gated
