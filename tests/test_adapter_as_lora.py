@@ -202,7 +202,8 @@ def test_a_merged_model_answers_for_nobody_else(kind, how):
         ):
             with pytest.raises(UserError, match=r"merged for one user.*unmerge_adapter"):
                 call()
-    outputs(model, tokens())  # as the merged user
+    if "layer" not in how:
+        outputs(model, tokens())  # as the merged user
     model.unmerge_adapter()
     assert_close(logits(kind, model), before)
     with model.sequence_embeds(users(1)):
