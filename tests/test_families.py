@@ -179,6 +179,23 @@ def test_a_family_trains_ranks_and_writes_as_its_forward_pass_says(family, exper
         assert tokens[: len(own)] == own and set(tokens[len(own) :]) <= {model.prompts.end}
 
 
+@pytest.mark.parametrize(
+    ("family", "changes", "least", "most"),
+    [
+        ("Llama", {}, 300, 400),
+        ("Mistral", {"sliding_window": 600}, 650, 750),
+        ("Mistral", {"sliding_window": 4096}, 300, 400),  # too long to try out on a CPU
+        ("GPT2", {"n_positions": 200}, 120, 200),
+    ],
+)
+def test_one_pass_is_tried_on_a_prompt_longer_than_a_window_and_within_the_positions(
+    family, changes, least, most, tokenizer
+):
+    model = recommender(family, tokenizer, **changes).eval()
+    assert least < model.length(model._long_row()) <= most
+    assert model.packs
+
+
 # ---------------------------------------------------------------- which layers
 
 
