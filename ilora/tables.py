@@ -36,8 +36,8 @@ def item_table(
     titles: Sequence[str], text: Sequence[str] | str = "", source_id: Sequence | None = None
 ) -> pd.DataFrame:
     """Items in the order given; `source_id` is what the source calls them, by default their number."""
-    items = pd.DataFrame({"title": one_line(titles)}).rename_axis("id").reset_index()
-    items["text"] = "" if isinstance(text, str) else one_line(text)
+    items = pd.DataFrame({"title": [one_line(title) for title in titles]}).rename_axis("id").reset_index()
+    items["text"] = "" if isinstance(text, str) else [one_line(line) for line in text]
     return items.assign(source_id=[str(s) for s in (items["id"] if source_id is None else source_id)])
 
 
@@ -59,19 +59,19 @@ def assemble(
     return Tables(items, events, user_table(split, source_users))
 
 
-def one_line(texts: Sequence[str]) -> list[str]:
-    """Each text in one line, in Unicode NFC, with single spaces and none at the ends."""
-    return [" ".join(unicodedata.normalize("NFC", text).split()) for text in texts]
+def one_line(text: str) -> str:
+    """The text in one line: Unicode NFC, single spaces, and none at the ends."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def same_title(titles: pd.Series) -> pd.Series:
     """Equal for titles that count as one."""
-    return pd.Series(one_line(titles), titles.index, dtype=str).str.casefold()
+    return titles.astype(str).map(one_line).str.casefold()
 
 
 def unique_titles(titles: Sequence[str], years: Sequence[str] | None = None) -> list[str]:
     """Titles with the year where years differ under one title, then with (2), (3), ... for later items."""
-    table = pd.DataFrame({"title": one_line(titles), "year": years or ""}, dtype=str)
+    table = pd.DataFrame({"title": [one_line(title) for title in titles], "year": years or ""}, dtype=str)
     differ = table.groupby(same_title(table["title"]))["year"].transform("nunique") > 1
     title = table["title"].mask(differ & (table["year"] != ""), table["title"] + " (" + table["year"] + ")")
     while (number := title.groupby(same_title(title)).cumcount() + 1).max() > 1:  # "A (2)" may be a title already
