@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from ilora import speed
 from ilora.prompts import NO_LABEL
+from ilora.study import benchmark_results
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -32,7 +32,7 @@ def run(script, folder, **options):
     """What `main` writes, whole."""
     flags = [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     script.main([*flags, "--device", "cpu", "--out", str(folder / f"{script.__name__}_cpu.json")])
-    result = speed.read(folder)[f"{script.__name__}_cpu"]
+    result = benchmark_results.read(folder)[f"{script.__name__}_cpu"]
     assert result.keys() >= WHOLE
     assert result["parameters"].items() >= {"device": "cpu", **options}.items()
     return result["metrics"]

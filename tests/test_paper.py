@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ilora import paper
+from ilora.study import paper
 
 
 def test_the_table_has_nine_systems_on_three_data_sets():

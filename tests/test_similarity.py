@@ -3,9 +3,10 @@ import pytest
 import torch
 from scipy.spatial.distance import pdist, squareform
 
-from ilora import analysis, runs, similarity
+from ilora import runs
 from ilora.data import Sequences
 from ilora.model import Questions
+from ilora.study import gradients, similarity
 
 LABELS = np.array([2, 0, 2, 1, 2, 0, 2, 2, 1, 2, 2])  # groups of 2, 2 and 7
 VECTORS = {
@@ -16,7 +17,7 @@ VECTORS = {
 
 
 def test_cosines_of_known_vectors():
-    found = similarity.cosines(analysis.products(VECTORS))
+    found = similarity.cosines(gradients.products(VECTORS))
     assert list(found) == ["all", "one", "two", "gate"]
     np.testing.assert_allclose(found["one"], [[1, 0, -1], [0, 1, 0], [-1, 0, 1]], atol=1e-7)
     np.testing.assert_allclose(found["two"], np.ones((3, 3)), atol=1e-7)
@@ -27,20 +28,20 @@ def test_cosines_of_known_vectors():
 
 def test_a_zero_gradient_has_no_direction():
     with pytest.raises(runs.UserError, match="zero"):
-        similarity.cosines(analysis.products({"one": torch.tensor([[1.0, 0], [0, 0]])}))
+        similarity.cosines(gradients.products({"one": torch.tensor([[1.0, 0], [0, 0]])}))
 
 
 def test_halves_join_to_the_whole():
     rng = np.random.default_rng(0)
     vectors = torch.from_numpy(rng.normal(size=(len(LABELS), 5)))
-    cut = analysis.halves(LABELS, np.arange(len(LABELS)))
+    cut = gradients.halves(LABELS, np.arange(len(LABELS)))
     np.testing.assert_array_equal(cut // 2, LABELS)
     assert np.bincount(cut).tolist() == [1, 1, 1, 1, 4, 3]
 
     def sums(labels):
         return torch.stack([vectors[labels == label].sum(0) for label in np.unique(labels)])
 
-    whole, parts = (analysis.products({"one": sums(labels)}) for labels in (LABELS, cut))
+    whole, parts = (gradients.products({"one": sums(labels)}) for labels in (LABELS, cut))
     np.testing.assert_allclose(similarity.joined(parts)["one"], whole["one"])
     stacked = {"one": np.stack([parts["one"], 2 * parts["one"]])}
     np.testing.assert_allclose(similarity.joined(stacked)["one"], [whole["one"], 2 * whole["one"]])
@@ -108,7 +109,7 @@ def test_what_other_groups_lack_is_told_from_noise():
     noise, signal = rng.normal(size=(4, size)), rng.normal(size=size)
     for signs, lack in (([1, 1, 1, 1], 0), ([1, 1, -1, -1], 1)):
         half = torch.from_numpy(np.outer(signs, signal) + noise)
-        found = similarity.agreement({"one": analysis.products({"one": half})["one"][None]})
+        found = similarity.agreement({"one": gradients.products({"one": half})["one"][None]})
         assert found["same"] == pytest.approx(2 / 3, abs=0.01)  # halves have cosine 1/2
         assert found["other"] == pytest.approx(2 / 3 * (1 - 2 * lack), abs=0.01)
         assert found["lack"] == pytest.approx(found["same"] - found["other"])
@@ -122,17 +123,17 @@ def test_halves_that_point_apart_are_not_made_to_point_beyond():
 def test_noise_in_few_dimensions_lacks_nothing_on_the_average():
     rng = np.random.default_rng(0)
     half = torch.from_numpy(rng.normal(size=(2000, 16, 100)))
-    lack = [similarity.agreement(analysis.products({"one": one}))["lack"] for one in half]
+    lack = [similarity.agreement(gradients.products({"one": one}))["lack"] for one in half]
     assert abs(np.mean(lack)) < 3 * np.std(lack) / np.sqrt(len(lack))
 
 
 def test_a_users_sequences_fall_into_one_half():
     rng = np.random.default_rng(0)
     labels, users = rng.integers(3, size=600), rng.integers(60, size=600)
-    cut = analysis.halves(labels, users, seed=1)
+    cut = gradients.halves(labels, users, seed=1)
     np.testing.assert_array_equal(cut // 2, labels)
     of = {}
     for label, user, half in zip(labels, users, cut, strict=True):
         assert of.setdefault((label, user), half) == half
     assert np.ptp(np.bincount(cut).reshape(3, 2), axis=1).max() <= np.bincount(users).max()
-    assert (cut != analysis.halves(labels, users, seed=2)).any()
+    assert (cut != gradients.halves(labels, users, seed=2)).any()

@@ -14,8 +14,8 @@ import pandas as pd
 from scipy import stats
 
 from ilora import runs
-from ilora.analysis import GATE
 from ilora.model import Questions
+from ilora.study.gradients import GATE
 
 PERMUTATIONS = 9999
 
