@@ -2,7 +2,7 @@
 
     python benchmarks/gradients.py               # on the GPU if torch sees one, else on the CPU
 
-    clusters         `gradients.gradients`: backward in batches that hold sequences of one cluster and of like length
+    clusters         `group_gradients`: backward in batches of one cluster and of sequences of similar length
     usual loop       a backward pass a sequence, its prompt tokenised from text, every logit computed
     loop             a backward pass a sequence, but with the prompts and the logits of `clusters`
     pass             forward and backward in batches of like length, as training has it: the least it can cost
@@ -42,8 +42,8 @@ def prepare(options: Namespace) -> tuple[LanguageRecommender, Questions]:
 
 
 def usual_loop(model: LanguageRecommender, asked: Questions, labels: np.ndarray) -> dict[str, Tensor]:
-    """What `gradients.gradients` gives, from a backward pass a sequence."""
-    kinds = gradients._adapter_parameters(model)
+    """What `gradients.group_gradients` gives, from a backward pass a sequence."""
+    kinds = gradients.adapter_parameters(model)
     found = {kind: torch.zeros(labels.max() + 1, sum(p.numel() for p in own)) for kind, own in kinds.items()}
     for row, label in enumerate(labels):
         model.zero_grad()
@@ -61,7 +61,7 @@ def one_pass(model: LanguageRecommender, asked: Questions, batch_size: int) -> N
     """What an epoch of training does but for the optimiser."""
     rows = sorted((asked[row] for row in range(len(asked))), key=model.length)
     for start in range(0, len(rows), batch_size):
-        gradients._loss(model, rows[start : start + batch_size]).backward()
+        gradients.summed_loss(model, rows[start : start + batch_size]).backward()
     model.zero_grad()
 
 
@@ -78,9 +78,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     z = gradients.representations(model.encoder, asked.sequences.history)
     labels, _ = gradients.clusters(z)
     ways = {
-        "clusters": lambda: gradients.gradients(model, asked, labels, options.batch_size),
+        "clusters": lambda: gradients.group_gradients(model, asked, labels, options.batch_size),
         "usual loop": lambda: usual_loop(model, asked, labels),
-        "loop": lambda: gradients.gradients(model, asked, labels, batch_size=1),
+        "loop": lambda: gradients.group_gradients(model, asked, labels, batch_size=1),
         "pass": lambda: one_pass(model, asked, options.batch_size),
     }
     measured, found = measure.compare(ways, options.rounds, run.device, GOALS)

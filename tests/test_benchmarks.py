@@ -32,7 +32,7 @@ def run(script, folder, **options):
     """What `main` writes, whole."""
     flags = [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     script.main([*flags, "--device", "cpu", "--out", str(folder / f"{script.__name__}_cpu.json")])
-    result = benchmark_results.read(folder)[f"{script.__name__}_cpu"]
+    result = benchmark_results.load_benchmarks(folder)[f"{script.__name__}_cpu"]
     assert result.keys() >= WHOLE
     assert result["parameters"].items() >= {"device": "cpu", **options}.items()
     return result["metrics"]

@@ -1,7 +1,6 @@
 import gc
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from scipy.cluster.hierarchy import linkage
@@ -60,7 +59,7 @@ ADAPTERS = {
 def test_gradients_of_groups_are_sums_of_a_backward_for_each_sequence(kind, batch_size):
     model, asked = make(ADAPTERS[kind], dropout=0.2), questions()
     model.train()  # dropout is left out all the same
-    found = gradients.gradients(model, asked, LABELS, batch_size)
+    found = gradients.group_gradients(model, asked, LABELS, batch_size)
     gates = [] if kind == "LoRA" else ["gate"]
     assert list(found) == [*TARGET_MODULES[:4], *TARGET_MODULES[4:], *gates]
     model.eval()
@@ -84,7 +83,7 @@ def test_gradients_of_groups_are_sums_of_a_backward_for_each_sequence(kind, batc
 def test_gradients_leave_the_model_as_it_was():
     model, asked = make(ADAPTERS["iLoRA"]), questions()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    gradients.gradients(model, asked, LABELS)
+    gradients.group_gradients(model, asked, LABELS)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -99,11 +98,11 @@ def test_experts_keep_sequences_apart():
         gate[:2] = 50 * torch.linalg.pinv(z).T  # the first sequence to expert 0, the second to expert 1
     weights = model.gate_weights(list(asked))
     torch.testing.assert_close(weights[:, :2], torch.eye(2, dtype=torch.float64), rtol=0, atol=1e-9)
-    cosines = similarity.cosines(gradients.products(gradients.gradients(model, asked, np.arange(2))))
+    cosines = similarity.cosines(gradients.inner_products(gradients.group_gradients(model, asked, np.arange(2))))
     assert abs(cosines["all"][0, 1]) < 1e-9
     with torch.no_grad():
         gate.zero_()
-    cosines = similarity.cosines(gradients.products(gradients.gradients(model, asked, np.arange(2))))
+    cosines = similarity.cosines(gradients.inner_products(gradients.group_gradients(model, asked, np.arange(2))))
     assert abs(cosines["all"][0, 1]) > 1e-3
 
 
@@ -113,16 +112,16 @@ def test_while_b_is_zero_only_b_has_a_gradient():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.zero_()
-    found = gradients.gradients(model, asked, LABELS)
+    found = gradients.group_gradients(model, asked, LABELS)
     of_b = [p.numel() for n, p in model.named_parameters() if "q_proj.lora_B" in n]
     assert (found["q_proj"] != 0).sum() <= 3 * sum(of_b) < found["q_proj"].numel()
-    assert np.isfinite(similarity.cosines(gradients.products(found))["all"]).all()
+    assert np.isfinite(similarity.cosines(gradients.inner_products(found))["all"]).all()
 
 
 def test_memory_grows_with_groups_and_not_with_sequences(monkeypatch):
     """Bytes of tensors before a batch: of 9, 18 and 36 sequences in three groups, then of 36 in six groups."""
     model, held = make(ADAPTERS["iLoRA"]), []
-    loss = gradients._loss
+    loss = gradients.summed_loss
 
     def tensors():  # compilation by other tests leaves kinds of its own, which have no size
         return [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
@@ -134,11 +133,11 @@ def test_memory_grows_with_groups_and_not_with_sequences(monkeypatch):
         held[-1].append(sum(thing.nbytes for thing in tensors() if id(thing) not in before))
         return loss(model, rows)
 
-    monkeypatch.setattr(gradients, "_loss", watched)
+    monkeypatch.setattr(gradients, "summed_loss", watched)
     for n, groups in ((9, 3), (18, 3), (36, 3), (36, 6)):
         held.append([])
         gc.collect()
-        found = gradients.gradients(model, questions(n), np.arange(n) % groups, batch_size=3)
+        found = gradients.group_gradients(model, questions(n), np.arange(n) % groups, batch_size=3)
         vector = sum(part[0].nbytes for part in found.values())
         del found
         assert len(held[-1]) == n // 3 // groups * groups
@@ -150,12 +149,12 @@ def test_memory_grows_with_groups_and_not_with_sequences(monkeypatch):
 @pytest.mark.parametrize("labels", [LABELS[:-1], np.where(LABELS == 1, 0, LABELS), LABELS - 1])
 def test_labels_that_do_not_fit_are_refused(labels):
     with pytest.raises(ValueError, match="labels"):
-        gradients.gradients(make(ADAPTERS["LoRA"]), questions(), labels)
+        gradients.group_gradients(make(ADAPTERS["LoRA"]), questions(), labels)
 
 
 def test_a_model_without_adapter_is_refused():
     with pytest.raises(runs.UserError, match="no adapter"):
-        gradients.gradients(make(None), questions(), LABELS)
+        gradients.group_gradients(make(None), questions(), LABELS)
 
 
 def test_products_along_are_those_of_the_kept_states(tmp_path):
@@ -168,11 +167,11 @@ def test_products_along_are_those_of_the_kept_states(tmp_path):
         for value in model.trainable_state().values():
             value *= 1.5
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    found = gradients.products_along(model, kept, asked, LABELS)
+    found = gradients.products_over_training(model, kept, asked, LABELS)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     for place, path in enumerate(kept):
         load_snapshot(model, path)
-        expected = gradients.products(gradients.gradients(model, asked, LABELS))
+        expected = gradients.inner_products(gradients.group_gradients(model, asked, LABELS))
         for kind, part in expected.items():
             np.testing.assert_allclose(found[kind][place], part, rtol=1e-5)
     assert not np.allclose(found["q_proj"][0], found["q_proj"][1], rtol=0.01)
@@ -221,53 +220,3 @@ def test_representations_do_not_depend_on_the_batch():
     with torch.no_grad():
         expected = encoder.encode(torch.from_numpy(asked.sequences.history)).numpy()
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
-
-
-# ---------------------------------------------------------------- gates
-
-
-def test_a_constant_gate_is_flagged():
-    users = np.arange(50)
-    constant = np.tile([0.7, 0.1, 0.1, 0.1], (50, 1)) + 1e-4 * np.random.default_rng(0).normal(size=(50, 4))
-    found = gradients.gate_statistics(constant, users)
-    assert found["constant"] and found["personal"] < 1e-3
-    assert found["leads"] == [1, 0, 0, 0]
-    np.testing.assert_allclose(found["use"], [0.7, 0.1, 0.1, 0.1], atol=1e-3)
-    same = np.full((50, 4), 0.25)
-    assert gradients.gate_statistics(same, users)["entropy"]["value"] == pytest.approx(np.log(4))
-    assert gradients.gate_against(same, users % 3) == {"value": None, "p": None, "n": 50}
-
-
-def test_a_personal_gate_is_not():
-    users = np.arange(48)
-    found = gradients.gate_statistics(np.eye(4)[users % 4], users)
-    assert not found["constant"] and found["personal"] == pytest.approx(0.75)
-    assert found["entropy"]["value"] == pytest.approx(0, abs=1e-9)
-    assert found["leads"] == found["use"] == [0.25] * 4
-    assert found["largest_entropy"] == pytest.approx(np.log(4))
-
-
-def test_gates_per_layer_are_averaged_over_layers_and_used_by_each():
-    users = np.arange(48)
-    personal, same = np.eye(4)[users % 4], np.full((48, 4), 0.25)
-    found = gradients.gate_statistics(np.stack([personal, same]), users)
-    alone = [gradients.gate_statistics(weights, users) for weights in (personal, same)]
-    for name in ("personal", "largest_entropy"):
-        assert found[name] == pytest.approx(np.mean([one[name] for one in alone]))
-    assert found["entropy"]["value"] == pytest.approx(np.log(4) / 2) and found["entropy"]["n"] == 48
-    for name in ("use", "leads"):
-        assert found[name] == [one[name] for one in alone]
-
-
-def test_a_gate_that_follows_groups_is_told_from_one_that_does_not():
-    rng, labels = np.random.default_rng(0), np.arange(60) % 3
-    random = rng.dirichlet(np.ones(4), size=60)
-    follows = 0.5 * random + 0.5 * np.eye(4)[labels]
-    assert gradients.gate_against(follows, labels)["p"] < 0.01
-    assert gradients.gate_against(np.eye(4)[labels], labels)["value"] == pytest.approx(1)
-    independent = gradients.gate_against(random, labels)
-    assert independent["p"] > 0.05 and independent["value"] < 0.2
-    table = pd.DataFrame(follows).groupby(labels)
-    between = (table.size() * ((table.mean() - follows.mean(0)) ** 2).sum(axis=1)).sum()
-    expected = between / ((follows - follows.mean(0)) ** 2).sum()
-    assert gradients.gate_against(follows, labels)["value"] == pytest.approx(expected)

@@ -225,7 +225,7 @@ def test_the_results_that_pages_show_are_whole():
 
 def test_the_page_of_ratios_is_that_of_the_benchmarks_beside_it():
     shown = json.loads((RESULTS / "09_speed.json").read_text(encoding="utf-8"))["metrics"]
-    ratios = benchmark_results.ratios(benchmark_results.read(RESULTS / "benchmarks"))["value"]
+    ratios = benchmark_results.ratios(benchmark_results.load_benchmarks(RESULTS / "benchmarks"))["value"]
     assert set(shown) == set(ratios.index.get_level_values("benchmark"))
     for (benchmark, part, way), value in ratios.items():
         (row,) = [row for row in shown[benchmark] if (row["part"], row["way"]) == (part, way)]

@@ -17,7 +17,7 @@ VECTORS = {
 
 
 def test_cosines_of_known_vectors():
-    found = similarity.cosines(gradients.products(VECTORS))
+    found = similarity.cosines(gradients.inner_products(VECTORS))
     assert list(found) == ["all", "one", "two", "gate"]
     np.testing.assert_allclose(found["one"], [[1, 0, -1], [0, 1, 0], [-1, 0, 1]], atol=1e-7)
     np.testing.assert_allclose(found["two"], np.ones((3, 3)), atol=1e-7)
@@ -28,7 +28,7 @@ def test_cosines_of_known_vectors():
 
 def test_a_zero_gradient_has_no_direction():
     with pytest.raises(runs.UserError, match="zero"):
-        similarity.cosines(gradients.products({"one": torch.tensor([[1.0, 0], [0, 0]])}))
+        similarity.cosines(gradients.inner_products({"one": torch.tensor([[1.0, 0], [0, 0]])}))
 
 
 def test_halves_join_to_the_whole():
@@ -41,10 +41,10 @@ def test_halves_join_to_the_whole():
     def sums(labels):
         return torch.stack([vectors[labels == label].sum(0) for label in np.unique(labels)])
 
-    whole, parts = (gradients.products({"one": sums(labels)}) for labels in (LABELS, cut))
-    np.testing.assert_allclose(similarity.joined(parts)["one"], whole["one"])
+    whole, parts = (gradients.inner_products({"one": sums(labels)}) for labels in (LABELS, cut))
+    np.testing.assert_allclose(similarity.join_halves(parts)["one"], whole["one"])
     stacked = {"one": np.stack([parts["one"], 2 * parts["one"]])}
-    np.testing.assert_allclose(similarity.joined(stacked)["one"], [whole["one"], 2 * whole["one"]])
+    np.testing.assert_allclose(similarity.join_halves(stacked)["one"], [whole["one"], 2 * whole["one"]])
 
 
 def test_repeatability_is_the_similarity_of_another_sample():
@@ -53,8 +53,8 @@ def test_repeatability_is_the_similarity_of_another_sample():
     half = np.repeat(signal, 2, axis=0) / 2 + rng.normal(size=(6, size)) * np.sqrt(0.5)
     other = signal + rng.normal(size=(3, size))
     drawn = np.vstack([half[::2] + half[1::2], other])
-    expected = np.diag(similarity._cosine(drawn @ drawn.T)[:3, 3:])
-    halves = similarity._cosine(half @ half.T)
+    expected = np.diag(similarity.cosine(drawn @ drawn.T)[:3, 3:])
+    halves = similarity.cosine(half @ half.T)
     each = [similarity.repeatability(halves[2 * g : 2 * g + 2, 2 * g : 2 * g + 2]) for g in range(3)]
     np.testing.assert_allclose(each, expected, atol=0.01)
     assert np.ptp(expected) > 0.5
@@ -96,7 +96,10 @@ def test_pairs_are_ranked_and_shown():
     asked = Questions(Sequences(np.arange(4), length, history, length, target), 60, seed=0)
     pairs = similarity.ranked_pairs(squareform([0.1, 0.9, -0.5, 0.2, 0.3, 0.0]))
     assert pairs["similarity"].tolist() == [0.9, 0.3, 0.2, 0.1, 0.0, -0.5]
-    assert pairs.iloc[0][["one", "other"]].tolist() == [0, 2] and pairs.iloc[-1][["one", "other"]].tolist() == [0, 3]
+    assert pairs.iloc[0][["first", "second"]].tolist() == [0, 2] and pairs.iloc[-1][["first", "second"]].tolist() == [
+        0,
+        3,
+    ]
     table = similarity.side_by_side(asked, pairs.iloc[0], [f"title {item}" for item in range(60)])
     assert list(table.columns) == ["user 0", "user 2"] and list(table.index) == [1, 2, 3, 4, 5, "next"]
     assert table["user 0"].tolist() == ["", "", "", "title 4", "title 5", "title 6"]
@@ -109,7 +112,7 @@ def test_what_other_groups_lack_is_told_from_noise():
     noise, signal = rng.normal(size=(4, size)), rng.normal(size=size)
     for signs, lack in (([1, 1, 1, 1], 0), ([1, 1, -1, -1], 1)):
         half = torch.from_numpy(np.outer(signs, signal) + noise)
-        found = similarity.agreement({"one": gradients.products({"one": half})["one"][None]})
+        found = similarity.same_and_other_groups({"one": gradients.inner_products({"one": half})["one"][None]})
         assert found["same"] == pytest.approx(2 / 3, abs=0.01)  # halves have cosine 1/2
         assert found["other"] == pytest.approx(2 / 3 * (1 - 2 * lack), abs=0.01)
         assert found["lack"] == pytest.approx(found["same"] - found["other"])
@@ -123,7 +126,7 @@ def test_halves_that_point_apart_are_not_made_to_point_beyond():
 def test_noise_in_few_dimensions_lacks_nothing_on_the_average():
     rng = np.random.default_rng(0)
     half = torch.from_numpy(rng.normal(size=(2000, 16, 100)))
-    lack = [similarity.agreement(gradients.products({"one": one}))["lack"] for one in half]
+    lack = [similarity.same_and_other_groups(gradients.inner_products({"one": one}))["lack"] for one in half]
     assert abs(np.mean(lack)) < 3 * np.std(lack) / np.sqrt(len(lack))
 
 

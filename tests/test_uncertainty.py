@@ -4,10 +4,11 @@ from itertools import product
 from math import comb
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 
-from ilora.uncertainty import compare, holm, mcnemar, spread, user_test
+from ilora.uncertainty import crossed_interval, holm, mcnemar, paired_comparison, sign_flip_test
 
 
 def table(seeds=3, draws=4, users=60, windows=2, sd=(0.0, 0.0, 0.0, 1.0), mean=0.0, seed=0):
@@ -21,7 +22,7 @@ def table(seeds=3, draws=4, users=60, windows=2, sd=(0.0, 0.0, 0.0, 1.0), mean=0
 
 def test_the_parts_are_the_errors_of_three_means():
     values, users = table(windows=1, sd=(1, 1, 1, 1))
-    found = spread(values, users)
+    found = crossed_interval(values, users)
     assert found["error_seeds"] == pytest.approx(stats.sem(values.mean((1, 2))))
     assert found["error_draws"] == pytest.approx(stats.sem(values.mean((0, 2))))
     assert found["error_users"] == pytest.approx(stats.sem(values.mean((0, 1))))
@@ -31,7 +32,7 @@ def test_the_parts_are_the_errors_of_three_means():
 def test_another_draw_moves_a_run_by_as_much_however_many_runs_there_are():
     values = np.zeros((2, 2, 3))
     values[0, 0], values[1, 1] = 1, 1  # each run gets another draw right: their mean does not move, a run does
-    found = spread(values, np.arange(3))
+    found = crossed_interval(values, np.arange(3))
     assert found["error_draws"] == 0 and found["sd_draws"] == pytest.approx(np.sqrt(0.5))
 
 
@@ -39,7 +40,7 @@ def test_another_draw_moves_a_run_by_as_much_however_many_runs_there_are():
 def test_what_varies_is_named(place, part):
     sd = [0.0, 0.0, 0.0, 0.05]
     sd[place] = 1.0
-    found = spread(*table(sd=sd))
+    found = crossed_interval(*table(sd=sd))
     errors = {name: found[f"error_{name}"] for name in ("seeds", "draws", "users")}
     assert max(errors, key=errors.get) == part
     assert errors[part] > 10 * sorted(errors.values())[1]
@@ -47,7 +48,7 @@ def test_what_varies_is_named(place, part):
 
 def test_users_alone_give_students_interval():
     values, users = table(seeds=1, draws=1, windows=1)
-    found = spread(values, users)
+    found = crossed_interval(values, users)
     low, high = stats.t.interval(0.95, 59, values.mean(), stats.sem(values.ravel()))
     assert (found["low"], found["high"]) == pytest.approx((low, high))
     assert found["error_seeds"] is None and found["error_draws"] is None and found["sd_draws"] is None
@@ -55,15 +56,15 @@ def test_users_alone_give_students_interval():
 
 def test_windows_of_one_user_are_not_counted_as_independent():
     values, users = table(seeds=1, draws=1, windows=1)
-    often = spread(np.repeat(values, 5, axis=2), np.repeat(users, 5))
-    assert often["error_users"] == pytest.approx(spread(values, users)["error_users"])
+    often = crossed_interval(np.repeat(values, 5, axis=2), np.repeat(users, 5))
+    assert often["error_users"] == pytest.approx(crossed_interval(values, users)["error_users"])
 
 
 def test_the_interval_holds_the_truth_about_as_often_as_it_says():
     """Seeds, draws and users vary at once; taking users alone would miss most often."""
     inside, narrow = 0, 0
     for seed in range(400):
-        found = spread(*table(seeds=5, draws=5, sd=(0.3, 0.3, 1.0, 1.0), mean=0.4, seed=seed))
+        found = crossed_interval(*table(seeds=5, draws=5, sd=(0.3, 0.3, 1.0, 1.0), mean=0.4, seed=seed))
         inside += found["low"] < 0.4 < found["high"]
         narrow += abs(found["value"] - 0.4) < 1.96 * found["error_users"]
     assert 0.92 <= inside / 400 <= 0.99
@@ -71,50 +72,51 @@ def test_the_interval_holds_the_truth_about_as_often_as_it_says():
 
 
 def test_values_without_any_spread_have_no_width():
-    found = spread(np.ones((2, 2, 5)), np.arange(5))
+    found = crossed_interval(np.ones((2, 2, 5)), np.arange(5))
     assert found["low"] == found["value"] == found["high"] == 1
 
 
 def test_mcnemar_is_the_binomial_of_the_questions_that_differ():
     one = np.array([1, 1, 1, 1, 1, 1, 1, 0, 1, 0], bool)
     other = np.array([0, 0, 0, 0, 0, 0, 0, 1, 1, 0], bool)
-    found = mcnemar(one, other)
-    assert (found["one_alone"], found["other_alone"]) == (7, 1)
-    assert found["p"] == pytest.approx(2 * sum(comb(8, k) for k in (0, 1)) / 2**8)
-    assert mcnemar(one, one)["p"] == 1
+    assert mcnemar(one, other) == pytest.approx(2 * sum(comb(8, k) for k in (0, 1)) / 2**8)
+    assert mcnemar(one, one) == 1
 
 
 def test_the_test_over_users_counts_all_signs():
     difference, users = np.array([0.5, 0.5, 1.0, -1.0, 2.0, 0.0]), np.array([0, 0, 1, 2, 3, 4])
     sums = np.array([1.0, 1.0, -1.0, 2.0])
     signed = [np.dot(signs, sums) for signs in product((1, -1), repeat=4)]
-    assert user_test(difference, users) == pytest.approx(np.mean(np.abs(signed) >= abs(sums.sum()) - 1e-9))
-    assert user_test(np.zeros(4), np.arange(4)) == 1
+    assert sign_flip_test(difference, users) == pytest.approx(np.mean(np.abs(signed) >= abs(sums.sum()) - 1e-9))
+    assert sign_flip_test(np.zeros(4), np.arange(4)) == 1
 
 
 def test_users_without_a_difference_are_seldom_told_apart():
-    rejected = [user_test(np.random.default_rng(seed).normal(size=30), np.arange(30)) < 0.05 for seed in range(200)]
+    rejected = [
+        sign_flip_test(np.random.default_rng(seed).normal(size=30), np.arange(30)) < 0.05 for seed in range(200)
+    ]
     assert 0.01 < np.mean(rejected) < 0.1
 
 
 def test_holm_steps_down():
-    p = [0.01, 0.04, 0.03, 0.005]
-    np.testing.assert_allclose(holm(p), [0.03, 0.06, 0.06, 0.02])
-    assert holm([0.6, 0.7]).max() == 1
+    p = pd.Series({"b": 0.01, "d": 0.04, "c": 0.03, "a": 0.005})
+    expected = pd.Series({"b": 0.03, "d": 0.06, "c": 0.06, "a": 0.02})
+    pd.testing.assert_series_equal(holm(p), expected)
+    assert holm(pd.Series([0.6, 0.7])).max() == 1
 
 
-def test_runs_are_paired_and_one_run_meets_all():
+def test_runs_are_paired_in_order_and_a_single_run_with_all():
     rng = np.random.default_rng(1)
-    one, other, users = rng.random((3, 2, 40)) < 0.7, rng.random((5, 2, 40)) < 0.4, np.arange(40)
-    found = compare(one, other, users)
-    paired = spread(one.astype(float) - other[:3], users)
-    assert {name: found[name] for name in paired} == paired
-    exact = [mcnemar(one[s, d], other[s, d])["p"] for s in range(3) for d in range(2)]
-    assert found["mcnemar_least"] == min(exact) and found["mcnemar_largest"] == max(exact)
-    assert found["mcnemar_median"] == pytest.approx(np.median(exact))
-    single = compare(one, other[:1], users)
-    assert single["seeds"] == 3 and single["value"] == pytest.approx(one.mean() - other[0].mean())
-    assert found["p"] < 0.01
+    first, second, users = rng.random((3, 2, 40)) < 0.7, rng.random((3, 2, 40)) < 0.4, np.arange(40)
+    result = paired_comparison(first, second, users)
+    interval = crossed_interval(first.astype(float) - second, users)
+    assert result.items() >= interval.items()
+    exact = [mcnemar(first[s, d], second[s, d]) for s in range(3) for d in range(2)]
+    assert result["mcnemar_least"] == min(exact) and result["mcnemar_largest"] == max(exact)
+    assert result["mcnemar_median"] == pytest.approx(np.median(exact))
+    single = paired_comparison(first, second[:1], users)
+    assert single["seeds"] == 3 and single["value"] == pytest.approx(first.mean() - second[0].mean())
+    assert result["p"] < 0.01
 
 
 # ---------------------------------------------------------------- the bootstrap over users
@@ -131,7 +133,7 @@ def uneven(users=40, seed=0, ours=0.5, theirs=0.4):
 
 def test_the_bootstrap_draws_users_with_all_their_windows():
     one, other, users = uneven()
-    found = compare(one, other, users)
+    found = paired_comparison(one, other, users)
     difference, rng, means = one[0, 0].astype(float) - other[0, 0], np.random.default_rng(5), []
     for _ in range(4000):
         drawn = rng.integers(40, size=40)
@@ -149,8 +151,10 @@ def test_the_bootstrap_draws_users_with_all_their_windows():
 def test_the_bootstrap_is_of_the_mean_over_runs_and_draws_and_the_same_for_a_seed():
     rng = np.random.default_rng(1)
     one, other, users = rng.random((3, 2, 60)) < 0.7, rng.random((3, 2, 60)) < 0.4, np.repeat(np.arange(20), 3)
-    found = compare(one, other, users)
-    again = compare(np.repeat(one, 2, axis=1), np.repeat(other, 2, axis=1), users)  # each draw twice: the same mean
+    found = paired_comparison(one, other, users)
+    again = paired_comparison(
+        np.repeat(one, 2, axis=1), np.repeat(other, 2, axis=1), users
+    )  # each draw twice: the same mean
     ends = ("bootstrap_low", "bootstrap_high")
     assert [found[end] for end in ends] == pytest.approx([again[end] for end in ends])
     assert found["bootstrap_low"] < found["value"] < found["bootstrap_high"]
@@ -158,7 +162,7 @@ def test_the_bootstrap_is_of_the_mean_over_runs_and_draws_and_the_same_for_a_see
 
 def test_equal_systems_have_no_difference_to_resample():
     one, _, users = uneven()
-    found = compare(one, one, users)
+    found = paired_comparison(one, one, users)
     assert (found["bootstrap_low"], found["bootstrap_high"]) == (0, 0)
 
 
@@ -167,7 +171,7 @@ def test_the_bootstrap_holds_the_true_difference_about_as_often_as_it_says():
     inside, narrow = 0, 0
     for seed in range(400):
         one, other, users = uneven(users=60, seed=seed)
-        found = compare(one, other, users)
+        found = paired_comparison(one, other, users)
         inside += found["bootstrap_low"] < 0.1 < found["bootstrap_high"]
         difference = one[0, 0].astype(float) - other[0, 0]
         narrow += abs(difference.mean() - 0.1) < 1.96 * stats.sem(difference)

@@ -1,11 +1,11 @@
-"""Results of the benchmarks as tables: how many times one way's time another one takes, and whether that is the goal.
+"""Results of the benchmarks as tables: ratios of times, measured values, and whether they meet their goals.
 
-A benchmark's JSON has parts (`metrics`), a part has ways, and `to` names the one that the others' ratios are to. A way
-may have a goal, {"at_least": number} or {"at_most": number}, of the median of its ratio.
+The `metrics` of a result are parts. A part times several ways to do one thing; `to` names the way that all ratios
+refer to. A goal, {"at_least": number} or {"at_most": number}, is for a median ratio or for a measured value.
 """
 
-import json
-from collections.abc import Iterator, Mapping
+import operator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +13,21 @@ import numpy as np
 import pandas as pd
 
 from ilora.runs import UserError
+from ilora.study.results import load_results
 
-Results = Mapping[str, Mapping[str, Any]]
-PLACE = ["benchmark", "part"]
-MEASURED = ["value", "low", "high"]
-
-
-def read(folder: str | Path) -> dict[str, dict]:
-    """Each benchmark's result, by its file's name, such as "language_cpu".  Raises UserError if there are none."""
-    found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(folder).glob("*.json"))}
-    if not found:
-        raise UserError(f"{folder} holds no results: make them with make bench")
-    return found
+Results = Mapping[str, Mapping[str, Any]]  # name of the file, such as "language_cpu" -> its content
 
 
-def provenance(results: Results) -> pd.DataFrame:
-    """Where each result comes from: processor and its threads, versions, commit, day, and how long it took."""
+def load_benchmarks(folder: str | Path) -> dict[str, dict]:
+    """The result of each benchmark.  Raises UserError if the folder has none."""
+    results = load_results(folder)
+    if not results:
+        raise UserError(f"{folder} contains no results of benchmarks: run make bench")
+    return results
+
+
+def machines(results: Results) -> pd.DataFrame:
+    """Where each result was measured: device, threads, versions, commit, day, duration in minutes."""
     rows = {
         name: {
             "device": result["device"]["name"],
@@ -43,106 +42,75 @@ def provenance(results: Results) -> pd.DataFrame:
     return pd.DataFrame(rows).T.rename_axis("benchmark")
 
 
-def parts(results: Results) -> Iterator[tuple[str, str, dict]]:
-    """Benchmark, part, and what was found in it; parts that failed are left out, see `failures`."""
-    for name, result in results.items():
-        for part, found in result["metrics"].items():
-            if "error" not in found:
-                yield name, part, found
+def parts(results: Results, failed: bool = False) -> Iterator[tuple[str, str, dict]]:
+    """(benchmark, name of the part, its content) of every part that did not fail, or that did."""
+    for benchmark, result in results.items():
+        yield from ((benchmark, *part) for part in result["metrics"].items() if ("error" in part[1]) == failed)
 
 
-def failures(results: Results) -> pd.DataFrame:
+def _entries(results: Results, key: str) -> Iterator[tuple[tuple[str, str, str], dict, dict]]:
+    """((benchmark, part, name), entry, content of the part) of every entry that has `key`."""
+    for benchmark, part, content in parts(results):
+        for name, entry in content.items():
+            if isinstance(entry, dict) and key in entry:
+                yield (benchmark, part, name), entry, content
+
+
+def _table(rows: Iterable[tuple], name: str, *columns: str) -> pd.DataFrame:
+    index = ["benchmark", "part", name]
+    return pd.DataFrame(rows, columns=[*index, *columns]).set_index(index)
+
+
+def failed_parts(results: Results) -> pd.DataFrame:
     """Parts that could not be measured, and why."""
-    rows = [
-        (name, part, found["error"])
-        for name, result in results.items()
-        for part, found in result["metrics"].items()
-        if "error" in found
-    ]
-    return pd.DataFrame(rows, columns=[*PLACE, "error"]).set_index(PLACE)
+    rows = [(benchmark, part, content["error"]) for benchmark, part, content in parts(results, failed=True)]
+    return pd.DataFrame(rows, columns=["benchmark", "part", "error"]).set_index(["benchmark", "part"])
+
+
+def judge(value: float, goals: Mapping[str, float]) -> tuple[str, float, bool | None]:
+    """The goal in words and as a number, and whether the value meets it: ("", nan, None) without a goal."""
+    for kind, meets in (("at_least", operator.ge), ("at_most", operator.le)):
+        if kind in goals:
+            return f"{kind.replace('_', ' ')} {goals[kind]:g}", goals[kind], bool(meets(value, goals[kind]))
+    return "", np.nan, None
 
 
 def ratios(results: Results) -> pd.DataFrame:
-    """A row for each way that another one is compared with.
-
-    value, low, high: median and quartiles of its time over that of the way `to`; seconds of both;
-    goal in words, `aim` as a number; met: True or False, None without a goal. A result of before a goal was stated
-    is judged by the one that others state for the same part and way.
-    """
-    goals = {
-        (part, way): goal(value)
-        for _, part, found in parts(results)
-        for way, value in found.items()
-        if isinstance(value, dict) and goal(value)
-    }
+    """Median and quartiles of each way's time divided by that of the way `to`, median seconds of both, and the goal."""
     rows = []
-    for name, part, found in parts(results):
-        ways = {way: value for way, value in found.items() if isinstance(value, dict) and "time_ratio" in value}
-        first = reference(found)
-        for way in [way for way in ways if first and way != first]:
-            ratio, aim = ways[way]["time_ratio"], goals.get((part, way))
-            row = {"benchmark": name, "part": part, "way": way, "to": first, "rows": found.get("rows")}
-            row |= {"seconds": ways[way]["seconds"]["median"], "seconds_to": ways[first]["seconds"]["median"]}
-            row |= {"value": ratio["median"], "low": ratio["low"], "high": ratio["high"]}
-            rows.append(row | judged(ratio["median"], aim))
-    columns = [*PLACE, "way", "to", "rows", "seconds", "seconds_to", *MEASURED, "goal", "aim", "met"]
-    return pd.DataFrame(rows, columns=columns).set_index([*PLACE, "way"])
+    for place, entry, content in _entries(results, "time_ratio"):
+        if place[-1] != content["to"]:
+            ratio, seconds = entry["time_ratio"], (way["seconds"]["median"] for way in (entry, content[content["to"]]))
+            measured = (ratio["median"], ratio["low"], ratio["high"], *judge(ratio["median"], entry))
+            rows.append((*place, content["to"], content.get("rows"), *seconds, *measured))
+    columns = ["to", "rows", "seconds", "seconds_to", "value", "low", "high", "goal", "aim", "met"]
+    return _table(rows, "way", *columns)
 
 
-def reference(found: Mapping[str, Any]) -> str | None:
-    """The way that a part's ratios are to: `to`, or in a result that does not name it the one that is always 1."""
-    ways = {
-        way: value["time_ratio"] for way, value in found.items() if isinstance(value, dict) and "time_ratio" in value
-    }
-    return found.get("to") or next((way for way, ratio in ways.items() if set(ratio.values()) == {1.0}), None)
-
-
-def goal(found: Mapping[str, Any]) -> tuple[str, float] | None:
-    """ "at_least" or "at_most", and the number."""
-    return next(((kind, found[kind]) for kind in ("at_least", "at_most") if kind in found), None)
-
-
-def judged(value: float, aim: tuple[str, float] | None) -> dict[str, Any]:
-    if aim is None:
-        return {"goal": "", "aim": np.nan, "met": None}
-    kind, number = aim
-    met = value >= number if kind == "at_least" else value <= number
-    return {"goal": f"{kind.replace('_', ' ')} {number:g}", "aim": number, "met": bool(met)}
-
-
-def limits(results: Results) -> pd.DataFrame:
-    """Measurements of one way that have a goal: value, its 95 % interval where there is one, goal, met."""
+def measured_values(results: Results) -> pd.DataFrame:
+    """Values that are not ratios, with their 95 % intervals where there are any, and the goal."""
     rows = [
-        {"benchmark": name, "part": part, "what": what, **{key: value.get(key) for key in MEASURED}}
-        | judged(value["value"], goal(value))
-        for name, part, found in parts(results)
-        for what, value in found.items()
-        if isinstance(value, dict) and "value" in value
+        (*place, entry["value"], entry.get("low"), entry.get("high"), *judge(entry["value"], entry))
+        for place, entry, _ in _entries(results, "value")
     ]
-    columns = [*PLACE, "what", *MEASURED, "goal", "aim", "met"]
-    return pd.DataFrame(rows, columns=columns).set_index([*PLACE, "what"])
+    return _table(rows, "what", "value", "low", "high", "goal", "aim", "met")
 
 
-def agreement(results: Results) -> pd.DataFrame:
-    """What the ways of a part have in common, in words: the same answers, or how large the largest difference is."""
+def equality_checks(results: Results) -> pd.DataFrame:
+    """Whether the ways of a part gave the same results, or how large the largest difference is, as text."""
     rows = [
-        (name, part, what, f"{value:.2g}" if isinstance(value, float) else str(value))
-        for name, part, found in parts(results)
-        for what, value in found.get("agreement", {}).items()
+        (benchmark, part, check, f"{value:.2g}" if isinstance(value, float) else str(value))
+        for benchmark, part, content in parts(results)
+        for check, value in content.get("agreement", {}).items()
     ]
-    return pd.DataFrame(rows, columns=[*PLACE, "what", "value"]).set_index([*PLACE, "what"])
+    return _table(rows, "what", "value")
 
 
-def steps(results: Results) -> pd.DataFrame:
-    """Training steps of the adapter's benchmark: seconds, memory, tokens a second, share of the matrix rate."""
-    columns = ["tokens_per_second", "share_of_matrix_rate", "step_mib", "peak_mib"]
-    rows = [
-        {"benchmark": name, "part": part, "way": way, "rows": found["rows"], "seconds": value["seconds"]["median"]}
-        | {"to": reference(found), "ratio": value["time_ratio"]["median"]}
-        | {column: value.get(column) for column in columns}
-        for name, part, found in parts(results)
-        for way, value in found.items()
-        if isinstance(value, dict) and "tokens_per_second" in value
-    ]
-    columns = [*PLACE, "way", "rows", "seconds", "to", "ratio", *columns]
-    return pd.DataFrame(rows, columns=columns).set_index([*PLACE, "way"])
+def training_steps(results: Results) -> pd.DataFrame:
+    """Training steps of the adapter: seconds, tokens a second, share of the rate of matrix products, memory in MiB."""
+    measured = ["tokens_per_second", "share_of_matrix_rate", "step_mib", "peak_mib"]
+    rows = []
+    for place, entry, content in _entries(results, "tokens_per_second"):
+        time = (entry["seconds"]["median"], content["to"], entry["time_ratio"]["median"])
+        rows.append((*place, content["rows"], *time, *(entry.get(name) for name in measured)))
+    return _table(rows, "way", "rows", "seconds", "to", "ratio", *measured)

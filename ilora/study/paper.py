@@ -1,21 +1,19 @@
-"""What the paper's Table 1 prints, and what follows from it by arithmetic alone.
+"""The paper's Table 1, and what follows from its printed numbers by arithmetic.
 
-    HitRatio@1  a share of the test sequences (95, 122 and 1,186) to four digits, hence a count of right answers
-    Imp.%       how much higher iLoRA's HitRatio@1 is, in per cent of the row's
-
-The functions take and give plain numbers; a page shows them one by one.
+HitRatio@1  a share of the test sequences, printed with four digits: it implies a number of right answers
+Imp.%       how much higher iLoRA's HitRatio@1 is than the row's, in per cent
 """
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-# Test rows that are asked of LLaRA's release, which the paper uses. Steam has 1,194; 8 are shorter than three items.
+# Test sequences with three items or more in LLaRA's release, which the paper uses (Steam has 8 shorter ones).
 SEQUENCES = {"LastFM": 122, "MovieLens": 95, "Steam": 1186}
-LLARA_MENDED = {"LastFM": 0.5246, "MovieLens": 0.4526, "Steam": 0.5051}  # HitRatio@1 by the README of its later release
-OURS = {"LastFM": "lastfm", "MovieLens": "movielens", "Steam": "steam"}  # the names that `data.load` knows
+LLARA_FIXED = {"LastFM": 0.5246, "MovieLens": 0.4526, "Steam": 0.5051}  # HitRatio@1 in the README of its later release
+PRINTED_NAMES = {"lastfm": "LastFM", "movielens": "MovieLens", "steam": "Steam"}  # our data sets in the paper
 
-_TABLE = """
+_TABLE_1 = """
 system    LastFM valid hit     imp      MovieLens valid hit   imp       Steam valid hit   imp
 GRU4Rec   1.0000       0.2616  91.13    1.0000          0.3750 40.67    1.0000      0.4168 26.30
 Caser     1.0000       0.2233  123.91   1.0000          0.3861 36.62    1.0000      0.4368 20.51
@@ -29,67 +27,55 @@ iLoRA     1.0000       0.5000  nan      0.9891          0.5275 nan      0.9981  
 """
 
 
-def table() -> pd.DataFrame:
+def printed_results() -> pd.DataFrame:
     """Table 1 in long form: dataset, system, valid_ratio, hit_ratio, imp (per cent), n (test sequences)."""
     rows = []
-    for line in _TABLE.strip().splitlines()[1:]:
+    for line in _TABLE_1.strip().splitlines()[1:]:
         system, *numbers = line.split()
-        for dataset, own in zip(SEQUENCES, np.array(numbers, float).reshape(3, 3), strict=True):
-            rows.append((dataset, system, *own, SEQUENCES[dataset]))
+        for (dataset, n), cell in zip(SEQUENCES.items(), np.array(numbers, float).reshape(3, 3), strict=True):
+            rows.append((dataset, system, *cell, n))
     return pd.DataFrame(rows, columns=["dataset", "system", "valid_ratio", "hit_ratio", "imp", "n"])
 
 
-def counts(ratio: float, n: int, digits: int = 4) -> list[int]:
-    """The numbers k of n sequences for which k / n prints as this ratio; none if there is no such number."""
-    return [k for k in range(n + 1) if round(k / n, digits) == round(ratio, digits)]
+def possible_counts(ratio: float, n: int) -> list[int]:
+    """Every k for which k / n prints as this ratio with four digits; empty if there is none."""
+    return [k for k in range(n + 1) if round(k / n, 4) == round(ratio, 4)]
 
 
-def divisors(ratio: float, largest: int, digits: int = 4) -> list[tuple[int, int]]:
-    """(k, n) with k / n printing as this ratio, n up to `largest`: what else it may be a share of."""
-    return [(k, n) for n in range(1, largest + 1) for k in counts(ratio, n, digits)]
+def possible_fractions(ratio: float, largest: int) -> list[tuple[int, int]]:
+    """Every (k, n) with n up to `largest` for which k / n prints as this ratio with four digits."""
+    return [(k, n) for n in range(1, largest + 1) for k in possible_counts(ratio, n)]
 
 
-def wilson(ratio: float, n: int) -> tuple[float, float]:
-    """95 % interval of a share of n independent sequences, the ratio taken as the nearest count (Wilson 1927)."""
-    interval = stats.binomtest(round(ratio * n), n).proportion_ci(method="wilson")
-    return interval.low, interval.high
+def ilora_against_llara() -> pd.DataFrame:
+    """Both HitRatios of each data set, Wilson's 95 % interval of iLoRA's, and p of a pooled two-sided z test.
 
-
-def two_proportions(one: float, other: float, n: int) -> float:
-    """Two-sided p that two shares of n sequences each are equal (pooled z test).
-
-    It takes the two systems as asked different sequences. They were asked the same, and a paired test would see more;
-    it needs each answer, which no table prints.
+    The test treats the two systems' questions as independent. They were the same, so a paired test would be more
+    powerful, but it needs every answer.
     """
-    pooled = (one + other) / 2
-    z = (one - other) / np.sqrt(2 * pooled * (1 - pooled) / n)
-    return float(2 * stats.norm.sf(abs(z)))
-
-
-def audit(system: str = "LLaRA") -> pd.DataFrame:
-    """iLoRA against a row of Table 1: both shares, iLoRA's Wilson interval, p, one row a data set."""
     rows = {}
-    for dataset, own in table().set_index("system").groupby("dataset"):
-        n, ours, theirs = SEQUENCES[dataset], own.loc["iLoRA", "hit_ratio"], own.loc[system, "hit_ratio"]
-        low, high = wilson(ours, n)
-        p = two_proportions(ours, theirs, n)
-        rows[dataset] = {"n": n, "iLoRA": ours, "low": low, "high": high, system: theirs, "p": p}
+    for dataset, ratios in printed_results().pivot(index="dataset", columns="system", values="hit_ratio").iterrows():
+        n, ilora, llara = SEQUENCES[dataset], ratios["iLoRA"], ratios["LLaRA"]
+        wilson = stats.binomtest(round(ilora * n), n).proportion_ci(method="wilson")
+        pooled = (ilora + llara) / 2
+        z = (ilora - llara) / np.sqrt(2 * pooled * (1 - pooled) / n)
+        p = 2 * stats.norm.sf(abs(z))
+        rows[dataset] = {"n": n, "iLoRA": ilora, "low": wilson.low, "high": wilson.high, "LLaRA": llara, "p": p}
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
-def together(p: pd.Series) -> float:
-    """One two-sided p for several independent two-sided ones that point the same way (Stouffer)."""
+def combined_p(p: pd.Series) -> float:
+    """One two-sided p for independent two-sided p values of effects with the same sign (Stouffer)."""
     return float(2 * stats.combine_pvalues(p / 2, method="stouffer").pvalue)
 
 
 def improvements() -> pd.DataFrame:
-    """The Imp.% column beside what the two HitRatios give, per cent; `differs` by more than rounding can make."""
-    printed = table()
-    best = printed[printed["system"] == "iLoRA"].set_index("dataset")["hit_ratio"]
-    printed = printed[printed["system"] != "iLoRA"].reset_index(drop=True)
-    ratio = printed["dataset"].map(best) / printed["hit_ratio"]
-    half = 0.5e-4 * (1 / printed["dataset"].map(best) + 1 / printed["hit_ratio"])  # relative, of both roundings
+    """The printed Imp.% and the one computed from the HitRatios; `differs` where rounding cannot explain the gap."""
+    results = printed_results()
+    ilora = results["dataset"].map(results[results["system"] == "iLoRA"].set_index("dataset")["hit_ratio"])
+    ratio = ilora / results["hit_ratio"]
+    rounding = 0.5e-4 * (1 / ilora + 1 / results["hit_ratio"])  # largest relative error of the ratio
     computed = 100 * (ratio - 1)
-    differs = (computed - printed["imp"]).abs() > 100 * ratio * half + 0.005
-    columns = {"computed": computed.round(2), "differs": differs}
-    return printed[["dataset", "system", "hit_ratio", "imp"]].assign(**columns)
+    differs = (computed - results["imp"]).abs() > 100 * ratio * rounding + 0.005
+    table = results[["dataset", "system", "hit_ratio", "imp"]].assign(computed=computed.round(2), differs=differs)
+    return table[table["system"] != "iLoRA"].reset_index(drop=True)

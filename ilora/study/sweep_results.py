@@ -1,190 +1,191 @@
-"""Results of sweeps compared: one table of runs, means over seeds, each variant beside the default of its seed.
+"""Results of sweeps: one table of runs, means over seeds, and differences from the default run of the same seed.
 
-Intervals are Student's over seeds: a seed draws its own world and its own training, and runs of one seed share both.
-Where there are no results a table is empty, and figures say so.
+Intervals are Student's over seeds. In the world a seed determines the data as well as the training. Tables of
+nothing are empty, and figures say so.
 """
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-from ilora import runs
 from ilora.__main__ import plan
 from ilora.evaluation import written
 from ilora.parameters import PARAMETERS
+from ilora.runs import UserError
+from ilora.study.results import load_results
 
 ADAPTER = ("rank", "alpha", "dropout", "experts", "gate", "guidance", "gate_per_layer", "gate_top_k")
-ASIDE = ("seed", "data_dir", "device", "results")  # change what is compared by chance alone, or not at all
-SETTING = tuple(name for name in PARAMETERS if name not in (*ADAPTER, *ASIDE))  # data, budget and base model
+NEVER_COMPARED = ("seed", "data_dir", "device", "results")  # change a result only by chance
+SETTING = tuple(name for name in PARAMETERS if name not in (*ADAPTER, *NEVER_COMPARED))  # data, training, base model
 NO_GATE = "LoRA, no gate"
-NOT_VALUES = ("low", "high", "n", "users")  # what stands beside the value of an interval
 
 
-def read(folder: str | Path, notebook: str) -> pd.DataFrame:
-    """One row a result of the notebook in `folder`: parameters, and `<system>.<metric>` for what it measured.
+# ---------------------------------------------------------------- runs
 
-    A parameter that a result does not name had the value that is the notebook's default today. Beside them: the
-    device's name, commit, `changed` (the names of parameters with another value than the default) and `setting`
-    (the data set and what else of SETTING is changed, as text). Runs of one expert are left out: every run has LoRA.
+
+def load_runs(folder: str | Path, notebook: str) -> pd.DataFrame:
+    """A row per result of a notebook: its parameters, and `<system>.<metric>` for each metric.
+
+    A parameter that a result lacks has today's default. Further columns: device, commit, `changed` (names of the
+    parameters that differ from the default) and `setting` (data set and what else of SETTING is changed, as text).
+    Runs of one expert are left out: every run has LoRA.
     """
     (job,) = plan({}, [notebook])
     rows = []
-    for path in sorted(Path(folder).glob(f"{job.source.stem}-*.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
-        own = job.parameters | result["parameters"]
-        changed = tuple(name for name in own if name not in ASIDE and own[name] != job.parameters.get(name))
-        other = [f"{name} {own[name]}" for name in changed if name in SETTING and name != "dataset"]
-        flat = pd.json_normalize(result["metrics"]).iloc[0]
-        measured = {
-            name.removesuffix(".value"): flat[name] for name in flat.index if not _of_interval(name, flat.index)
-        }
-        about = {"changed": changed, "setting": ", ".join([own["dataset"], *other])}
-        if own["experts"] > 1:
-            rows.append(own | measured | {"device": result["device"]["name"], "commit": result["commit"]} | about)
+    for result in load_results(folder, f"{job.source.stem}-*.json").values():
+        parameters, default = job.parameters | result["parameters"], job.parameters
+        changed = [name for name in parameters if name not in NEVER_COMPARED]
+        changed = tuple(name for name in changed if parameters[name] != default.get(name))
+        other = [f"{name} {parameters[name]}" for name in changed if name in SETTING and name != "dataset"]
+        origin = {"device": result["device"]["name"], "commit": result["commit"], "changed": changed}
+        setting = ", ".join([parameters["dataset"], *other])
+        if parameters["experts"] > 1:
+            rows.append(parameters | _values(result["metrics"]) | origin | {"setting": setting})
     return pd.DataFrame(rows, columns=None if rows else [*job.parameters, "commit", "changed", "setting"])
 
 
-def _of_interval(name: str, names: pd.Index) -> bool:
-    of, _, what = name.rpartition(".")
-    return what in NOT_VALUES and f"{of}.value" in names
+def _values(metrics: Mapping) -> dict:
+    """Nested metrics as "a.b" -> value; of an interval, only its value and p."""
+    flat = pd.json_normalize(metrics).iloc[0].to_dict()
+    intervals = {name.removesuffix(".value") for name in flat if name.endswith(".value")}
+    bounds = {f"{name}.{part}" for name in intervals for part in ("low", "high", "n", "users")}
+    return {name.removesuffix(".value"): value for name, value in flat.items() if name not in bounds}
 
 
-def usual(table: pd.DataFrame, *free: str) -> pd.DataFrame:
-    """The runs in which all parameters but the `free` ones have their defaults (seed and device are always free)."""
-    return table[np.array([{*changed} <= {*free} for changed in table["changed"]], bool)]
+def default_runs(runs: pd.DataFrame, *free: str) -> pd.DataFrame:
+    """Runs in which all parameters have their defaults, except the `free` ones, seed and device."""
+    return runs[runs["changed"].map({*free}.issuperset).astype(bool)]
 
 
-def varied(table: pd.DataFrame, name: str, within: str) -> pd.DataFrame:
-    """The runs of those values of `within` for which there are several values of `name`."""
-    table = table if name in table else table.assign(**{name: np.nan})
-    return table[table.groupby(within)[name].transform("nunique") > 1]
+def repeated(runs: pd.DataFrame, name: str, within: str) -> pd.DataFrame:
+    """Runs, restricted to values of `within` that were repeated with several values of `name`."""
+    if name not in runs:
+        return runs.iloc[:0].assign(**{name: np.nan})
+    return runs[runs.groupby(within)[name].transform("nunique") > 1]
 
 
-def with_lora(table: pd.DataFrame) -> pd.DataFrame:
-    """The runs and, once for each seed and setting, LoRA as the run of one expert: its metrics in iLoRA's place."""
-    columns = [name for name in table if "iLoRA" in name]
-    of_lora = {name: table[name.replace("iLoRA", "LoRA")] for name in columns}
-    one = table.assign(experts=1, **of_lora).drop_duplicates(["setting", "seed"])
-    return pd.concat([one, table], ignore_index=True)
+def with_lora(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs and, once per seed and setting, LoRA as a run with one expert: its metrics in iLoRA's columns."""
+    lora = {name: runs[name.replace("iLoRA", "LoRA")] for name in runs if "iLoRA" in name}
+    one_expert = runs.assign(experts=1, **lora).drop_duplicates(["setting", "seed"])
+    return pd.concat([one_expert, runs], ignore_index=True)
 
 
-def per_epoch(table: pd.DataFrame) -> pd.DataFrame:
-    """Validation HitRatio@1 after each epoch, of runs that say it: setting, seed, experts, epoch, hit_ratio."""
-    long = table.reindex(columns=["setting", "seed", "experts", "training.validation.iLoRA"])
-    long = long.set_axis(["setting", "seed", "experts", "hit_ratio"], axis=1).dropna()
-    long["epoch"] = [[*range(1, 1 + len(values))] for values in long["hit_ratio"]]
-    return long.explode(["epoch", "hit_ratio"], ignore_index=True).astype({"epoch": int, "hit_ratio": float})
+def validation_by_epoch(runs: pd.DataFrame) -> pd.DataFrame:
+    """Validation HitRatio@1 after each epoch, of runs that recorded it: setting, seed, experts, epoch, hit_ratio."""
+    table = runs.reindex(columns=["setting", "seed", "experts", "training.validation.iLoRA"])
+    table = table.set_axis(["setting", "seed", "experts", "hit_ratio"], axis=1).dropna()
+    table["epoch"] = [[*range(1, 1 + len(values))] for values in table["hit_ratio"]]
+    return table.explode(["epoch", "hit_ratio"], ignore_index=True).astype({"epoch": int, "hit_ratio": float})
 
 
-def kept_gates(table: pd.DataFrame) -> dict[int, pd.DataFrame]:
-    """experts -> gate weights (histories, experts), rows named by user, of the runs that kept them, one a number."""
-    kept = table.reindex(columns=["experts", "gate.users", "gate.weights"]).dropna()
-    return {experts: pd.DataFrame(weights, index=users) for experts, users, weights in kept.itertuples(index=False)}
+def saved_gate_weights(runs: pd.DataFrame) -> dict[int, pd.DataFrame]:
+    """Number of experts -> gate weights (users, experts) of a run that saved them."""
+    saved = runs.reindex(columns=["experts", "gate.users", "gate.weights"]).dropna()
+    return {experts: pd.DataFrame(weights, index=users) for experts, users, weights in saved.itertuples(index=False)}
 
 
-# ---------------------------------------------------------------- over seeds
+# ---------------------------------------------------------------- means over seeds
 
 
-def student(values: Sequence[float]) -> dict:
-    """Mean of one value a seed with Student's 95 % interval (none for one seed), n, and the values themselves."""
-    values, n = [float(value) for value in values], len(values)
+def student_interval(values: Iterable[float]) -> dict:
+    """Mean of one value per seed with Student's 95 % interval (NaN for one seed), n, and the values as `runs`."""
+    values = [float(value) for value in values]
+    n = len(values)
     mean = float(np.mean(values)) if n else np.nan
     half = float(stats.t.ppf(0.975, n - 1) * stats.sem(values)) if n > 1 else np.nan
     return {"value": mean, "low": mean - half, "high": mean + half, "n": n, "runs": values}
 
 
-def over_seeds(table: pd.DataFrame, by: Sequence[str], columns: Mapping[str, str]) -> pd.DataFrame:
-    """`student` of the runs that share the values of `by`: system, *by, value, low, high, n, runs.
+def means_over_seeds(runs: pd.DataFrame, by: Sequence[str], columns: Mapping[str, str]) -> pd.DataFrame:
+    """`student_interval` of the runs that share the values of `by`: system, *by, value, low, high, n, runs.
 
-    columns: system -> column of `table`; runs that lack it are left out. Raises UserError for two runs of one seed.
+    columns: system -> column of `runs`; runs that lack it are left out. Raises UserError for two runs of one seed.
     """
     rows = []
     for system, column in columns.items():
-        for at, own in table.reindex(columns=[*by, "seed", column]).dropna().groupby([*by]):
-            place = dict(zip(by, at, strict=True))
-            if own["seed"].duplicated().any():
-                raise runs.UserError(f"two results of one seed at {place}: remove one from the folder of results")
-            rows.append({"system": system} | place | student(own.sort_values("seed")[column]))
+        for values, group in runs.reindex(columns=[*by, "seed", column]).dropna().groupby([*by]):
+            place = dict(zip(by, values, strict=True))
+            if group["seed"].duplicated().any():
+                raise UserError(f"two results have the same seed at {place}: remove one from the folder of results")
+            rows.append({"system": system} | place | student_interval(group.sort_values("seed")[column]))
     return pd.DataFrame(rows, columns=None if rows else ["system", *by, "value", "low", "high", "n", "runs"])
 
 
-def less(table: pd.DataFrame, one: str, other: str) -> dict:
-    """`student` of column `one` less column `other`, of runs that have both."""
-    both = table.reindex(columns=["seed", one, other]).dropna().sort_values("seed")
-    return student(both[one] - both[other])
+def mean_difference(runs: pd.DataFrame, first: str, second: str) -> dict:
+    """`student_interval` of column `first` minus column `second`, over runs that have both."""
+    both = runs.reindex(columns=["seed", first, second]).dropna().sort_values("seed")
+    return student_interval(both[first] - both[second])
 
 
-def slope(table: pd.DataFrame, x: str, column: str, per_doubling: bool = False) -> dict:
-    """`student` of a straight line's slope of `column` over `x`, one for each seed that has two values of `x`."""
-    known = table.reindex(columns=["seed", x, column]).dropna().astype(float)
-    at = np.log2(known[x]) if per_doubling else known[x]
-    seeds = known.assign(at=at).groupby("seed")
-    return student([stats.linregress(own["at"], own[column]).slope for _, own in seeds if own["at"].nunique() > 1])
+def mean_slope(runs: pd.DataFrame, x: str, column: str, per_doubling: bool = False) -> dict:
+    """`student_interval` of the slope of `column` over `x`: a straight line for each seed with two values of `x`."""
+    known = runs.reindex(columns=["seed", x, column]).dropna().astype(float)
+    seeds = known.assign(x=np.log2(known[x]) if per_doubling else known[x]).groupby("seed")
+    return student_interval(stats.linregress(of["x"], of[column]).slope for _, of in seeds if of["x"].nunique() > 1)
 
 
-def sentence(what: str, found: Mapping, over: str = "") -> str:
-    """What an interval over seeds says: `what` is above zero, below it, or neither for certain; of a slope, with `over`
-    for what it is over, that it grows or falls."""
-    if found["n"] < 2:
-        return f"{what}: {found['n']} seeds with a result, too few for an interval"
-    above, below, neither = "is above zero", "is below zero", "cannot be told from zero"
+def conclusion(what: str, interval: Mapping, over: str = "") -> str:
+    """A sentence: whether `what` is significantly above or below zero or, for a slope over `over`, grows or falls."""
+    if interval["n"] < 2:
+        return f"{what}: {interval['n']} seeds with a result, too few for an interval"
+    above, below, neither = "is above zero", "is below zero", "is not significantly different from zero"
     if over:
-        above, below, neither = f"grows with {over}", f"falls with {over}", f"does not clearly change with {over}"
-    chosen = above if found["low"] > 0 else below if found["high"] < 0 else neither
-    return f"{what} {chosen}: {written(found)}, n = {found['n']} seeds"
+        above, below, neither = f"grows with {over}", f"falls with {over}", f"does not change significantly with {over}"
+    verb = above if interval["low"] > 0 else below if interval["high"] < 0 else neither
+    return f"{what} {verb}: {written(interval)}, n = {interval['n']} seeds"
 
 
-# ---------------------------------------------------------------- variants
+# ---------------------------------------------------------------- differences from the default
 
 
-def paired(table: pd.DataFrame, name: str, *others: str) -> pd.DataFrame:
-    """HitRatio@1 of the runs that change `name`, less that of the default run of the same seed and setting.
+def differences_from_default(runs: pd.DataFrame, name: str, *others: str) -> pd.DataFrame:
+    """HitRatio@1 of the runs that change `name`, minus that of the default run of the same seed and setting.
 
-    They may change `others` with it, and no more. setting, variant, value, low, high, n, runs (see `student`) and p, of
-    Student's paired test. LoRA, which has no gate, is a variant of each setting that has another.
+    They may also change `others`. Columns: setting, variant, value, low, high, n, runs (see `student_interval`) and p
+    of Student's paired test. LoRA is one more variant in each setting that has any.
     """
-    columns = ["setting", "seed", "variant", "LoRA.hit_ratio", "iLoRA.hit_ratio"]
-    default = usual(table, *SETTING).assign(variant=NO_GATE).reindex(columns=columns)
-    changed = usual(table, *SETTING, name, *others)
-    changed = changed[np.array([name in names for names in changed["changed"]], bool)]
-    changed = changed.assign(variant=[_variant(run, (name, *others)) for run in changed.to_dict("records")])
+    default, changed = default_runs(runs, *SETTING), default_runs(runs, *SETTING, name, *others)
+    changed = changed[changed["changed"].map(lambda names: name in names).astype(bool)]
+    variant = [_variant(run, (name, *others)) for run in changed.to_dict("records")]
     lora = default[default["setting"].isin(changed["setting"])]
-    lora = lora.assign(**{"iLoRA.hit_ratio": lora["LoRA.hit_ratio"]})
-    beside = pd.concat([lora, changed.reindex(columns=columns)])
-    usually = default.drop(columns=["variant", "LoRA.hit_ratio"])
-    beside = beside.merge(usually, on=["setting", "seed"], suffixes=("", ", default"))
-    beside["difference"] = beside["iLoRA.hit_ratio"] - beside["iLoRA.hit_ratio, default"]
-    found = over_seeds(beside, ["setting", "variant"], {"difference": "difference"}).drop(columns="system")
-    found["p"] = [stats.ttest_1samp(values, 0).pvalue if len(values) > 1 else np.nan for values in found["runs"]]
-    return found
+    compared = pd.concat([
+        lora.assign(variant=NO_GATE, hit_ratio=lora.get("LoRA.hit_ratio")),
+        changed.assign(variant=variant, hit_ratio=changed.get("iLoRA.hit_ratio")),
+    ])[["setting", "seed", "variant", "hit_ratio"]]  # fmt: skip
+    default = default.assign(default=default.get("iLoRA.hit_ratio"))[["setting", "seed", "default"]]
+    compared = compared.merge(default, on=["setting", "seed"])
+    compared["difference"] = compared["hit_ratio"] - compared["default"]
+    table = means_over_seeds(compared, ["setting", "variant"], {"": "difference"}).drop(columns="system")
+    p = [stats.ttest_1samp(values, 0).pvalue if len(values) > 1 else np.nan for values in table["runs"]]
+    return table.assign(p=p)
 
 
 def _variant(run: Mapping, names: Sequence[str]) -> str:
-    own = {name: run[name] for name in names if name in run["changed"]}
-    return ", ".join(f"{name} {value:g}" if type(value) is float else f"{name} {value}" for name, value in own.items())
+    values = {name: run[name] for name in names if name in run["changed"]}
+    return ", ".join(
+        f"{name} {value:g}" if type(value) is float else f"{name} {value}" for name, value in values.items()
+    )
 
 
-def told_apart(found: pd.DataFrame) -> str:
-    """Of which variants of `paired` the interval leaves out zero, one by one; titles a figure."""
-    known = found[(found["n"] > 1) & (found["variant"] != NO_GATE)]
-    apart = known[(known["low"] > 0) | (known["high"] < 0)]
-    which = "; ".join(f"{row.variant} ({row.setting})" for row in apart.head(2).itertuples())
-    said = f"before any correction {len(apart)} of {len(known)} intervals leave out zero"
-    return said if apart.empty else f"{said}: {which}" + (", ..." if len(apart) > 2 else "")
+def without_repeats(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
+    """Several tables of `differences_from_default` as one, each variant of a setting once."""
+    return pd.concat(tables).drop_duplicates(["setting", "variant"], ignore_index=True)
 
 
-def all_together(found: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """The differences of several questions, each once, and p values adjusted for their number (Benjamini, Hochberg)."""
-    table = pd.concat(found, ignore_index=True).drop_duplicates(["setting", "variant"], ignore_index=True)
-    tested = table["p"].notna()
-    table.loc[tested, "p, adjusted"] = stats.false_discovery_control(table.loc[tested, "p"].astype(float))
-    return table
+def count_without_zero(differences: pd.DataFrame) -> str:
+    """How many intervals of variants exclude zero, uncorrected, and which: a figure's title."""
+    known = differences[(differences["n"] > 1) & (differences["variant"] != NO_GATE)]
+    outside = known[(known["low"] > 0) | (known["high"] < 0)]
+    which = "; ".join(f"{row.variant} ({row.setting})" for row in outside.head(2).itertuples())
+    count = f"before any correction {len(outside)} of {len(known)} intervals exclude zero"
+    return count if outside.empty else f"{count}: {which}" + (", ..." if len(outside) > 2 else "")
 
 
-def records(table: pd.DataFrame) -> list[dict]:
-    """The rows for a JSON, which has no NaN."""
-    return json.loads(table.to_json(orient="records", double_precision=15))
+def with_adjusted_p(differences: pd.DataFrame) -> pd.DataFrame:
+    """The table with p adjusted for the number of its tests by the false discovery rate (Benjamini, Hochberg)."""
+    p = differences["p"].dropna().astype(float)
+    return differences.assign(**{"p, adjusted": pd.Series(stats.false_discovery_control(p), p.index, float)})

@@ -1,6 +1,5 @@
-"""The table read: what systems answered in all their runs, how sure their means are, and which of them differ."""
+"""Results of the table of systems: means with intervals, paired comparisons, and what they allow us to conclude."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,230 +8,215 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ilora import data, evaluation, runs, uncertainty
+from ilora import data, evaluation
+from ilora.runs import UserError
+from ilora.study.results import load_results
 from ilora.table import FREE, SYSTEMS
+from ilora.uncertainty import crossed_interval, holm, paired_comparison
 
-COMPARED = [
+COMPARISON = [
     "n", "value", "low", "high", "p", "p_holm", "bootstrap_low", "bootstrap_high", "mcnemar_median", "mcnemar_least",
     "mcnemar_largest",
 ]  # fmt: skip
+ORDER = {name: place for place, name in enumerate((*data.WORDS, *SYSTEMS))}  # of rows: data sets, systems
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What a system answered to one set of questions, or to a sample of it, in all its runs."""
+    """All runs' answers of one system to a set of questions, or to a sample of the set."""
 
     seeds: tuple[int, ...]
     hit: np.ndarray  # (seeds, draws, n) bool
     valid: np.ndarray  # (seeds, draws, n) bool
     users: np.ndarray  # (n,)
-    questions: tuple[str, ...]  # a digest of each draw's questions, of all of the set
-    rows: np.ndarray  # (n,) which questions of the set were asked, in order
+    questions: tuple[str, ...]  # a digest of the whole set for each draw
+    rows: np.ndarray  # (n,) places of these questions in the set, ascending
 
 
-def read(folder: str | Path) -> list[dict[str, Any]]:
+def load_table(folder: str | Path) -> list[dict[str, Any]]:
     """The results and failures of a folder.  Raises UserError if there are none."""
-    paths = sorted(Path(folder).glob("table-*.json"))
-    if not paths:
-        raise runs.UserError(f"{folder} holds no results: make them with python -m ilora table --to {folder}")
-    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    results = [*load_results(folder, "table-*.json").values()]
+    if not results:
+        raise UserError(f"{folder} contains no results: make them with python -m ilora table --to {folder}")
+    return results
 
 
-def answers(results: Sequence[Mapping], dataset: str, windows: str = "last") -> dict[str, Answers]:
-    """system -> its answers on a data set, runs in the order of their seeds; systems in the table's order.
+def _of_cell(results: Sequence[Mapping], dataset: str, system: str) -> list[Mapping]:
+    """The successful runs of a system on a data set, by seed."""
+    cell = {"dataset": dataset, "system": system}.items()
+    runs = [result for result in results if result["parameters"].items() >= cell and "error" not in result]
+    return sorted(runs, key=lambda run: run["parameters"]["seed"])
 
-    Raises UserError for runs of one system that differ in a setting besides the seed, or in what they were asked.
+
+def datasets_in(results: Sequence[Mapping]) -> list[str]:
+    """The data sets with at least one successful run."""
+    return [name for name in data.WORDS if any(_of_cell(results, name, system) for system in SYSTEMS)]
+
+
+def answers_by_system(results: Sequence[Mapping], dataset: str, windows: str = "last") -> dict[str, Answers]:
+    """system -> its answers on a data set, in the table's order.
+
+    Raises UserError if runs of one system differ in their questions, or in a setting other than the seed.
     """
-    found = {}
+    answers = {}
     for system in SYSTEMS:
-        own = [r for r in results if _of(r) == (dataset, system) and "error" not in r]
-        own.sort(key=lambda result: result["parameters"]["seed"])
-        if not own:
+        runs = _of_cell(results, dataset, system)
+        if not runs:
             continue
-        settings = [{k: v for k, v in r["parameters"].items() if k not in ("seed", *FREE)} for r in own]
-        if any(other != settings[0] for other in settings):
-            raise runs.UserError(f"the results of {system} on {dataset} are of several settings: keep one in a folder")
-        asked = [[r["outcomes"].get(f"{windows} {what}") for what in ("questions", "windows", "rows")] for r in own]
-        if dataset != "world" and any(other != asked[0] for other in asked):  # each seed draws its own world
-            raise runs.UserError(f"the runs of {system} on {dataset} were asked different questions: make them again")
+        settings = pd.DataFrame([run["parameters"] for run in runs]).drop(columns=["seed", *FREE], errors="ignore")
+        differ = settings.columns[settings.nunique(dropna=False) > 1]
+        if len(differ):
+            raise UserError(f"the results of {system} on {dataset} differ in {', '.join(differ)}: keep one in a folder")
+        asked = [[run["outcomes"].get(f"{windows} {key}") for key in ("questions", "windows", "rows")] for run in runs]
+        if dataset != "world" and any(other != asked[0] for other in asked):  # in the world each seed has its own
+            raise UserError(f"the runs of {system} on {dataset} answered different questions: run them again")
         hit, valid = (
-            np.array([[_bits(row) for row in r["outcomes"][f"{windows} {name}"]] for r in own])
-            for name in ("hit", "valid")
+            np.array([[list(row) for row in run["outcomes"][f"{windows} {key}"]] for run in runs]) == "1"
+            for key in ("hit", "valid")
         )
-        questions, of_users, sample = asked[0]
-        users = np.repeat(np.arange(len(of_users)), of_users)  # of all questions
+        questions, windows_per_user, sample = asked[0]
+        users = np.repeat(np.arange(len(windows_per_user)), windows_per_user)
         rows = np.arange(len(users)) if sample is None else np.array(sample)
-        seeds = tuple(r["parameters"]["seed"] for r in own)
-        found[system] = Answers(seeds, hit, valid, users[rows], tuple(questions), rows)
-    return found
+        seeds = tuple(run["parameters"]["seed"] for run in runs)
+        answers[system] = Answers(seeds, hit, valid, users[rows], tuple(questions), rows)
+    return answers
 
 
-def _of(result: Mapping) -> tuple[str, str]:
-    return result["parameters"]["dataset"], result["parameters"]["system"]
+# ---------------------------------------------------------------- means and comparisons
 
 
-def _bits(text: str) -> np.ndarray:
-    return np.frombuffer(text.encode(), np.uint8) == ord("1")
+def system_means(answers: Mapping[str, Answers]) -> pd.DataFrame:
+    """A row per system: `crossed_interval` of HitRatio@1 within [0, 1], valid_ratio, hit_ratio_of_valid.
 
-
-def summary(found: Mapping[str, Answers]) -> pd.DataFrame:
-    """One row a system: hit_ratio (right of all) as `uncertainty.spread` gives it, valid_ratio, hit_ratio_of_valid.
-
-    Where all answers are alike, which have no spread, the interval is that of `evaluation.interval`.
+    Answers without any variance get the interval of `evaluation.interval`.
     """
     rows = {}
-    for system, own in found.items():
-        row = uncertainty.spread(own.hit, own.users)
+    for system, of in answers.items():
+        row = crossed_interval(of.hit, of.users)
         if row["low"] == row["high"]:
-            alike = evaluation.interval(own.hit.mean((0, 1)), own.users)
-            row |= {"low": alike["low"], "high": alike["high"]}
-        row |= {"low": max(row["low"], 0.0), "high": min(row["high"], 1.0)}
-        of_valid = own.hit.sum() / max(own.valid.sum(), 1)
-        rows[system] = row | {"valid_ratio": own.valid.mean(), "hit_ratio_of_valid": of_valid}
+            row |= {end: evaluation.interval(of.hit.mean((0, 1)), of.users)[end] for end in ("low", "high")}
+        row |= {"low": max(row["low"], 0.0), "high": min(row["high"], 1.0), "valid_ratio": of.valid.mean()}
+        rows[system] = row | {"hit_ratio_of_valid": of.hit.sum() / max(of.valid.sum(), 1)}
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
-def comparisons(found: Mapping[str, Answers], system: str = "iLoRA") -> pd.DataFrame:
-    """`uncertainty.compare` of one system with each that was asked the same, and Holm's p over these comparisons.
-
-    Trained systems are compared in the seeds that both have, and one that was asked a sample on its rows alone.
-    """
-    trained = SYSTEMS[system].seeds
-    pairs = {
-        other: _compared(found[system], own, trained and SYSTEMS[other].seeds)
-        for other, own in found.items()
-        if other != system
-    }
-    return _corrected(pairs)
+def compare_systems(answers: Mapping[str, Answers], system: str = "iLoRA") -> pd.DataFrame:
+    """`paired_comparison` of one system with each other one on their common questions, with Holm's p over the rows."""
+    return _compare({other: (answers[system], answers[other], system) for other in answers if other != system})
 
 
-def gained(large: Mapping[str, Answers], small: Mapping[str, Answers]) -> pd.DataFrame:
-    """`uncertainty.compare` of each system over a large base with itself over a small one, as in `comparisons`."""
-    both = [system for system in large if system in small]
-    return _corrected({system: _compared(large[system], small[system], SYSTEMS[system].seeds) for system in both})
+def compare_bases(large: Mapping[str, Answers], small: Mapping[str, Answers]) -> pd.DataFrame:
+    """`paired_comparison` of each system over a large base with itself over a small one, as in `compare_systems`."""
+    return _compare({system: (large[system], small[system], system) for system in large if system in small})
 
 
-def _compared(ours: Answers, own: Answers, trained: bool) -> dict | None:
-    """None where they have no question or, if both are trained, no seed in common."""
-    shared = sorted({*ours.seeds} & {*own.seeds}) if trained else None
-    _, *places = np.intersect1d(ours.rows, own.rows, assume_unique=True, return_indices=True)
-    if own.questions != ours.questions or shared == [] or not len(places[0]):
-        return None
-    pair = (_of_seeds(one, shared)[..., at] for one, at in zip((ours, own), places, strict=True))
-    return uncertainty.compare(*pair, own.users[places[1]])
-
-
-def _corrected(pairs: Mapping[str, dict | None]) -> pd.DataFrame:
-    table = pd.DataFrame.from_dict({name: row for name, row in pairs.items() if row}, orient="index")
-    if table.empty:
-        return pd.DataFrame(columns=COMPARED, dtype=float)
-    return table.assign(p_holm=uncertainty.holm(table["p"]))
-
-
-def _of_seeds(own: Answers, seeds: Sequence[int] | None) -> np.ndarray:
-    """Right answers of these seeds, of all without them."""
-    return own.hit if seeds is None else own.hit[[own.seeds.index(seed) for seed in seeds]]
-
-
-def stacked(tables: Mapping[str, pd.DataFrame], columns: Sequence[str]) -> pd.DataFrame:
-    """These columns of the tables of several data sets as one table; an empty one of no table."""
-    return pd.concat({name: own[columns] for name, own in tables.items()} or {"": pd.DataFrame(columns=columns)})
-
-
-def missing(summaries: Mapping[str, pd.DataFrame], datasets: Sequence[str]) -> str:
-    """One sentence: of which systems these data sets have no results."""
-    parts = []
-    for name in datasets:
-        gone = [system for system in SYSTEMS if name not in summaries or system not in summaries[name].index]
-        if gone:
-            parts.append(f"{name} ({'any system' if len(gone) == len(SYSTEMS) else ', '.join(gone)})")
-    said = f"no results of {'; '.join(parts)}" if parts else f"results of every system on {', '.join(datasets)}"
-    return f"There are {said}."
-
-
-def datasets(results: Sequence[Mapping]) -> list[str]:
-    """The data sets of which there are answers."""
-    found = dict.fromkeys(_of(result)[0] for result in results if "error" not in result)
-    return [name for name in data.WORDS if name in found]
-
-
-def provenance(results: Sequence[Mapping]) -> pd.DataFrame:
-    """What was run: for each data set and system the seeds, draws, settings, device, commits and seconds a run."""
-    rows = []
-    for name, system in ((name, system) for name in datasets(results) for system in SYSTEMS):
-        own = [r for r in results if _of(r) == (name, system) and "error" not in r]
-        if own:
-            uses = [use for use in SYSTEMS[system].uses if use in own[0]["parameters"]]
-            rows.append({
-                "dataset": name, "system": system, "seeds": len(own), "draws": own[0]["parameters"]["draws"],
-                "settings": ", ".join(f"{use} {own[0]['parameters'][use]}" for use in uses),
-                "device": ", ".join(sorted({r["device"]["name"] for r in own})),
-                "commit": ", ".join(sorted({r["commit"][:7] for r in own})),
-                "seconds": round(float(np.median([r["seconds"] for r in own]))),
-            })  # fmt: skip
-    columns = ["dataset", "system", "seeds", "draws", "settings", "device", "commit", "seconds"]
-    return pd.DataFrame(rows, columns=columns).set_index(["dataset", "system"])
-
-
-def readable(summaries: Mapping[str, pd.DataFrame], printed: pd.Series | None = None) -> pd.DataFrame:
-    """Summaries of several data sets as one table for a reader, with what the paper prints beside it, if given."""
-    names = {"Language model": "Llama2"}  # what the paper calls it
+def _compare(pairs: Mapping[str, tuple[Answers, Answers, str]]) -> pd.DataFrame:
+    """name -> (first, second, first's system); pairs without a common question or a common seed are left out."""
     rows = {}
-    for (dataset, own), system in ((pair, system) for pair in summaries.items() for system in pair[1].index):
-        row = own.loc[system]
-        whole = evaluation.written(row).replace(" ", "\N{NO-BREAK SPACE}")  # else a page breaks it into three lines
-        rows[dataset, system] = {"HitRatio@1": whole, "valid_ratio": f"{row['valid_ratio']:.3f}"}
-        rows[dataset, system] |= {"hit_ratio_of_valid": f"{row['hit_ratio_of_valid']:.3f}", "n": int(row["n"])}
-        rows[dataset, system] |= {"seeds": int(row["seeds"]), "draws": int(row["draws"])}
-        if printed is not None:
-            known = printed.get((dataset, names.get(system, system)))
-            rows[dataset, system]["paper"] = "-" if known is None else f"{known:.4f}"
-    return pd.DataFrame.from_dict(rows, orient="index")
+    for name, (first, second, system) in pairs.items():
+        several = len(first.seeds) > 1 < len(second.seeds) or (SYSTEMS[system].seeds and SYSTEMS[name].seeds)
+        _, *seeds = np.intersect1d(first.seeds, second.seeds, return_indices=True)
+        _, *places = np.intersect1d(first.rows, second.rows, return_indices=True)
+        if first.questions != second.questions or not len(places[0]) or (several and not len(seeds[0])):
+            continue
+        hits = [of.hit[seed] if several else of.hit for of, seed in zip((first, second), seeds, strict=True)]
+        hits = [hit[..., place] for hit, place in zip(hits, places, strict=True)]
+        rows[name] = paired_comparison(*hits, second.users[places[1]])
+    if not rows:
+        return pd.DataFrame(columns=COMPARISON, dtype=float)
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    return table.assign(p_holm=holm(table["p"]))
 
 
-def verdicts(against: Mapping[str, pd.DataFrame], system: str = "iLoRA", level: float = 0.05) -> pd.Series:
-    """What the comparisons on each data set say, in words.
+def conclusions(comparisons: Mapping[str, pd.DataFrame], system: str = "iLoRA", level: float = 0.05) -> pd.Series:
+    """Which systems `system` is above, below, or not significantly different from, on each data set, as text.
 
-    A difference needs both: other users would show it (Holm's p, which takes runs and draws as they are), and so would
-    other runs (an interval without zero).
+    Significant means both: Holm's p, for other users, is below `level`, and the interval, which also covers other
+    runs and draws, excludes zero.
     """
-    found = {}
-    for dataset, table in against.items():
-        sure = table[(table["p_holm"] < level) & ((table["low"] > 0) | (table["high"] < 0))]
-        above, below = (list(sure.index[sure["value"] * sign > 0]) for sign in (1, -1))
-        open_ = [name for name in table.index if name not in sure.index]
-        parts = [("above", above), ("below", below), ("not told apart from", open_)]
-        said = "; ".join(f"{word} {', '.join(names)}" for word, names in parts if names)
-        found[dataset] = said or "no other system was asked the same"
-    return pd.Series(found, name=system, dtype=object)
+    texts = {}
+    for dataset, table in comparisons.items():
+        significant = (table["p_holm"] < level) & ((table["low"] > 0) | (table["high"] < 0))
+        above, below = significant & (table["value"] > 0), significant & (table["value"] < 0)
+        groups = {"above": above, "below": below, "not significantly different from": ~significant}
+        named = [f"{words} {', '.join(table.index[rows])}" for words, rows in groups.items() if rows.any()]
+        texts[dataset] = "; ".join(named) or "no other system answered the same questions"
+    return pd.Series(texts, name=system, dtype=object)
 
 
-def searches(folder: str | Path) -> pd.DataFrame:
-    """How validation chose L2, of the searches in a folder: a row a recommender, empty if there are none.
+# ---------------------------------------------------------------- tables for a reader
 
-    chosen; at_edge: whether the grid ends at the chosen value, so that a larger one might have won (0 is no edge: there
-    is no L2 below it); n; HitRatio@1 on validation for each value of the grid, written with its interval.
+
+def stack(tables: Mapping[str, pd.DataFrame], columns: Sequence[str]) -> pd.DataFrame:
+    """These columns of the tables of several data sets as one table; empty without tables."""
+    return pd.concat({name: table[columns] for name, table in tables.items()} or {"": pd.DataFrame(columns=columns)})
+
+
+def formatted(means: Mapping[str, pd.DataFrame], printed: pd.Series | None = None) -> pd.DataFrame:
+    """`system_means` of several data sets as text, with the paper's printed ratios if given."""
+    if not means:
+        return pd.DataFrame()
+    table = pd.concat(means)
+    text = pd.DataFrame({"HitRatio@1": [_unbroken(row) for row in table.to_dict("records")]}, table.index)
+    ratios = {name: table[name].map("{:.3f}".format) for name in ("valid_ratio", "hit_ratio_of_valid")}
+    text = text.assign(**ratios, **table[["n", "seeds", "draws"]].astype(int))
+    if printed is not None:
+        paper = printed.rename({"Llama2": "Language model"}).reindex(table.index)
+        text["paper"] = paper.map("{:.4f}".format, na_action="ignore").fillna("-")
+    return text
+
+
+def _unbroken(interval: Mapping) -> str:
+    return evaluation.written(interval).replace(" ", "\N{NO-BREAK SPACE}")  # so that a page keeps it on one line
+
+
+def missing_systems(means: Mapping[str, pd.DataFrame], datasets: Sequence[str]) -> str:
+    """One sentence: which systems have no results on these data sets."""
+    missing = {name: [system for system in SYSTEMS if name not in means or system not in means[name].index]
+               for name in datasets}  # fmt: skip
+    texts = [
+        f"{name} ({'any system' if len(systems) == len(SYSTEMS) else ', '.join(systems)})"
+        for name, systems in missing.items() if systems
+    ]  # fmt: skip
+    have = f"no results of {'; '.join(texts)}" if texts else f"results of every system on {', '.join(datasets)}"
+    return f"There are {have}."
+
+
+def runs_by_system(results: Sequence[Mapping]) -> pd.DataFrame:
+    """For each data set and system: seeds, draws, settings, devices, commits, and median seconds of a run."""
+    rows = {}
+    for dataset, system in ((dataset, system) for dataset in datasets_in(results) for system in SYSTEMS):
+        runs = _of_cell(results, dataset, system)
+        if runs:
+            parameters = runs[0]["parameters"]
+            uses = [f"{name} {parameters[name]}" for name in SYSTEMS[system].uses if name in parameters]
+            devices, commits = {run["device"]["name"] for run in runs}, {run["commit"][:7] for run in runs}
+            seconds = round(float(np.median([run["seconds"] for run in runs])))
+            rows[dataset, system] = (
+                len(runs), parameters["draws"], *(", ".join(of) for of in (uses, sorted(devices), sorted(commits))),
+                seconds,
+            )  # fmt: skip
+    index = pd.MultiIndex.from_tuples(rows, names=["dataset", "system"]) if rows else None
+    return pd.DataFrame([*rows.values()], index, ["seeds", "draws", "settings", "device", "commit", "seconds"])
+
+
+def l2_searches(folder: str | Path) -> pd.DataFrame:
+    """How validation chose L2: a row per recommender, empty if the folder has no searches.
+
+    chosen; at_edge: whether it is the largest value of the grid, so that a larger one might be better; n; HitRatio@1
+    on validation with its interval for each value of the grid.
     """
     rows = []
-    for result in (json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(folder).glob("l2-*.json"))):
-        about, chosen, grid = result["parameters"], result["metrics"]["chosen"], result["metrics"]["grid"]
-        row = {"dataset": about["dataset"], "system": about["system"], "chosen": f"{chosen:g}"}
-        row |= {"at_edge": chosen == max(own["l2"] for own in grid), "n": grid[0]["n"]}
-        written = {f"L2 {own['l2']:g}": evaluation.written(own).replace(" ", "\N{NO-BREAK SPACE}") for own in grid}
-        rows.append(row | written)
-    order = {name: place for place, name in enumerate((*data.WORDS, *SYSTEMS))}
-    rows.sort(key=lambda row: (order[row["dataset"]], order[row["system"]]))
-    return pd.DataFrame(rows, columns=None if rows else ["dataset", "system", "chosen", "at_edge", "n"])
+    for search in load_results(folder, "l2-*.json").values():
+        chosen, grid = search["metrics"]["chosen"], search["metrics"]["grid"]
+        row = {name: search["parameters"][name] for name in ("dataset", "system")} | {"chosen": f"{chosen:g}"}
+        row |= {"at_edge": chosen == max(trial["l2"] for trial in grid), "n": grid[0]["n"]}
+        rows.append(row | {f"L2 {trial['l2']:g}": _unbroken(trial) for trial in grid})
+    table = pd.DataFrame(rows, columns=None if rows else ["dataset", "system", "chosen", "at_edge", "n"])
+    return table.sort_values(["dataset", "system"], key=lambda names: names.map(ORDER), ignore_index=True)
 
 
-def plain(value: Any) -> Any:
-    """A nested report in which missing numbers are None, as JSON has no NaN."""
-    if isinstance(value, Mapping):
-        return {name: plain(item) for name, item in value.items()}
-    return None if isinstance(value, float) and np.isnan(value) else value
-
-
-def failures(results: Sequence[Mapping]) -> pd.DataFrame:
-    """The cells that failed, with the reason of each."""
+def failed_runs(results: Sequence[Mapping]) -> pd.DataFrame:
+    """The runs that failed, with their reasons."""
     rows = [{**result["parameters"], "reason": result["error"]} for result in results if "error" in result]
     return pd.DataFrame(rows, columns=["system", "dataset", "seed", "reason"])
