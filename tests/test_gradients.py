@@ -220,3 +220,15 @@ def test_representations_do_not_depend_on_the_batch():
     with torch.no_grad():
         expected = encoder.encode(torch.from_numpy(asked.sequences.history)).numpy()
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_users_sequences_fall_into_one_half():
+    rng = np.random.default_rng(0)
+    labels, users = rng.integers(3, size=600), rng.integers(60, size=600)
+    cut = gradients.halves(labels, users, seed=1)
+    np.testing.assert_array_equal(cut // 2, labels)
+    of = {}
+    for label, user, half in zip(labels, users, cut, strict=True):
+        assert of.setdefault((label, user), half) == half
+    assert np.ptp(np.bincount(cut).reshape(3, 2), axis=1).max() <= np.bincount(users).max()
+    assert (cut != gradients.halves(labels, users, seed=2)).any()

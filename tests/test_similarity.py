@@ -53,8 +53,8 @@ def test_repeatability_is_the_similarity_of_another_sample():
     half = np.repeat(signal, 2, axis=0) / 2 + rng.normal(size=(6, size)) * np.sqrt(0.5)
     other = signal + rng.normal(size=(3, size))
     drawn = np.vstack([half[::2] + half[1::2], other])
-    expected = np.diag(similarity.cosine(drawn @ drawn.T)[:3, 3:])
-    halves = similarity.cosine(half @ half.T)
+    expected = np.diag(similarity.cosines({"q_proj": drawn @ drawn.T})["all"][:3, 3:])
+    halves = similarity.cosines({"q_proj": half @ half.T})["all"]
     each = [similarity.repeatability(halves[2 * g : 2 * g + 2, 2 * g : 2 * g + 2]) for g in range(3)]
     np.testing.assert_allclose(each, expected, atol=0.01)
     assert np.ptp(expected) > 0.5
@@ -128,15 +128,3 @@ def test_noise_in_few_dimensions_lacks_nothing_on_the_average():
     half = torch.from_numpy(rng.normal(size=(2000, 16, 100)))
     lack = [similarity.same_and_other_groups(gradients.inner_products({"one": one}))["lack"] for one in half]
     assert abs(np.mean(lack)) < 3 * np.std(lack) / np.sqrt(len(lack))
-
-
-def test_a_users_sequences_fall_into_one_half():
-    rng = np.random.default_rng(0)
-    labels, users = rng.integers(3, size=600), rng.integers(60, size=600)
-    cut = gradients.halves(labels, users, seed=1)
-    np.testing.assert_array_equal(cut // 2, labels)
-    of = {}
-    for label, user, half in zip(labels, users, cut, strict=True):
-        assert of.setdefault((label, user), half) == half
-    assert np.ptp(np.bincount(cut).reshape(3, 2), axis=1).max() <= np.bincount(users).max()
-    assert (cut != gradients.halves(labels, users, seed=2)).any()

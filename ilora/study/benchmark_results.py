@@ -28,18 +28,14 @@ def load_benchmarks(folder: str | Path) -> dict[str, dict]:
 
 def machines(results: Results) -> pd.DataFrame:
     """Where each result was measured: device, threads, versions, commit, day, duration in minutes."""
-    rows = {
-        name: {
-            "device": result["device"]["name"],
-            "threads": result["device"]["threads"],
-            **{package: result["versions"][package] for package in ("torch", "transformers", "peft")},
-            "commit": result["commit"][:10] + "+dirty" * result["commit"].endswith("+dirty"),
-            "day": result["date"][:10],
-            "minutes": round(result["seconds"] / 60, 1),
-        }
-        for name, result in results.items()
-    }
-    return pd.DataFrame(rows).T.rename_axis("benchmark")
+    columns = ["device", "threads", "torch", "transformers", "peft", "commit", "day", "minutes"]
+    rows = {}
+    for name, result in results.items():
+        commit = result["commit"][:10] + "+dirty" * result["commit"].endswith("+dirty")
+        device, versions = result["device"], (result["versions"][package] for package in columns[2:5])
+        minutes = round(result["seconds"] / 60, 1)
+        rows[name] = (device["name"], device["threads"], *versions, commit, result["date"][:10], minutes)
+    return pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("benchmark")
 
 
 def parts(results: Results, failed: bool = False) -> Iterator[tuple[str, str, dict]]:

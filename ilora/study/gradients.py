@@ -24,9 +24,6 @@ RESTARTS = 10  # of k-means
 GATE = "gate"  # the gate's own weights, next to q_proj, ..., down_proj
 
 
-# ---------------------------------------------------------------- groups of sequences
-
-
 @torch.no_grad()
 def representations(encoder: SequenceModel, history: np.ndarray, batch_size: int = 4096) -> np.ndarray:
     """z of padded histories (n, window) -> (n, dim), the gate's input (Eq. 10)."""
@@ -76,9 +73,6 @@ def halves(labels: np.ndarray, users: np.ndarray, seed: int = 0) -> np.ndarray:
             size[half[place]] += count[place]
         split[members] = 2 * label + half[user]
     return split
-
-
-# ---------------------------------------------------------------- gradients
 
 
 def group_gradients(

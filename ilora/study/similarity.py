@@ -20,10 +20,11 @@ from ilora.study.gradients import GATE
 
 def join_halves(products: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Inner products of whole groups from those of `gradients.halves`: (..., 2G, 2G) -> (..., G, G)."""
-    groups = {
-        kind: (*part.shape[:-2], part.shape[-1] // 2, 2, part.shape[-1] // 2, 2) for kind, part in products.items()
-    }
-    return {kind: part.reshape(groups[kind]).sum((-3, -1)) for kind, part in products.items()}
+    joined = {}
+    for kind, part in products.items():
+        groups = part.shape[-1] // 2
+        joined[kind] = part.reshape(*part.shape[:-2], groups, 2, groups, 2).sum((-3, -1))
+    return joined
 
 
 def cosines(products: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -32,15 +33,11 @@ def cosines(products: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     "all" leaves out the gate's weights, which LoRA lacks. Raises UserError if a group's gradient is zero.
     """
     lora = sum(part for kind, part in products.items() if kind != GATE)
-    return {kind: cosine(part) for kind, part in {"all": lora, **products}.items()}
-
-
-def cosine(products: np.ndarray) -> np.ndarray:
-    """Inner products (..., G, G) divided by the norms."""
-    norm = np.sqrt(np.diagonal(products, axis1=-2, axis2=-1))
-    if not (norm > 0).all():
+    products = {"all": lora, **products}
+    norms = {kind: np.sqrt(np.diagonal(part, axis1=-2, axis2=-1)) for kind, part in products.items()}
+    if not all((norm > 0).all() for norm in norms.values()):
         raise UserError("a group's gradient is zero and has no direction: use a state after the first step")
-    return products / norm[..., :, None] / norm[..., None, :]
+    return {kind: part / norms[kind][..., :, None] / norms[kind][..., None, :] for kind, part in products.items()}
 
 
 def repeatability(half_cosines: np.ndarray) -> np.ndarray:

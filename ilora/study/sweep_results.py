@@ -23,9 +23,6 @@ SETTING = tuple(name for name in PARAMETERS if name not in (*ADAPTER, *NEVER_COM
 NO_GATE = "LoRA, no gate"
 
 
-# ---------------------------------------------------------------- runs
-
-
 def load_runs(folder: str | Path, notebook: str) -> pd.DataFrame:
     """A row per result of a notebook: its parameters, and `<system>.<metric>` for each metric.
 
@@ -82,19 +79,9 @@ def validation_by_epoch(runs: pd.DataFrame) -> pd.DataFrame:
     return table.explode(["epoch", "hit_ratio"], ignore_index=True).astype({"epoch": int, "hit_ratio": float})
 
 
-def saved_gate_weights(runs: pd.DataFrame) -> dict[int, pd.DataFrame]:
-    """Number of experts -> gate weights (users, experts) of a run that saved them."""
-    saved = runs.reindex(columns=["experts", "gate.users", "gate.weights"]).dropna()
-    return {experts: pd.DataFrame(weights, index=users) for experts, users, weights in saved.itertuples(index=False)}
-
-
-# ---------------------------------------------------------------- means over seeds
-
-
 def student_interval(values: Iterable[float]) -> dict:
     """Mean of one value per seed with Student's 95 % interval (NaN for one seed), n, and the values as `runs`."""
-    values = [float(value) for value in values]
-    n = len(values)
+    n = len(values := [float(value) for value in values])
     mean = float(np.mean(values)) if n else np.nan
     half = float(stats.t.ppf(0.975, n - 1) * stats.sem(values)) if n > 1 else np.nan
     return {"value": mean, "low": mean - half, "high": mean + half, "n": n, "runs": values}
@@ -115,12 +102,6 @@ def means_over_seeds(runs: pd.DataFrame, by: Sequence[str], columns: Mapping[str
     return pd.DataFrame(rows, columns=None if rows else ["system", *by, "value", "low", "high", "n", "runs"])
 
 
-def mean_difference(runs: pd.DataFrame, first: str, second: str) -> dict:
-    """`student_interval` of column `first` minus column `second`, over runs that have both."""
-    both = runs.reindex(columns=["seed", first, second]).dropna().sort_values("seed")
-    return student_interval(both[first] - both[second])
-
-
 def mean_slope(runs: pd.DataFrame, x: str, column: str, per_doubling: bool = False) -> dict:
     """`student_interval` of the slope of `column` over `x`: a straight line for each seed with two values of `x`."""
     known = runs.reindex(columns=["seed", x, column]).dropna().astype(float)
@@ -137,9 +118,6 @@ def conclusion(what: str, interval: Mapping, over: str = "") -> str:
         above, below, neither = f"grows with {over}", f"falls with {over}", f"does not change significantly with {over}"
     verb = above if interval["low"] > 0 else below if interval["high"] < 0 else neither
     return f"{what} {verb}: {written(interval)}, n = {interval['n']} seeds"
-
-
-# ---------------------------------------------------------------- differences from the default
 
 
 def differences_from_default(runs: pd.DataFrame, name: str, *others: str) -> pd.DataFrame:

@@ -1,5 +1,6 @@
 """Results of the table of systems: means with intervals, paired comparisons, and what they allow us to conclude."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,9 +83,6 @@ def answers_by_system(results: Sequence[Mapping], dataset: str, windows: str = "
     return answers
 
 
-# ---------------------------------------------------------------- means and comparisons
-
-
 def system_means(answers: Mapping[str, Answers]) -> pd.DataFrame:
     """A row per system: `crossed_interval` of HitRatio@1 within [0, 1], valid_ratio, hit_ratio_of_valid.
 
@@ -144,9 +142,6 @@ def conclusions(comparisons: Mapping[str, pd.DataFrame], system: str = "iLoRA", 
     return pd.Series(texts, name=system, dtype=object)
 
 
-# ---------------------------------------------------------------- tables for a reader
-
-
 def stack(tables: Mapping[str, pd.DataFrame], columns: Sequence[str]) -> pd.DataFrame:
     """These columns of the tables of several data sets as one table; empty without tables."""
     return pd.concat({name: table[columns] for name, table in tables.items()} or {"": pd.DataFrame(columns=columns)})
@@ -170,34 +165,18 @@ def _unbroken(interval: Mapping) -> str:
     return evaluation.written(interval).replace(" ", "\N{NO-BREAK SPACE}")  # so that a page keeps it on one line
 
 
-def missing_systems(means: Mapping[str, pd.DataFrame], datasets: Sequence[str]) -> str:
-    """One sentence: which systems have no results on these data sets."""
-    missing = {name: [system for system in SYSTEMS if name not in means or system not in means[name].index]
-               for name in datasets}  # fmt: skip
-    texts = [
-        f"{name} ({'any system' if len(systems) == len(SYSTEMS) else ', '.join(systems)})"
-        for name, systems in missing.items() if systems
-    ]  # fmt: skip
-    have = f"no results of {'; '.join(texts)}" if texts else f"results of every system on {', '.join(datasets)}"
-    return f"There are {have}."
-
-
 def runs_by_system(results: Sequence[Mapping]) -> pd.DataFrame:
     """For each data set and system: seeds, draws, settings, devices, commits, and median seconds of a run."""
-    rows = {}
-    for dataset, system in ((dataset, system) for dataset in datasets_in(results) for system in SYSTEMS):
-        runs = _of_cell(results, dataset, system)
-        if runs:
-            parameters = runs[0]["parameters"]
-            uses = [f"{name} {parameters[name]}" for name in SYSTEMS[system].uses if name in parameters]
+    columns = ["dataset", "system", "seeds", "draws", "settings", "device", "commit", "seconds"]
+    rows = []
+    for dataset, system in itertools.product(datasets_in(results), SYSTEMS):
+        if runs := _of_cell(results, dataset, system):
+            parameters, seconds = runs[0]["parameters"], round(float(np.median([run["seconds"] for run in runs])))
+            settings = [f"{name} {parameters[name]}" for name in SYSTEMS[system].uses if name in parameters]
             devices, commits = {run["device"]["name"] for run in runs}, {run["commit"][:7] for run in runs}
-            seconds = round(float(np.median([run["seconds"] for run in runs])))
-            rows[dataset, system] = (
-                len(runs), parameters["draws"], *(", ".join(of) for of in (uses, sorted(devices), sorted(commits))),
-                seconds,
-            )  # fmt: skip
-    index = pd.MultiIndex.from_tuples(rows, names=["dataset", "system"]) if rows else None
-    return pd.DataFrame([*rows.values()], index, ["seeds", "draws", "settings", "device", "commit", "seconds"])
+            texts = (", ".join(values) for values in (settings, sorted(devices), sorted(commits)))
+            rows.append((dataset, system, len(runs), parameters["draws"], *texts, seconds))
+    return pd.DataFrame(rows, columns=columns).set_index(["dataset", "system"])
 
 
 def l2_searches(folder: str | Path) -> pd.DataFrame:
