@@ -38,8 +38,8 @@ def clusters(
     """k-means of z (n, dim): the cluster of each sequence (n,) and the centres (count, dim).
 
     Clusters are numbered in the leaf order of a hierarchical clustering of their centres, so that similar clusters
-    have similar numbers. Every cluster has sequences of at least two users (n,), needed for `halves`; without `users`
-    each sequence has its own. Raises UserError if that fails, as with too few distinct rows.
+    have similar numbers. Raises UserError if not every cluster has sequences of two or more users (n,), as `halves`
+    needs; without `users` each sequence has its own.
     """
     z, users, rng = np.asarray(z, float), np.arange(len(z)) if users is None else users, np.random.default_rng(seed)
     labels, smallest = None, np.inf
@@ -80,14 +80,12 @@ def group_gradients(
 ) -> dict[str, Tensor]:
     """Gradient of the training loss summed over the sequences of each group: kind of module -> (G, its parameters).
 
-    labels: (n,) the group of each question, 0 to G - 1, none empty.
+    labels: (n,) the group of each question, 0 to G - 1, none empty. The loss is that of training on hybrid prompts,
+    without dropout. A kind (q_proj, ..., down_proj) has LoRA's A and B of all layers; the gate's weights are a kind of
+    their own. While B is zero, before the first step, only B has a gradient.
 
-    The loss is that of training on hybrid prompts, without dropout. A kind (q_proj, ..., down_proj) has LoRA's A and B
-    of all layers; with iLoRA these gradients contain the expert weights of the sequence. The weights of the gate are a
-    kind of their own. While B is zero, before the first step, only B has a gradient.
-
-    Batches contain one group and sequences of similar length. Costs one pass of training, and memory for one float32
-    vector per group on the CPU and two on the model's device. Raises UserError for a model without an adapter.
+    Costs one pass of training, and memory for one float32 vector per group on the CPU and two on the model's device.
+    Raises UserError for a model without an adapter.
     """
     groups = int(labels.max()) + 1
     if labels.shape != (len(questions),) or len(np.unique(labels)) != groups or labels.min() < 0:

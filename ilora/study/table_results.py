@@ -1,6 +1,5 @@
 """Results of the table of systems: means with intervals, paired comparisons, and what they allow us to conclude."""
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,16 +41,17 @@ def load_table(folder: str | Path) -> list[dict[str, Any]]:
     return results
 
 
-def _of_cell(results: Sequence[Mapping], dataset: str, system: str) -> list[Mapping]:
-    """The successful runs of a system on a data set, by seed."""
-    cell = {"dataset": dataset, "system": system}.items()
-    runs = [result for result in results if result["parameters"].items() >= cell and "error" not in result]
-    return sorted(runs, key=lambda run: run["parameters"]["seed"])
+def _cells(results: Sequence[Mapping]) -> dict[tuple[str, str], list[Mapping]]:
+    """(data set, system) -> its successful runs by seed, in the table's order."""
+    cells = {(dataset, system): [] for dataset in data.WORDS for system in SYSTEMS}
+    for run in sorted((run for run in results if "error" not in run), key=lambda run: run["parameters"]["seed"]):
+        cells[run["parameters"]["dataset"], run["parameters"]["system"]].append(run)
+    return {cell: runs for cell, runs in cells.items() if runs}
 
 
 def datasets_in(results: Sequence[Mapping]) -> list[str]:
     """The data sets with at least one successful run."""
-    return [name for name in data.WORDS if any(_of_cell(results, name, system) for system in SYSTEMS)]
+    return list(dict.fromkeys(dataset for dataset, _ in _cells(results)))
 
 
 def answers_by_system(results: Sequence[Mapping], dataset: str, windows: str = "last") -> dict[str, Answers]:
@@ -60,10 +60,7 @@ def answers_by_system(results: Sequence[Mapping], dataset: str, windows: str = "
     Raises UserError if runs of one system differ in their questions, or in a setting other than the seed.
     """
     answers = {}
-    for system in SYSTEMS:
-        runs = _of_cell(results, dataset, system)
-        if not runs:
-            continue
+    for system, runs in ((system, runs) for (name, system), runs in _cells(results).items() if name == dataset):
         settings = pd.DataFrame([run["parameters"] for run in runs]).drop(columns=["seed", *FREE], errors="ignore")
         differ = settings.columns[settings.nunique(dropna=False) > 1]
         if len(differ):
@@ -129,8 +126,7 @@ def _compare(pairs: Mapping[str, tuple[Answers, Answers, str]]) -> pd.DataFrame:
 def conclusions(comparisons: Mapping[str, pd.DataFrame], system: str = "iLoRA", level: float = 0.05) -> pd.Series:
     """Which systems `system` is above, below, or not significantly different from, on each data set, as text.
 
-    Significant means both: Holm's p, for other users, is below `level`, and the interval, which also covers other
-    runs and draws, excludes zero.
+    Significant: Holm's p (for other users) is below `level`, and the interval (also for other runs) excludes zero.
     """
     texts = {}
     for dataset, table in comparisons.items():
@@ -157,7 +153,7 @@ def formatted(means: Mapping[str, pd.DataFrame], printed: pd.Series | None = Non
     text = text.assign(**ratios, **table[["n", "seeds", "draws"]].astype(int))
     if printed is not None:
         paper = printed.rename({"Llama2": "Language model"}).reindex(table.index)
-        text["paper"] = paper.map("{:.4f}".format, na_action="ignore").fillna("-")
+        text["paper"] = ["-" if np.isnan(ratio) else f"{ratio:.4f}" for ratio in paper]
     return text
 
 
@@ -169,22 +165,18 @@ def runs_by_system(results: Sequence[Mapping]) -> pd.DataFrame:
     """For each data set and system: seeds, draws, settings, devices, commits, and median seconds of a run."""
     columns = ["dataset", "system", "seeds", "draws", "settings", "device", "commit", "seconds"]
     rows = []
-    for dataset, system in itertools.product(datasets_in(results), SYSTEMS):
-        if runs := _of_cell(results, dataset, system):
-            parameters, seconds = runs[0]["parameters"], round(float(np.median([run["seconds"] for run in runs])))
-            settings = [f"{name} {parameters[name]}" for name in SYSTEMS[system].uses if name in parameters]
-            devices, commits = {run["device"]["name"] for run in runs}, {run["commit"][:7] for run in runs}
-            texts = (", ".join(values) for values in (settings, sorted(devices), sorted(commits)))
-            rows.append((dataset, system, len(runs), parameters["draws"], *texts, seconds))
+    for (dataset, system), runs in _cells(results).items():
+        parameters, seconds = runs[0]["parameters"], round(float(np.median([run["seconds"] for run in runs])))
+        settings = [f"{name} {parameters[name]}" for name in SYSTEMS[system].uses if name in parameters]
+        devices, commits = {run["device"]["name"] for run in runs}, {run["commit"][:7] for run in runs}
+        texts = (", ".join(values) for values in (settings, sorted(devices), sorted(commits)))
+        rows.append((dataset, system, len(runs), parameters["draws"], *texts, seconds))
     return pd.DataFrame(rows, columns=columns).set_index(["dataset", "system"])
 
 
 def l2_searches(folder: str | Path) -> pd.DataFrame:
-    """How validation chose L2: a row per recommender, empty if the folder has no searches.
-
-    chosen; at_edge: whether it is the largest value of the grid, so that a larger one might be better; n; HitRatio@1
-    on validation with its interval for each value of the grid.
-    """
+    """How validation chose L2, a row per recommender: chosen; at_edge: whether it is the grid's largest value; n;
+    HitRatio@1 on validation with its interval for each value of the grid."""
     rows = []
     for search in load_results(folder, "l2-*.json").values():
         chosen, grid = search["metrics"]["chosen"], search["metrics"]["grid"]
