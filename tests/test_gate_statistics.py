@@ -10,10 +10,10 @@ from ilora.study.gate_statistics import gate_statistics, variance_between
 def test_a_constant_gate_is_flagged():
     users = np.arange(50)
     constant = np.tile([0.7, 0.1, 0.1, 0.1], (50, 1)) + 1e-4 * np.random.default_rng(0).normal(size=(50, 4))
-    found = gate_statistics(constant, users)
-    assert found["constant"] and found["personal"] < 1e-3
-    assert found["leads"] == [1, 0, 0, 0]
-    np.testing.assert_allclose(found["use"], [0.7, 0.1, 0.1, 0.1], atol=1e-3)
+    result = gate_statistics(constant, users)
+    assert result["constant"] and result["personal"] < 1e-3
+    assert result["leads"] == [1, 0, 0, 0]
+    np.testing.assert_allclose(result["use"], [0.7, 0.1, 0.1, 0.1], atol=1e-3)
     same = np.full((50, 4), 0.25)
     assert gate_statistics(same, users)["entropy"]["value"] == pytest.approx(np.log(4))
     assert variance_between(same, users % 3) == {"value": None, "p": None, "n": 50}
@@ -21,26 +21,26 @@ def test_a_constant_gate_is_flagged():
 
 def test_a_personal_gate_is_not():
     users = np.arange(48)
-    found = gate_statistics(np.eye(4)[users % 4], users)
-    assert not found["constant"] and found["personal"] == pytest.approx(0.75)
-    assert found["entropy"]["value"] == pytest.approx(0, abs=1e-9)
-    assert found["leads"] == found["use"] == [0.25] * 4
-    assert found["largest_entropy"] == pytest.approx(np.log(4))
+    result = gate_statistics(np.eye(4)[users % 4], users)
+    assert not result["constant"] and result["personal"] == pytest.approx(0.75)
+    assert result["entropy"]["value"] == pytest.approx(0, abs=1e-9)
+    assert result["leads"] == result["use"] == [0.25] * 4
+    assert result["largest_entropy"] == pytest.approx(np.log(4))
 
 
 def test_gates_per_layer_are_averaged_over_layers_and_used_by_each():
     users = np.arange(48)
     personal, same = np.eye(4)[users % 4], np.full((48, 4), 0.25)
-    found = gate_statistics(np.stack([personal, same]), users)
+    result = gate_statistics(np.stack([personal, same]), users)
     alone = [gate_statistics(weights, users) for weights in (personal, same)]
     for name in ("personal", "largest_entropy"):
-        assert found[name] == pytest.approx(np.mean([one[name] for one in alone]))
-    assert found["entropy"]["value"] == pytest.approx(np.log(4) / 2) and found["entropy"]["n"] == 48
+        assert result[name] == pytest.approx(np.mean([one[name] for one in alone]))
+    assert result["entropy"]["value"] == pytest.approx(np.log(4) / 2) and result["entropy"]["n"] == 48
     for name in ("use", "leads"):
-        assert found[name] == [one[name] for one in alone]
+        assert result[name] == [one[name] for one in alone]
 
 
-def test_a_gate_that_follows_groups_is_told_from_one_that_does_not():
+def test_the_test_detects_a_gate_that_follows_groups():
     rng, labels = np.random.default_rng(0), np.arange(60) % 3
     random = rng.dirichlet(np.ones(4), size=60)
     follows = 0.5 * random + 0.5 * np.eye(4)[labels]

@@ -10,8 +10,8 @@ from ilora.study import table_results
 
 def test_a_chosen_l2_at_the_end_of_its_grid_is_said_to_be_there(tmp_path):
     for number, (chosen, system) in enumerate([(1e-4, "SASRec"), (1e-5, "Caser"), (0.0, "GRU4Rec")]):
-        own = {"value": 0.25, "low": 0.2, "high": 0.3, "n": 10}
-        grid = [own | {"l2": l2, "epoch": 1} for l2 in (0.0, 1e-5, 1e-4)]
+        trial = {"value": 0.25, "low": 0.2, "high": 0.3, "n": 10}
+        grid = [trial | {"l2": l2, "epoch": 1} for l2 in (0.0, 1e-5, 1e-4)]
         about = {"dataset": "movielens", "system": system}
         runs.write_json(
             tmp_path / f"l2-{number}.json", {"parameters": about, "metrics": {"chosen": chosen, "grid": grid}}
@@ -40,11 +40,11 @@ def test_mixed_settings_are_refused_and_other_questions_not_compared():
         )
     with pytest.raises(runs.UserError, match="different questions"):
         table_results.answers_by_system([result("iLoRA", 0, "a"), result("iLoRA", 1, "b")], "movielens")
-    found = table_results.answers_by_system([*same, result("SASRec", 0, "b"), result("GRU4Rec", 2, "a")], "movielens")
-    assert list(table_results.compare_systems(found).index) == [
+    answers = table_results.answers_by_system([*same, result("SASRec", 0, "b"), result("GRU4Rec", 2, "a")], "movielens")
+    assert list(table_results.compare_systems(answers).index) == [
         "Popularity"
     ]  # others: other questions, and no seed in common
-    assert table_results.compare_systems({"iLoRA": found["iLoRA"]}).empty
+    assert table_results.compare_systems({"iLoRA": answers["iLoRA"]}).empty
 
 
 @pytest.mark.parametrize("other", ["LLaRA", "Popularity"])  # Popularity has a run per seed in the world alone
@@ -63,10 +63,10 @@ def test_a_larger_base_is_compared_with_the_same_seeds_of_the_small_one():
 
     large = {"iLoRA": of((1, 2), 8), "LLaRA": of((0,), 5), "TALLRec": of((0,), 5, "b"), "Language model": of((0,), 4)}
     small = {"iLoRA": of((0, 1, 2), 3), "LLaRA": of((2,), 5), "TALLRec": of((0,), 5), "SASRec": of((0,), 9)}
-    found = table_results.compare_bases(large, small)
-    assert list(found.index) == ["iLoRA"]  # others: no seed in common, other questions, or over one base alone
+    table = table_results.compare_bases(large, small)
+    assert list(table.index) == ["iLoRA"]  # others: no seed in common, other questions, or over one base alone
     expected = uncertainty.paired_comparison(large["iLoRA"].hit, small["iLoRA"].hit[1:], np.arange(40))
-    assert found.loc["iLoRA", [*expected]].to_dict() == expected and expected["value"] > 0.2
+    assert table.loc["iLoRA", [*expected]].to_dict() == expected and expected["value"] > 0.2
     assert table_results.compare_bases(large, {}).empty and table_results.compare_bases({}, small).empty
 
 
@@ -87,10 +87,9 @@ def test_a_sample_is_compared_on_its_rows_alone():
 
 def test_hits_of_valid_answers_are_the_ratio_of_sums():
     hit, valid = np.array([[[1, 0, 1, 0]]], bool), np.array([[[1, 1, 1, 0]]], bool)
-    found = {"iLoRA": table_results.Answers((0,), hit, valid, np.arange(4), ("a",), np.arange(4))}
-    row = table_results.system_means(found).loc["iLoRA"]
+    answers = {"iLoRA": table_results.Answers((0,), hit, valid, np.arange(4), ("a",), np.arange(4))}
+    row = table_results.system_means(answers).loc["iLoRA"]
     assert (row["value"], row["hit_ratio_of_valid"], row["valid_ratio"]) == (0.5, pytest.approx(2 / 3), 0.75)
-    assert isinstance(table_results.system_means(found), pd.DataFrame)
 
 
 def test_a_difference_needs_its_test_and_its_interval():
@@ -102,6 +101,6 @@ def test_a_difference_needs_its_test_and_its_interval():
 
 def test_answers_that_are_all_wrong_still_have_an_interval():
     wrong = np.zeros((1, 5, 50), bool)
-    own = table_results.Answers((0,), wrong, wrong, np.arange(50), ("a",) * 5, np.arange(50))
-    row = table_results.system_means({"ChatRec": own}).loc["ChatRec"]
+    answers = table_results.Answers((0,), wrong, wrong, np.arange(50), ("a",) * 5, np.arange(50))
+    row = table_results.system_means({"ChatRec": answers}).loc["ChatRec"]
     assert row["value"] == 0 == row["low"] and 0.05 < row["high"] < 0.1  # Wilson's of 0 among 50

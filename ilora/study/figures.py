@@ -71,7 +71,7 @@ def panels(tables: dict[str, pd.DataFrame], label: str, mark: str, at: float) ->
 
 
 def error_parts(tables: dict[str, pd.DataFrame]) -> np.ndarray:
-    """Standard errors by cause, for each system of each table of `table_results.summary`, an axes a table."""
+    """Standard errors by cause, for each system of each table of `table_results.system_means`, an axes a table."""
     if not tables:
         return _nothing()
     causes = {"error_users": "users", "error_seeds": "seeds", "error_draws": "draws of candidates"}
@@ -146,7 +146,7 @@ def lines(table: pd.DataFrame, x: str, y: str, ax: Axes | None = None) -> Axes:
 def trend(table: pd.DataFrame, x: str, y: str, by: str | None = None, title: str = "") -> np.ndarray:
     """Means with 95 % intervals over seeds against `x`, one line a system, a small grey point for each seed.
 
-    A table of `sweep_results.over_seeds`; `by` names a column for each value of which there is an axes.
+    A table of `sweep_results.means_over_seeds`; `by` names a column for each value of which there is an axes.
     """
     parts = dict(list(table.groupby(by, sort=False))) if by and len(table) else {"": table}
     figure, axes = _panels(len(parts), (6.4, 3.2, 3.2 if len(parts) > 2 else 3.6))
@@ -176,7 +176,7 @@ def trend(table: pd.DataFrame, x: str, y: str, by: str | None = None, title: str
 def differences(table: pd.DataFrame, what: str, title: str) -> np.ndarray:
     """Differences from the default with 95 % intervals over seeds, a small grey point for each seed.
 
-    A table of `sweep_results.paired`: a row for each variant, an axes for each setting.
+    A table of `sweep_results.differences_from_default`: a row for each variant, an axes for each setting.
     """
     settings, variants = table["setting"].unique(), list(table["variant"].unique())
     figure, axes = _panels(len(settings), (6.4, 3.2, 1.4 + 0.4 * len(variants)))

@@ -65,14 +65,15 @@ def answers_by_system(results: Sequence[Mapping], dataset: str, windows: str = "
         differ = settings.columns[settings.nunique(dropna=False) > 1]
         if len(differ):
             raise UserError(f"the results of {system} on {dataset} differ in {', '.join(differ)}: keep one in a folder")
-        asked = [[run["outcomes"].get(f"{windows} {key}") for key in ("questions", "windows", "rows")] for run in runs]
-        if dataset != "world" and any(other != asked[0] for other in asked):  # in the world each seed has its own
+        keys = [f"{windows} {key}" for key in ("questions", "windows", "rows")]
+        sets = [[run["outcomes"].get(key) for key in keys] for run in runs]
+        if dataset != "world" and any(questions != sets[0] for questions in sets):  # in the world each seed has a set
             raise UserError(f"the runs of {system} on {dataset} answered different questions: run them again")
         hit, valid = (
             np.array([[list(row) for row in run["outcomes"][f"{windows} {key}"]] for run in runs]) == "1"
             for key in ("hit", "valid")
         )
-        questions, windows_per_user, sample = asked[0]
+        questions, windows_per_user, sample = sets[0]
         users = np.repeat(np.arange(len(windows_per_user)), windows_per_user)
         rows = np.arange(len(users)) if sample is None else np.array(sample)
         seeds = tuple(run["parameters"]["seed"] for run in runs)
