@@ -139,7 +139,7 @@ def test_a_user_is_served_with_the_own_adapter(bench):
 
 
 def test_gradients(tmp_path, monkeypatch):
-    monkeypatch.setattr(gradients.analysis, "clusters", lambda z: (np.arange(len(z)) % 3, None))
+    monkeypatch.setattr("ilora.study.gradients.clusters", lambda z: (np.arange(len(z)) % 3, None))
     metrics = run(gradients, tmp_path, users=120, sequences=12, batch_size=2, rounds=1)
     found = metrics["gradients"]
     assert found.keys() >= {"clusters", "usual loop", "loop", "pass"}
