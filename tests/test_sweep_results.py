@@ -13,12 +13,13 @@ from ilora.study import sweep_results
 from ilora.study.results import records
 
 
-def write(folder, notebook="04", metrics=None, without=(), **parameters):
+def write(folder, notebook="04", metrics=None, without=(), inputs=None, **parameters):
     """A result as `sweep.publish` leaves it, of the notebook's defaults and the given parameters."""
     (job,) = plan({"device": "cpu"} | parameters, [notebook])
     parameters = {name: value for name, value in job.parameters.items() if name not in without}
     result = {"parameters": parameters, "metrics": metrics, "device": {"name": "a CPU"}, "commit": "c0ffee"}
-    runs.write_json(folder / f"{job.source.stem}-{runs.key(parameters)}.json", result)
+    result |= {"inputs": inputs} if inputs else {}  # older results have none
+    runs.write_json(folder / f"{job.source.stem}-{len([*folder.iterdir()])}.json", result)
 
 
 def interval(value):
@@ -46,6 +47,16 @@ def test_a_result_is_a_row_with_values_and_what_it_changed(tmp_path):
     assert not [name for name in table if name.endswith((".low", ".high", ".n", ".users"))]
     (row,) = sweep_results.load_runs(tmp_path, "06").to_dict("records")
     assert (row["gate.between groups"], row["gate.between groups.p"], row["gate.users"]) == (0.2, 0.01, [7])
+
+
+def test_results_on_different_data_are_refused(tmp_path):
+    for seed, data in enumerate(["a", "a", None]):
+        write(tmp_path, metrics=hits(0.3, 0.4), inputs=data and {"data": data}, dataset="movielens", seed=seed)
+        write(tmp_path, metrics=hits(0.3, 0.4), inputs={"data": f"world {seed}"}, seed=seed)  # a world for each seed
+    assert len(sweep_results.load_runs(tmp_path, "04")) == 6
+    write(tmp_path, metrics=hits(0.3, 0.4), inputs={"data": "b"}, dataset="movielens", seed=3)
+    with pytest.raises(runs.UserError, match="has results of 'movielens' on different data"):
+        sweep_results.load_runs(tmp_path, "04")
 
 
 def test_runs_are_selected_by_what_they_changed(tmp_path):

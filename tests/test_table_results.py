@@ -38,6 +38,8 @@ def test_mixed_settings_are_refused_and_other_questions_not_compared():
         table_results.answers_by_system(
             [result("iLoRA", 0, "a", rank=8), result("iLoRA", 1, "a", rank=16)], "movielens"
         )
+    with pytest.raises(runs.UserError, match="two results of iLoRA on movielens with one seed"):
+        table_results.answers_by_system([*same, result("iLoRA", 1, "a")], "movielens")
     with pytest.raises(runs.UserError, match="different questions"):
         table_results.answers_by_system([result("iLoRA", 0, "a"), result("iLoRA", 1, "b")], "movielens")
     answers = table_results.answers_by_system([*same, result("SASRec", 0, "b"), result("GRU4Rec", 2, "a")], "movielens")

@@ -28,7 +28,7 @@ def load_runs(folder: str | Path, notebook: str) -> pd.DataFrame:
 
     A parameter that a result lacks has today's default. Further columns: device, commit, `changed` (names of the
     parameters that differ from the default) and `setting` (data set and what else of SETTING is changed, as text).
-    Runs of one expert are left out: every run has LoRA.
+    Runs of one expert are left out: every run has LoRA. Raises UserError if a setting's results are on different data.
     """
     (job,) = plan({}, [notebook])
     rows = []
@@ -36,12 +36,17 @@ def load_runs(folder: str | Path, notebook: str) -> pd.DataFrame:
         parameters, default = job.parameters | result["parameters"], job.parameters
         changed = [name for name in parameters if name not in NEVER_COMPARED]
         changed = tuple(name for name in changed if parameters[name] != default.get(name))
-        other = [f"{name} {parameters[name]}" for name in changed if name in SETTING and name != "dataset"]
-        origin = {"device": result["device"]["name"], "commit": result["commit"], "changed": changed}
-        setting = ", ".join([parameters["dataset"], *other])
+        setting = [f"{name} {parameters[name]}" for name in changed if name in SETTING and name != "dataset"]
+        setting = ", ".join([parameters["dataset"], *setting])
+        content = result.get("inputs", {}).get("data") if parameters["dataset"] != "world" else None  # older: none
+        origin = {"device": result["device"]["name"], "commit": result["commit"], "data": content}
         if parameters["experts"] > 1:
-            rows.append(parameters | _values(result["metrics"]) | origin | {"setting": setting})
-    return pd.DataFrame(rows, columns=None if rows else [*job.parameters, "commit", "changed", "setting"])
+            rows.append(parameters | _values(result["metrics"]) | origin | {"changed": changed, "setting": setting})
+    table = pd.DataFrame(rows, columns=None if rows else [*job.parameters, "commit", "changed", "setting", "data"])
+    for setting, count in table.groupby("setting")["data"].nunique().items():
+        if count > 1:
+            raise UserError(f"{folder} has results of {setting!r} on different data: keep those on one data set")
+    return table
 
 
 def _values(metrics: Mapping) -> dict:

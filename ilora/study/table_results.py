@@ -57,7 +57,7 @@ def datasets_in(results: Sequence[Mapping]) -> list[str]:
 def answers_by_system(results: Sequence[Mapping], dataset: str, windows: str = "last") -> dict[str, Answers]:
     """system -> its answers on a data set, in the table's order.
 
-    Raises UserError if runs of one system differ in their questions, or in a setting other than the seed.
+    Raises UserError if runs of one system share a seed, or differ in their questions or in another setting.
     """
     answers = {}
     for system, runs in ((system, runs) for (name, system), runs in _cells(results).items() if name == dataset):
@@ -65,6 +65,9 @@ def answers_by_system(results: Sequence[Mapping], dataset: str, windows: str = "
         differ = settings.columns[settings.nunique(dropna=False) > 1]
         if len(differ):
             raise UserError(f"the results of {system} on {dataset} differ in {', '.join(differ)}: keep one in a folder")
+        seeds = tuple(run["parameters"]["seed"] for run in runs)
+        if len({*seeds}) < len(seeds):
+            raise UserError(f"there are two results of {system} on {dataset} with one seed: keep one in a folder")
         keys = [f"{windows} {key}" for key in ("questions", "windows", "rows")]
         sets = [[run["outcomes"].get(key) for key in keys] for run in runs]
         if dataset != "world" and any(questions != sets[0] for questions in sets):  # in the world each seed has a set
@@ -76,7 +79,6 @@ def answers_by_system(results: Sequence[Mapping], dataset: str, windows: str = "
         questions, windows_per_user, sample = sets[0]
         users = np.repeat(np.arange(len(windows_per_user)), windows_per_user)
         rows = np.arange(len(users)) if sample is None else np.array(sample)
-        seeds = tuple(run["parameters"]["seed"] for run in runs)
         answers[system] = Answers(seeds, hit, valid, users[rows], tuple(questions), rows)
     return answers
 
