@@ -2,7 +2,7 @@
 
     python benchmarks/gradients.py               # on the GPU if torch sees one, else on the CPU
 
-    clusters         `analysis.gradients`: backward in batches that hold sequences of one cluster and of like length
+    clusters         `group_gradients`: backward in batches of one cluster and of sequences of similar length
     usual loop       a backward pass a sequence, its prompt tokenised from text, every logit computed
     loop             a backward pass a sequence, but with the prompts and the logits of `clusters`
     pass             forward and backward in batches of like length, as training has it: the least it can cost
@@ -19,9 +19,10 @@ import torch
 from language import collate_text, full_loss
 from torch import Tensor
 
-from ilora import analysis, data, pipeline, runs
+from ilora import data, pipeline, runs
 from ilora.model import LanguageRecommender, Questions, adapter_config
 from ilora.recommenders import SASRec
+from ilora.study import gradients
 
 GOALS = {"usual loop": {"at_least": 5}, "pass": {"at_least": 0.83}}  # at most 1.2 times the pass
 
@@ -41,8 +42,8 @@ def prepare(options: Namespace) -> tuple[LanguageRecommender, Questions]:
 
 
 def usual_loop(model: LanguageRecommender, asked: Questions, labels: np.ndarray) -> dict[str, Tensor]:
-    """What `analysis.gradients` gives, from a backward pass a sequence."""
-    kinds = analysis._adapter_parameters(model)
+    """What `gradients.group_gradients` gives, from a backward pass a sequence."""
+    kinds = gradients.adapter_parameters(model)
     found = {kind: torch.zeros(labels.max() + 1, sum(p.numel() for p in own)) for kind, own in kinds.items()}
     for row, label in enumerate(labels):
         model.zero_grad()
@@ -60,7 +61,7 @@ def one_pass(model: LanguageRecommender, asked: Questions, batch_size: int) -> N
     """What an epoch of training does but for the optimiser."""
     rows = sorted((asked[row] for row in range(len(asked))), key=model.length)
     for start in range(0, len(rows), batch_size):
-        analysis._loss(model, rows[start : start + batch_size]).backward()
+        gradients.summed_loss(model, rows[start : start + batch_size]).backward()
     model.zero_grad()
 
 
@@ -74,19 +75,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = measure.parser(__doc__, rounds=3, sequences=1000, batch_size=32, users=2000).parse_args(arguments)
     run, out = measure.start("gradients", options)
     model, asked = prepare(options)
-    z = analysis.representations(model.encoder, asked.sequences.history)
-    labels, _ = analysis.clusters(z)
+    z = gradients.representations(model.encoder, asked.sequences.history)
+    labels, _ = gradients.clusters(z)
     ways = {
-        "clusters": lambda: analysis.gradients(model, asked, labels, options.batch_size),
+        "clusters": lambda: gradients.group_gradients(model, asked, labels, options.batch_size),
         "usual loop": lambda: usual_loop(model, asked, labels),
-        "loop": lambda: analysis.gradients(model, asked, labels, batch_size=1),
+        "loop": lambda: gradients.group_gradients(model, asked, labels, batch_size=1),
         "pass": lambda: one_pass(model, asked, options.batch_size),
     }
     measured, found = measure.compare(ways, options.rounds, run.device, GOALS)
     measured["rows"] = len(asked)
     measured["agreement"] = {"largest difference": largest_difference(found, ["usual loop", "loop"])}
     many = np.random.default_rng(0).normal(size=(options.sequences * 40, z.shape[1]))
-    clustering, _ = measure.timed(lambda: analysis.clusters(many), torch.device("cpu"))
+    clustering, _ = measure.timed(lambda: gradients.clusters(many), torch.device("cpu"))
     measure.show("gradients", measured)
     run.save({"gradients": measured, "clustering": {"rows": len(many), "seconds": clustering}}, path=out)
     print(out)

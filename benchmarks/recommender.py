@@ -24,9 +24,10 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from ilora import comparisons, data
+from ilora import data
 from ilora.draws import hit_ratios
 from ilora.recommenders import SASRec
+from ilora.study import sweep_results
 from ilora.traditional import fit_recommender
 
 GOALS = {"windows": {"at_least": 5}}
@@ -85,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"{name}: largest validation HitRatio@1, mean of {options.seeds} seeds": float(own.mean())
         for name, own in best.items()
     }
-    less = {"at_least": 0, **comparisons.student(best["pieces"] - best["windows"])}
+    less = {"at_least": 0, **sweep_results.student_interval(best["pieces"] - best["windows"])}
     measured["HitRatio@1 of pieces less that of windows"] = less
     measure.show("SASRec", measured)
     run.save({"SASRec": measured}, path=out)

@@ -3,7 +3,7 @@
     python -m ilora.sweep 04 --over conflict 0 0.5 1 --over seed 0 1 2 --jobs 2 --to book/results/conflict
 
 Each point is a run of its own (`python -m ilora --only 04 -p ...`) with a result of its own, so an interrupted sweep
-starts again where it stopped. `comparisons.read` gives the results of a folder as one table.
+starts again where it stopped. `sweep_results.load_runs` gives the results of a folder as one table.
 """
 
 import argparse

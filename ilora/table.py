@@ -25,10 +25,10 @@ import numpy as np
 from tqdm import tqdm
 
 from ilora import data, evaluation, pipeline, runs
-from ilora.chat import ChatRec
 from ilora.draws import hit_ratios
 from ilora.parameters import inputs, parse_parameters
 from ilora.recommenders import Popularity, Recommender
+from ilora.study.chat import ChatRec
 from ilora.traditional import L2_GRID, choose_l2, fit_recommender, table_1
 
 SETTINGS = {  # the notebooks' parameters that a table has, and their values unless -p says otherwise

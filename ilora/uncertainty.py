@@ -1,16 +1,12 @@
-"""How sure a table is: where the spread of a mean comes from, and whether two systems differ.
+"""Intervals and tests for a table of systems: how precise a mean is, and whether two systems differ.
 
-    values  (seeds, draws, n)  what a system made of n sequences: 1 for a right answer, or a difference of two systems,
-                               for each seed of its training and each draw of the candidates
-    users   (n,)               whose sequences they are; windows of one user are not independent
-
-Three things were drawn by lot: the seed, the candidates and the users. Each is given its own share of the uncertainty,
-so that a reader sees which one more work would remove: more runs, more draws, or more users.
+values  (seeds, draws, n)  a score per training seed, draw of the candidates and question: 1 for a right answer,
+                           or the difference of two systems
+users   (n,)               the user of each question; questions of one user are not independent
 """
 
-from collections.abc import Sequence
-
 import numpy as np
+import pandas as pd
 from scipy import stats
 
 from ilora.evaluation import resampled_means
@@ -18,70 +14,58 @@ from ilora.evaluation import resampled_means
 PERMUTATIONS = 9999
 
 
-def spread(values: np.ndarray, users: np.ndarray) -> dict[str, float]:
-    """Mean of values (seeds, draws, n) with a 95 % interval over seeds, draws and users, and its parts.
+def crossed_interval(values: np.ndarray, users: np.ndarray) -> dict[str, float | None]:
+    """Mean of values (seeds, draws, n) with a 95 % interval over seeds, draws and users, and the error due to each.
 
-    The variance of the mean is the sum of three: of the means of seeds over the number of seeds, likewise of draws, and
-    that of a mean over clusters for users. Each holds its share of what seeds, draws and users do together, so the sum
-    is rather too large than too small. Student's t with Satterthwaite's degrees of freedom. A part of which there is
-    one alone (one seed) is not known and is left out: its standard error is None.
+    The variance of the mean is the sum of three variances: over seeds, over draws, and over users as clusters. Each
+    contains part of their interaction, so the sum errs on the large side. The interval is Student's, with
+    Satterthwaite's degrees of freedom. A source with a single value (one seed) is left out: its error is None.
 
     Returns value, low, high, n, users, seeds, draws; error_seeds, error_draws, error_users: standard errors of the
-    mean; sd_draws: how much another draw of candidates moves the result of one run.
+    mean; sd_draws: standard deviation of one run's result over draws.
     """
-    values, users = np.asarray(values, float), np.asarray(users)
-    mean = values.mean()
-    by_user = _by_user(values.mean((0, 1)) - mean, users)
-    by_seed, by_draw = values.mean((1, 2)), values.mean((0, 2))
-    clusters = len(by_user)
-    variance = {
-        "seeds": _variance_of_mean(by_seed),
-        "draws": _variance_of_mean(by_draw),
-        "users": (by_user**2).sum() / values.shape[2] ** 2 * clusters / (clusters - 1) if clusters > 1 else None,
-    }
-    freedom = {"seeds": len(by_seed) - 1, "draws": len(by_draw) - 1, "users": clusters - 1}
-    known = {part: value for part, value in variance.items() if value}  # neither None nor 0
-    whole = sum(known.values())
-    half = 0.0
-    if known:
-        degrees = whole**2 / sum(value**2 / freedom[part] for part, value in known.items())
-        half = stats.t.ppf(0.975, degrees) * np.sqrt(whole)
-    found = {"value": mean, "low": mean - half, "high": mean + half, "n": values.shape[2], "users": clusters}
-    found |= {"seeds": len(by_seed), "draws": len(by_draw)}
-    found |= {f"error_{part}": None if value is None else np.sqrt(value) for part, value in variance.items()}
-    found["sd_draws"] = np.sqrt(values.mean(2).var(axis=1, ddof=1).mean()) if len(by_draw) > 1 else None
-    return {name: value if value is None or isinstance(value, int) else float(value) for name, value in found.items()}
+    values = np.asarray(values, float)
+    (seeds, draws, n), mean = values.shape, values.mean()
+    of_users = _sum_by_user(values.mean((0, 1)) - mean, users)
+    sizes = {"seeds": seeds, "draws": draws, "users": len(of_users)}
+    variance = {}
+    if seeds > 1:
+        variance["seeds"] = values.mean((1, 2)).var(ddof=1) / seeds
+    if draws > 1:
+        variance["draws"] = values.mean((0, 2)).var(ddof=1) / draws
+    if len(of_users) > 1:
+        variance["users"] = (of_users**2).sum() / n**2 * len(of_users) / (len(of_users) - 1)
+    total = sum(variance.values())
+    freedom = total**2 / sum(part**2 / (sizes[source] - 1) for source, part in variance.items()) if total else 1
+    half = stats.t.ppf(0.975, freedom) * np.sqrt(total)
+    errors = {source: float(np.sqrt(variance[source])) if source in variance else None for source in sizes}
+    return {
+        "value": float(mean), "low": float(mean - half), "high": float(mean + half), "n": n, **sizes,
+        **{f"error_{source}": error for source, error in errors.items()},
+        "sd_draws": float(np.sqrt(values.mean(2).var(axis=1, ddof=1).mean())) if draws > 1 else None,
+    }  # fmt: skip
 
 
-def _variance_of_mean(values: np.ndarray) -> float | None:
-    return values.var(ddof=1) / len(values) if len(values) > 1 else None
-
-
-def _by_user(values: np.ndarray, users: np.ndarray) -> np.ndarray:
-    """(n,) -> (number of users,): each one's sum."""
+def _sum_by_user(values: np.ndarray, users: np.ndarray) -> np.ndarray:
+    """Sums of values (n,) over the questions of each user, (number of users,)."""
     return np.bincount(np.unique(users, return_inverse=True)[1], values)
 
 
-def mcnemar(one: np.ndarray, other: np.ndarray) -> dict[str, float]:
-    """McNemar's exact test of two systems' right answers (n,) to the same questions.
+def mcnemar(first: np.ndarray, second: np.ndarray) -> float:
+    """Two-sided p of McNemar's exact test for the right answers (n,) of two systems to the same questions."""
+    only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
+    either = only_first + only_second
+    return float(stats.binomtest(only_first, either).pvalue) if either else 1.0
 
-    Only questions that one of them alone answered rightly tell them apart: under equality each falls to either side
-    with probability 1/2, whatever n is. Returns one_alone, other_alone and the two-sided p.
+
+def sign_flip_test(differences: np.ndarray, users: np.ndarray, seed: int = 0) -> float:
+    """Two-sided p of paired differences (n,), flipping the signs of whole users.
+
+    Enumerates all 2^users sign patterns if there are at most PERMUTATIONS, else samples that many.
     """
-    one, other = np.asarray(one, bool), np.asarray(other, bool)
-    alone = int((one & ~other).sum()), int((other & ~one).sum())
-    p = stats.binomtest(alone[0], sum(alone)).pvalue if sum(alone) else 1.0
-    return {"one_alone": alone[0], "other_alone": alone[1], "p": float(p)}
-
-
-def user_test(difference: np.ndarray, users: np.ndarray, seed: int = 0) -> float:
-    """Two-sided p of a paired difference (n,) over users: each user's sum may as well have had the other sign.
-
-    All 2^users signs where these are no more than PERMUTATIONS, else that many at random.
-    """
-    sums = _by_user(np.asarray(difference, float), np.asarray(users))
+    sums = _sum_by_user(differences, users)
     sums = sums[sums != 0]
-    if len(sums) < 2:  # one sign is as extreme as the other
+    if len(sums) < 2:  # both signs are equally extreme
         return 1.0
     test = stats.permutation_test(
         (sums,), lambda x, axis: x.sum(axis), permutation_type="samples", n_resamples=PERMUTATIONS, vectorized=True,
@@ -90,31 +74,27 @@ def user_test(difference: np.ndarray, users: np.ndarray, seed: int = 0) -> float
     return float(test.pvalue)
 
 
-def holm(p: Sequence[float]) -> np.ndarray:
-    """Holm's adjusted p values (m,): reject those below 0.05; at most 5 % of tables then hold a false one."""
-    p = np.asarray(p, float)
-    order = p.argsort()
-    stepped = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
-    adjusted = np.empty_like(p)
-    adjusted[order] = np.minimum(stepped, 1)
-    return adjusted
+def holm(p: pd.Series) -> pd.Series:
+    """p values adjusted by Holm's method; rejecting those below 0.05 keeps the familywise error rate at 5 %."""
+    ascending = p.sort_values()
+    return (ascending * np.arange(len(p), 0, -1)).cummax().clip(upper=1)[p.index]
 
 
-def compare(one: np.ndarray, other: np.ndarray, users: np.ndarray, seed: int = 0) -> dict[str, float]:
-    """Right answers of two systems, (seeds, draws, n) each, to the same questions.
+def paired_comparison(first: np.ndarray, second: np.ndarray, users: np.ndarray, seed: int = 0) -> dict[str, float]:
+    """Compare the right answers of two systems, (seeds, draws, n) each, to the same questions.
 
-    Runs are paired seed with seed, as many as both have; a system that is not trained has one run, which meets every
-    run of the other. Returns `spread` of the difference; of its mean over seeds and draws, `p` of `user_test` and
-    bootstrap_low, bootstrap_high, the percentile interval of a paired bootstrap over users (Efron 1979), which a user
-    enters with all windows; of McNemar's p, one for each pair of runs and draw, the median and both ends.
+    Runs are paired in order; a single run is paired with every run of the other system. Returns `crossed_interval` of
+    the difference; for its mean over seeds and draws, `p` of `sign_flip_test` and bootstrap_low, bootstrap_high, the
+    percentile interval of a bootstrap over users (Efron 1979); the median, least and largest p of `mcnemar` over pairs
+    of runs and draws.
     """
-    seeds = (max if 1 in (len(one), len(other)) else min)(len(one), len(other))
-    one, other = np.broadcast_arrays(one[:seeds], other[:seeds])
-    difference = one.astype(float) - other.astype(float)
-    mean = difference.mean((0, 1))
-    found = spread(difference, users) | {"p": user_test(mean, users, seed)}
-    ends = np.quantile(resampled_means(mean, users, seed), (0.025, 0.975))
-    found |= dict(zip(("bootstrap_low", "bootstrap_high"), ends.tolist(), strict=True))
-    pairs = zip(one.reshape(-1, one.shape[-1]), other.reshape(-1, one.shape[-1]), strict=True)
-    low, middle, high = np.quantile([mcnemar(*pair)["p"] for pair in pairs], (0, 0.5, 1))
-    return found | {"mcnemar_median": float(middle), "mcnemar_least": float(low), "mcnemar_largest": float(high)}
+    first, second = np.broadcast_arrays(first, second)
+    differences = first.astype(float) - second
+    mean = differences.mean((0, 1))
+    low, high = np.quantile(resampled_means(mean, users, seed), (0.025, 0.975))
+    pairs = zip(first.reshape(-1, len(mean)), second.reshape(-1, len(mean)), strict=True)
+    least, median, largest = np.quantile([mcnemar(*pair) for pair in pairs], (0, 0.5, 1))
+    return crossed_interval(differences, users) | {
+        "p": sign_flip_test(mean, users, seed), "bootstrap_low": float(low), "bootstrap_high": float(high),
+        "mcnemar_median": float(median), "mcnemar_least": float(least), "mcnemar_largest": float(largest),
+    }  # fmt: skip

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from ilora import speed
 from ilora.prompts import NO_LABEL
+from ilora.study import benchmark_results
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -32,7 +32,7 @@ def run(script, folder, **options):
     """What `main` writes, whole."""
     flags = [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     script.main([*flags, "--device", "cpu", "--out", str(folder / f"{script.__name__}_cpu.json")])
-    result = speed.read(folder)[f"{script.__name__}_cpu"]
+    result = benchmark_results.load_benchmarks(folder)[f"{script.__name__}_cpu"]
     assert result.keys() >= WHOLE
     assert result["parameters"].items() >= {"device": "cpu", **options}.items()
     return result["metrics"]
@@ -119,7 +119,7 @@ def test_a_user_is_served_with_the_own_adapter(bench):
 
 
 def test_gradients(tmp_path, monkeypatch):
-    monkeypatch.setattr(gradients.analysis, "clusters", lambda z: (np.arange(len(z)) % 3, None))
+    monkeypatch.setattr("ilora.study.gradients.clusters", lambda z: (np.arange(len(z)) % 3, None))
     metrics = run(gradients, tmp_path, users=120, sequences=12, batch_size=2, rounds=1)
     found = metrics["gradients"]
     assert found.keys() >= {"clusters", "usual loop", "loop", "pass"}

@@ -26,10 +26,11 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ilora import chat, runs
-from ilora.chat import ChatRec
+from ilora import runs
 from ilora.pretraining import EMBEDDED
 from ilora.prompts import read_answer
+from ilora.study import chat
+from ilora.study.chat import ChatRec
 
 ROOT = Path(__file__).parents[1]
 KEY = "sk-secret-4f1d"

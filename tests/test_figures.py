@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ilora import figures
+from ilora.study import figures
 
 RNG = np.random.default_rng(0)
 TABLE = pd.DataFrame({"value": [0.5, 0.1], "low": [0.4, 0.0], "high": [0.7, 0.2], "n": [9, 9]}, index=["a", "b"])

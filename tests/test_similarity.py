@@ -1,11 +1,14 @@
+"""Similarity of known gradients, and tests against distance under independence and under a known relation."""
+
 import numpy as np
 import pytest
 import torch
 from scipy.spatial.distance import pdist, squareform
 
-from ilora import analysis, runs, similarity
+from ilora import runs
 from ilora.data import Sequences
 from ilora.model import Questions
+from ilora.study import gradients, similarity
 
 LABELS = np.array([2, 0, 2, 1, 2, 0, 2, 2, 1, 2, 2])  # groups of 2, 2 and 7
 VECTORS = {
@@ -16,34 +19,34 @@ VECTORS = {
 
 
 def test_cosines_of_known_vectors():
-    found = similarity.cosines(analysis.products(VECTORS))
-    assert list(found) == ["all", "one", "two", "gate"]
-    np.testing.assert_allclose(found["one"], [[1, 0, -1], [0, 1, 0], [-1, 0, 1]], atol=1e-7)
-    np.testing.assert_allclose(found["two"], np.ones((3, 3)), atol=1e-7)
+    result = similarity.cosines(gradients.inner_products(VECTORS))
+    assert list(result) == ["all", "one", "two", "gate"]
+    np.testing.assert_allclose(result["one"], [[1, 0, -1], [0, 1, 0], [-1, 0, 1]], atol=1e-7)
+    np.testing.assert_allclose(result["two"], np.ones((3, 3)), atol=1e-7)
     a, b, c = 4 / 5**0.5 / 5, -1 / 10**0.5, 4 / 5 / 2**0.5
-    np.testing.assert_allclose(found["all"], [[1, a, b], [a, 1, c], [b, c, 1]], atol=1e-7)
-    np.testing.assert_allclose(found["gate"], [[1, 1, -1], [1, 1, -1], [-1, -1, 1]], atol=1e-7)  # and not in "all"
+    np.testing.assert_allclose(result["all"], [[1, a, b], [a, 1, c], [b, c, 1]], atol=1e-7)
+    np.testing.assert_allclose(result["gate"], [[1, 1, -1], [1, 1, -1], [-1, -1, 1]], atol=1e-7)  # and not in "all"
 
 
 def test_a_zero_gradient_has_no_direction():
     with pytest.raises(runs.UserError, match="zero"):
-        similarity.cosines(analysis.products({"one": torch.tensor([[1.0, 0], [0, 0]])}))
+        similarity.cosines(gradients.inner_products({"one": torch.tensor([[1.0, 0], [0, 0]])}))
 
 
 def test_halves_join_to_the_whole():
     rng = np.random.default_rng(0)
     vectors = torch.from_numpy(rng.normal(size=(len(LABELS), 5)))
-    cut = analysis.halves(LABELS, np.arange(len(LABELS)))
+    cut = gradients.halves(LABELS, np.arange(len(LABELS)))
     np.testing.assert_array_equal(cut // 2, LABELS)
     assert np.bincount(cut).tolist() == [1, 1, 1, 1, 4, 3]
 
     def sums(labels):
         return torch.stack([vectors[labels == label].sum(0) for label in np.unique(labels)])
 
-    whole, parts = (analysis.products({"one": sums(labels)}) for labels in (LABELS, cut))
-    np.testing.assert_allclose(similarity.joined(parts)["one"], whole["one"])
+    whole, parts = (gradients.inner_products({"one": sums(labels)}) for labels in (LABELS, cut))
+    np.testing.assert_allclose(similarity.join_halves(parts)["one"], whole["one"])
     stacked = {"one": np.stack([parts["one"], 2 * parts["one"]])}
-    np.testing.assert_allclose(similarity.joined(stacked)["one"], [whole["one"], 2 * whole["one"]])
+    np.testing.assert_allclose(similarity.join_halves(stacked)["one"], [whole["one"], 2 * whole["one"]])
 
 
 def test_repeatability_is_the_similarity_of_another_sample():
@@ -52,8 +55,8 @@ def test_repeatability_is_the_similarity_of_another_sample():
     half = np.repeat(signal, 2, axis=0) / 2 + rng.normal(size=(6, size)) * np.sqrt(0.5)
     other = signal + rng.normal(size=(3, size))
     drawn = np.vstack([half[::2] + half[1::2], other])
-    expected = np.diag(similarity._cosine(drawn @ drawn.T)[:3, 3:])
-    halves = similarity._cosine(half @ half.T)
+    expected = np.diag(similarity.cosines({"q_proj": drawn @ drawn.T})["all"][:3, 3:])
+    halves = similarity.cosines({"q_proj": half @ half.T})["all"]
     each = [similarity.repeatability(halves[2 * g : 2 * g + 2, 2 * g : 2 * g + 2]) for g in range(3)]
     np.testing.assert_allclose(each, expected, atol=0.01)
     assert np.ptp(expected) > 0.5
@@ -79,12 +82,12 @@ def test_the_permutation_test_is_level_under_independence():
         assert abs(np.mean(np.array(p) <= level) - level) < 4 * np.sqrt(level * (1 - level) / 200)
 
 
-def test_a_planted_relation_is_found_with_its_sign():
+def test_a_known_relation_is_detected_with_its_sign():
     rng = np.random.default_rng(0)
     distance = squareform(pdist(rng.normal(size=(8, 3))))
-    found = similarity.mantel(-distance + 0.2 * symmetric(rng, 8), distance, permutations=999)
-    assert found["value"] < -0.8 and found["p"] < 0.01
-    assert (found["pairs"], found["members"]) == (28, 8)
+    result = similarity.mantel(-distance + 0.2 * symmetric(rng, 8), distance, permutations=999)
+    assert result["value"] < -0.8 and result["p"] < 0.01
+    assert (result["pairs"], result["members"]) == (28, 8)
     assert similarity.mantel(-(distance**3), distance, permutations=9)["value"] == pytest.approx(-1)  # ranks
     assert similarity.mantel(symmetric(rng, 8), distance, permutations=99)["p"] > 0.05
 
@@ -92,26 +95,29 @@ def test_a_planted_relation_is_found_with_its_sign():
 def test_pairs_are_ranked_and_shown():
     history = np.array([[60, 60, 60, 4, 5], [60, 60, 60, 60, 1], [7, 8, 9, 10, 11], [60, 60, 1, 2, 3]])
     length, target = (history < 60).sum(1), np.array([6, 2, 12, 4])
-    asked = Questions(Sequences(np.arange(4), length, history, length, target), 60, seed=0)
+    questions = Questions(Sequences(np.arange(4), length, history, length, target), 60, seed=0)
     pairs = similarity.ranked_pairs(squareform([0.1, 0.9, -0.5, 0.2, 0.3, 0.0]))
     assert pairs["similarity"].tolist() == [0.9, 0.3, 0.2, 0.1, 0.0, -0.5]
-    assert pairs.iloc[0][["one", "other"]].tolist() == [0, 2] and pairs.iloc[-1][["one", "other"]].tolist() == [0, 3]
-    table = similarity.side_by_side(asked, pairs.iloc[0], [f"title {item}" for item in range(60)])
+    assert pairs.iloc[0][["first", "second"]].tolist() == [0, 2] and pairs.iloc[-1][["first", "second"]].tolist() == [
+        0,
+        3,
+    ]
+    table = similarity.side_by_side(questions, pairs.iloc[0], [f"title {item}" for item in range(60)])
     assert list(table.columns) == ["user 0", "user 2"] and list(table.index) == [1, 2, 3, 4, 5, "next"]
     assert table["user 0"].tolist() == ["", "", "", "title 4", "title 5", "title 6"]
     assert table["user 2"].tolist() == [f"title {item}" for item in range(7, 13)]
 
 
-def test_what_other_groups_lack_is_told_from_noise():
+def test_what_other_groups_lack_excludes_noise():
     """Two groups with one direction and noise agree as a group does with itself; opposite ones lack twice as much."""
     rng, size = np.random.default_rng(0), 200_000
     noise, signal = rng.normal(size=(4, size)), rng.normal(size=size)
     for signs, lack in (([1, 1, 1, 1], 0), ([1, 1, -1, -1], 1)):
         half = torch.from_numpy(np.outer(signs, signal) + noise)
-        found = similarity.agreement({"one": analysis.products({"one": half})["one"][None]})
-        assert found["same"] == pytest.approx(2 / 3, abs=0.01)  # halves have cosine 1/2
-        assert found["other"] == pytest.approx(2 / 3 * (1 - 2 * lack), abs=0.01)
-        assert found["lack"] == pytest.approx(found["same"] - found["other"])
+        result = similarity.same_and_other_groups({"one": gradients.inner_products({"one": half})["one"][None]})
+        assert result["same"] == pytest.approx(2 / 3, abs=0.01)  # halves have cosine 1/2
+        assert result["other"] == pytest.approx(2 / 3 * (1 - 2 * lack), abs=0.01)
+        assert result["lack"] == pytest.approx(result["same"] - result["other"])
 
 
 def test_halves_that_point_apart_are_not_made_to_point_beyond():
@@ -119,20 +125,8 @@ def test_halves_that_point_apart_are_not_made_to_point_beyond():
     assert similarity.repeatability(cosine) == pytest.approx(-1.8 / 1.9)
 
 
-def test_noise_in_few_dimensions_lacks_nothing_on_the_average():
+def test_noise_in_few_dimensions_lacks_nothing_on_average():
     rng = np.random.default_rng(0)
     half = torch.from_numpy(rng.normal(size=(2000, 16, 100)))
-    lack = [similarity.agreement(analysis.products({"one": one}))["lack"] for one in half]
+    lack = [similarity.same_and_other_groups(gradients.inner_products({"one": one}))["lack"] for one in half]
     assert abs(np.mean(lack)) < 3 * np.std(lack) / np.sqrt(len(lack))
-
-
-def test_a_users_sequences_fall_into_one_half():
-    rng = np.random.default_rng(0)
-    labels, users = rng.integers(3, size=600), rng.integers(60, size=600)
-    cut = analysis.halves(labels, users, seed=1)
-    np.testing.assert_array_equal(cut // 2, labels)
-    of = {}
-    for label, user, half in zip(labels, users, cut, strict=True):
-        assert of.setdefault((label, user), half) == half
-    assert np.ptp(np.bincount(cut).reshape(3, 2), axis=1).max() <= np.bincount(users).max()
-    assert (cut != analysis.halves(labels, users, seed=2)).any()

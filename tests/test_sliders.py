@@ -9,9 +9,9 @@ import pytest
 from bs4 import BeautifulSoup
 from conftest import ROOT
 
-from ilora import figures
 from ilora.runs import UserError
-from ilora.sliders import slider
+from ilora.study import figures
+from ilora.study.sliders import slider
 
 
 @pytest.fixture(autouse=True)

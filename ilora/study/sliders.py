@@ -12,8 +12,8 @@ from html import escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ilora import figures
 from ilora.runs import UserError
+from ilora.study import figures
 
 
 @dataclass(frozen=True)

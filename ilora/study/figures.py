@@ -98,7 +98,7 @@ def panels(tables: dict[str, pd.DataFrame], label: str, mark: str, at: float) ->
 
 @_literal
 def error_parts(tables: dict[str, pd.DataFrame]) -> np.ndarray:
-    """Standard errors by cause, for each system of each table of `verdicts.summary`, an axes a table."""
+    """Standard errors by cause, for each system of each table of `table_results.system_means`, an axes a table."""
     if not tables:
         return _nothing()
     causes = {"error_users": "users", "error_seeds": "seeds", "error_draws": "draws of candidates"}
@@ -119,7 +119,7 @@ def error_parts(tables: dict[str, pd.DataFrame]) -> np.ndarray:
 
 @_literal
 def ratios(table: pd.DataFrame, label: str) -> Axes:
-    """Ratios with their quartiles on a logarithmic scale, each with its goal as a bar across; of `speed.ratios`.
+    """Ratios with their quartiles on a logarithmic scale, each with its goal as a bar (`benchmark_results.ratios`).
 
     A ratio that misses its goal is an open square in another colour, one without a goal a grey point.
     """
@@ -178,7 +178,7 @@ def lines(table: pd.DataFrame, x: str, y: str, ax: Axes | None = None) -> Axes:
 def trend(table: pd.DataFrame, x: str, y: str, by: str | None = None, title: str = "") -> np.ndarray:
     """Means with 95 % intervals over seeds against `x`, one line a system, a small grey point for each seed.
 
-    A table of `comparisons.over_seeds`; `by` names a column for each value of which there is an axes.
+    A table of `sweep_results.means_over_seeds`; `by` names a column for each value of which there is an axes.
     """
     parts = dict(list(table.groupby(by, sort=False))) if by and len(table) else {"": table}
     figure, axes = _panels(len(parts), (6.4, 3.2, 3.2 if len(parts) > 2 else 3.6))
@@ -209,7 +209,7 @@ def trend(table: pd.DataFrame, x: str, y: str, by: str | None = None, title: str
 def differences(table: pd.DataFrame, what: str, title: str) -> np.ndarray:
     """Differences from the default with 95 % intervals over seeds, a small grey point for each seed.
 
-    A table of `comparisons.paired`: a row for each variant, an axes for each setting.
+    A table of `sweep_results.differences_from_default`: a row for each variant, an axes for each setting.
     """
     settings, variants = table["setting"].unique(), list(table["variant"].unique())
     figure, axes = _panels(len(settings), (6.4, 3.2, 1.4 + 0.4 * len(variants)))
@@ -393,7 +393,7 @@ def relation(
 def idea() -> Figure:
     """The method in one picture; on the page `idea` stands what this prints into book/assets/idea.svg:
 
-    python -c "from ilora import figures as f; f.style(); print(f.svg(f.idea()), end='')"
+    python -c "from ilora.study import figures as f; f.style(); print(f.svg(f.idea()), end='')"
     """
     figure, ax = plt.subplots(figsize=(7.6, 4.6))
     ax.set(xlim=(0, 100), ylim=(0, 64))

@@ -1,0 +1,103 @@
+"""Similarity of groups' gradients: cosines, how large they would be without noise, and a test against distance.
+
+The paper's Figs. 1 and 3 compare clusters by the cosine of their gradients. Two halves of one cluster show how much of
+a low cosine is noise (the diagonal of Fig. 3 is 1 by definition).
+
+    Letters: G groups, ... states of training
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+from scipy.spatial.distance import squareform
+
+from ilora.model import Questions
+from ilora.runs import UserError
+from ilora.study.gradients import GATE
+
+
+def join_halves(products: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Inner products of whole groups from those of `gradients.halves`: (..., 2G, 2G) -> (..., G, G)."""
+    joined = {}
+    for kind, part in products.items():
+        groups = part.shape[-1] // 2
+        joined[kind] = part.reshape(*part.shape[:-2], groups, 2, groups, 2).sum((-3, -1))
+    return joined
+
+
+def cosines(products: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Cosine similarity of the groups' gradients, for "all" of A and B and for each kind: (..., G, G) each.
+
+    "all" leaves out the gate's weights, which LoRA lacks. Raises UserError if a group's gradient is zero.
+    """
+    lora = sum(part for kind, part in products.items() if kind != GATE)
+    products = {"all": lora, **products}
+    norms = {kind: np.sqrt(np.diagonal(part, axis1=-2, axis2=-1)) for kind, part in products.items()}
+    if not all((norm > 0).all() for norm in norms.values()):
+        raise UserError("a group's gradient is zero and has no direction: use a state after the first step")
+    return {kind: part / norms[kind][..., :, None] / norms[kind][..., None, :] for kind, part in products.items()}
+
+
+def repeatability(half_cosines: np.ndarray) -> np.ndarray:
+    """Mean similarity of a group with another sample of itself, from cosines of `halves`: (..., 2G, 2G) -> (...).
+
+    This is what two identical groups reach, and replaces the diagonal. From the mean c of the cosines of each group's
+    two halves: 2c / (1 + |c|), for c > 0 the Spearman-Brown formula, for c < 0 (noise) its mirror image, so that noise
+    averages to 0. The mean comes first because the formula is concave: noisy single cosines would bias it.
+    """
+    first = np.arange(0, half_cosines.shape[-1], 2)
+    mean = half_cosines[..., first, first + 1].mean(-1)
+    return 2 * mean / (1 + np.abs(mean))
+
+
+def same_and_other_groups(products: dict[str, np.ndarray]) -> dict[str, float]:
+    """From inner products of `halves`, averaged over states: similarity to the `same` group (`repeatability`), to
+    `other` groups, and the difference, what other groups `lack`."""
+    same = float(repeatability(cosines(products)["all"]).mean())
+    other = float(off_diagonal(cosines(join_halves(products))["all"]).mean())
+    return {"same": same, "other": other, "lack": same - other}
+
+
+def off_diagonal(matrix: np.ndarray) -> np.ndarray:
+    """The entries above the diagonal of symmetric (..., G, G): (..., G (G - 1) / 2), in the order of scipy's pdist."""
+    return matrix[(..., *np.triu_indices(matrix.shape[-1], 1))]
+
+
+def mantel(similarity: np.ndarray, distance: np.ndarray, permutations: int = 9999, seed: int = 0) -> dict[str, float]:
+    """Spearman's rank correlation of two symmetric (G, G) over pairs, with a two-sided permutation test (Mantel 1967).
+
+    Pairs share members, so they are not independent. The test permutes the G members, rows and columns of one matrix
+    together: all G! orders if there are at most `permutations`, else that many at random.
+    """
+    pairs = np.triu_indices(len(similarity), 1)
+    ranks, distance_ranks = (stats.zscore(stats.rankdata(matrix[pairs])) for matrix in (similarity, distance))
+    square = squareform(distance_ranks)
+    test = stats.permutation_test(
+        (np.arange(len(similarity)),), lambda order: ranks @ square[np.ix_(order, order)][pairs] / len(ranks),
+        permutation_type="pairings", n_resamples=permutations, vectorized=False, rng=np.random.default_rng(seed),
+    )  # fmt: skip
+    return {"value": float(test.statistic), "p": float(test.pvalue), "pairs": len(ranks), "members": len(similarity)}
+
+
+def ranked_pairs(similarity: np.ndarray) -> pd.DataFrame:
+    """All pairs of a symmetric (n, n), most similar first: first, second (row numbers), similarity."""
+    first, second = np.triu_indices(len(similarity), 1)
+    table = pd.DataFrame({"first": first, "second": second, "similarity": similarity[first, second]})
+    return table.sort_values("similarity", ascending=False, ignore_index=True)
+
+
+def side_by_side(questions: Questions, pair: pd.Series, titles: Sequence[str]) -> pd.DataFrame:
+    """The titles of the two sequences of a row of `ranked_pairs`, oldest first, the next one last (Fig. 1, right)."""
+    columns = {}
+    for row in (int(pair["first"]), int(pair["second"])):
+        history, _, target = questions[row]
+        padding = [""] * (questions.sequences.history.shape[1] - len(history))
+        columns[f"user {questions.sequences.user[row]}"] = [
+            *padding,
+            *(titles[item] for item in history),
+            titles[target],
+        ]
+    table = pd.DataFrame(columns)
+    return table.set_axis([*range(1, len(table)), "next"])

@@ -1,0 +1,108 @@
+"""The table's results read, compared and put into words, on answers made by hand."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from ilora import runs, uncertainty
+from ilora.study import table_results
+
+
+def test_a_chosen_l2_at_the_end_of_its_grid_is_said_to_be_there(tmp_path):
+    for number, (chosen, system) in enumerate([(1e-4, "SASRec"), (1e-5, "Caser"), (0.0, "GRU4Rec")]):
+        trial = {"value": 0.25, "low": 0.2, "high": 0.3, "n": 10}
+        grid = [trial | {"l2": l2, "epoch": 1} for l2 in (0.0, 1e-5, 1e-4)]
+        about = {"dataset": "movielens", "system": system}
+        runs.write_json(
+            tmp_path / f"l2-{number}.json", {"parameters": about, "metrics": {"chosen": chosen, "grid": grid}}
+        )
+    shown = table_results.l2_searches(tmp_path)
+    assert shown["system"].tolist() == ["GRU4Rec", "Caser", "SASRec"]  # in the table's order
+    assert shown["at_edge"].tolist() == [False, False, True] and shown["chosen"].tolist() == ["0", "1e-05", "0.0001"]
+    assert shown["L2 1e-05"].str.replace("\N{NO-BREAK SPACE}", " ").tolist() == ["0.250 [0.200, 0.300]"] * 3
+    assert table_results.l2_searches(tmp_path / "none").empty
+
+
+def test_mixed_settings_are_refused_and_other_questions_not_compared():
+    def result(system, seed, questions, **settings):
+        part = {"last hit": ["01"], "last valid": ["11"], "last questions": [questions], "last windows": [1, 1]}
+        about = {"system": system, "dataset": "movielens", "seed": seed, "draws": 1, **settings}
+        return {"parameters": about, "outcomes": part}
+
+    same = [result("iLoRA", 0, "a"), result("iLoRA", 1, "a"), result("Popularity", 0, "a")]
+    assert table_results.answers_by_system(same, "movielens")["iLoRA"].hit.tolist() == [
+        [[False, True]],
+        [[False, True]],
+    ]
+    with pytest.raises(runs.UserError, match="iLoRA on movielens differ in rank"):
+        table_results.answers_by_system(
+            [result("iLoRA", 0, "a", rank=8), result("iLoRA", 1, "a", rank=16)], "movielens"
+        )
+    with pytest.raises(runs.UserError, match="two results of iLoRA on movielens with one seed"):
+        table_results.answers_by_system([*same, result("iLoRA", 1, "a")], "movielens")
+    with pytest.raises(runs.UserError, match="different questions"):
+        table_results.answers_by_system([result("iLoRA", 0, "a"), result("iLoRA", 1, "b")], "movielens")
+    answers = table_results.answers_by_system([*same, result("SASRec", 0, "b"), result("GRU4Rec", 2, "a")], "movielens")
+    assert list(table_results.compare_systems(answers).index) == [
+        "Popularity"
+    ]  # others: other questions, and no seed in common
+    assert table_results.compare_systems({"iLoRA": answers["iLoRA"]}).empty
+
+
+@pytest.mark.parametrize("other", ["LLaRA", "Popularity"])  # Popularity has a run per seed in the world alone
+def test_runs_are_paired_by_their_seed(other):
+    hit = np.array([[[0, 0, 1, 1]], [[1, 1, 0, 0]], [[0, 1, 0, 1]]], bool)
+    ours = table_results.Answers((0, 1, 2), hit, hit, np.arange(4), ("a",), np.arange(4))
+    theirs = table_results.Answers((1, 2), hit[1:], hit[1:], np.arange(4), ("a",), np.arange(4))  # seed 0 failed
+    row = table_results.compare_systems({"iLoRA": ours, other: theirs}).loc[other]
+    assert row["value"] == row["low"] == row["high"] == 0
+
+
+def test_a_larger_base_is_compared_with_the_same_seeds_of_the_small_one():
+    def of(seeds, share, questions="a"):
+        hit = np.random.default_rng(share).random((len(seeds), 1, 40)) < share / 10
+        return table_results.Answers(seeds, hit, hit, np.arange(40), (questions,), np.arange(40))
+
+    large = {"iLoRA": of((1, 2), 8), "LLaRA": of((0,), 5), "TALLRec": of((0,), 5, "b"), "Language model": of((0,), 4)}
+    small = {"iLoRA": of((0, 1, 2), 3), "LLaRA": of((2,), 5), "TALLRec": of((0,), 5), "SASRec": of((0,), 9)}
+    table = table_results.compare_bases(large, small)
+    assert list(table.index) == ["iLoRA"]  # others: no seed in common, other questions, or over one base alone
+    expected = uncertainty.paired_comparison(large["iLoRA"].hit, small["iLoRA"].hit[1:], np.arange(40))
+    assert table.loc["iLoRA", [*expected]].to_dict() == expected and expected["value"] > 0.2
+    assert table_results.compare_bases(large, {}).empty and table_results.compare_bases({}, small).empty
+
+
+def test_a_sample_is_compared_on_its_rows_alone():
+    rng, users, rows = np.random.default_rng(0), np.repeat(np.arange(10), 3), np.array([1, 2, 5, 17, 18, 29])
+    ours, theirs = rng.random((3, 2, 30)) < 0.6, rng.random((1, 2, 30)) < 0.3
+    whole = table_results.Answers((0, 1, 2), ours, ours, users, ("a", "b"), np.arange(30))
+    part = table_results.Answers((0,), theirs[..., rows], theirs[..., rows], users[rows], ("a", "b"), rows)
+    row = table_results.compare_systems({"iLoRA": whole, "ChatRec": part}).loc["ChatRec"]
+    expected = uncertainty.paired_comparison(ours[..., rows], theirs[..., rows], users[rows])
+    assert {name: row[name] for name in expected} == expected
+    assert (row["n"], row["users"]) == (6, 5)
+    back = table_results.compare_systems({"iLoRA": whole, "ChatRec": part}, "ChatRec").loc["iLoRA"]
+    assert back["value"] == pytest.approx(-row["value"]) and back["n"] == 6
+    none = table_results.Answers((0,), theirs[..., :0], theirs[..., :0], users[:0], ("a", "b"), rows[:0])
+    assert table_results.compare_systems({"iLoRA": whole, "ChatRec": none}).empty
+
+
+def test_hits_of_valid_answers_are_the_ratio_of_sums():
+    hit, valid = np.array([[[1, 0, 1, 0]]], bool), np.array([[[1, 1, 1, 0]]], bool)
+    answers = {"iLoRA": table_results.Answers((0,), hit, valid, np.arange(4), ("a",), np.arange(4))}
+    row = table_results.system_means(answers).loc["iLoRA"]
+    assert (row["value"], row["hit_ratio_of_valid"], row["valid_ratio"]) == (0.5, pytest.approx(2 / 3), 0.75)
+
+
+def test_a_difference_needs_its_test_and_its_interval():
+    rows = {"A": (0.01, 0.1, 0.2), "B": (0.01, -0.1, 0.2), "C": (0.2, 0.1, 0.2), "D": (0.01, -0.2, -0.1)}
+    compared = pd.DataFrame.from_dict(rows, orient="index", columns=["p_holm", "low", "high"])
+    compared["value"] = compared[["low", "high"]].mean(axis=1)
+    assert table_results.conclusions({"x": compared})["x"] == "above A; below D; not significantly different from B, C"
+
+
+def test_answers_that_are_all_wrong_still_have_an_interval():
+    wrong = np.zeros((1, 5, 50), bool)
+    answers = table_results.Answers((0,), wrong, wrong, np.arange(50), ("a",) * 5, np.arange(50))
+    row = table_results.system_means({"ChatRec": answers}).loc["ChatRec"]
+    assert row["value"] == 0 == row["low"] and 0.05 < row["high"] < 0.1  # Wilson's of 0 among 50
