@@ -203,9 +203,11 @@ class SASRec(SequenceModel):
         self.positions = nn.Embedding(window, dim)
         self.norm = nn.LayerNorm(dim)
         self.blocks = nn.ModuleList(Block(dim, heads, dropout) for _ in range(layers))
-        for parameter in self.blocks.parameters():
+        for name, parameter in self.blocks.named_parameters():
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
         self._start_small()
 
     def read(self, items: Tensor, real: Tensor) -> Tensor:

@@ -208,18 +208,23 @@ def verdicts(against: Mapping[str, pd.DataFrame], system: str = "iLoRA", level: 
 
 
 def searches(folder: str | Path) -> pd.DataFrame:
-    """How validation chose L2, of the searches in a folder: a row a recommender, empty if there are none.
+    """How validation chose dropout and L2, of the searches in a folder: a row a recommender, empty if there are none.
 
-    chosen; at_edge: whether the grid ends at the chosen value, so that a larger one might have won (0 is no edge: there
-    is no L2 below it); n; HitRatio@1 on validation for each value of the grid, written with its interval.
+    chosen; at_edge: whether a chosen value is the largest of the grid, so that a larger one might have won; n; for
+    each pair of the grid HitRatio@1 on validation, written with its interval.
     """
+
+    def written(values: Mapping[str, float]) -> str:
+        return f"dropout {values['dropout']:g}, L2 {values['l2']:g}"
+
     rows = []
-    for result in (json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(folder).glob("l2-*.json"))):
+    for path in sorted(Path(folder).glob("regularisation-*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
         about, chosen, grid = result["parameters"], result["metrics"]["chosen"], result["metrics"]["grid"]
-        row = {"dataset": about["dataset"], "system": about["system"], "chosen": f"{chosen:g}"}
-        row |= {"at_edge": chosen == max(own["l2"] for own in grid), "n": grid[0]["n"]}
-        written = {f"L2 {own['l2']:g}": evaluation.written(own).replace(" ", "\N{NO-BREAK SPACE}") for own in grid}
-        rows.append(row | written)
+        at_edge = any(chosen[name] == max(values[name] for values in grid) > 0 for name in chosen)
+        row = {"dataset": about["dataset"], "system": about["system"], "chosen": written(chosen), "at_edge": at_edge}
+        scores = {written(values): evaluation.written(values).replace(" ", "\N{NO-BREAK SPACE}") for values in grid}
+        rows.append(row | {"n": grid[0]["n"]} | scores)
     order = {name: place for place, name in enumerate((*data.WORDS, *SYSTEMS))}
     rows.sort(key=lambda row: (order[row["dataset"]], order[row["system"]]))
     return pd.DataFrame(rows, columns=None if rows else ["dataset", "system", "chosen", "at_edge", "n"])

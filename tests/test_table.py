@@ -1,5 +1,6 @@
 """Cells on the small world, run for real: asked alike, resumed, failed and shown as failed, read as a table."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -170,39 +171,43 @@ def test_several_processes_give_the_same_answers(home):
 # ---------------------------------------------------------------- the search for L2
 
 
-def test_how_l2_was_chosen_is_a_result_made_of_what_is_kept(tmp_path, monkeypatch):
+def test_how_dropout_and_l2_were_chosen_is_a_result_made_of_what_is_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("ILORA_HOME", str(tmp_path))
-    monkeypatch.setattr(traditional, "EPOCHS", dict.fromkeys(traditional.EPOCHS, 1))
+    few_epochs = functools.partial(traditional.fit_recommender, epochs=1)
+    monkeypatch.setattr(traditional, "fit_recommender", few_epochs)
+    monkeypatch.setattr(table, "fit_recommender", few_epochs)
     command = ["--systems", "Popularity", "GRU4Rec", "--seeds", "0", "--draws", "1", "--to", str(tmp_path / "to")]
     few = [text for name in ("users", "test_limit", "device") for text in ("-p", name, str(FEW[name]))]
     assert table.main([*command, *few]) == 0
-    (path,) = (tmp_path / "to").glob("l2-*.json")
+    (path,) = (tmp_path / "to").glob("regularisation-*.json")
     result = json.loads(path.read_text())
     source = data.load("world", users=60, seed=0)
     monkeypatch.setattr(traditional, "fit", None)  # nothing is trained again
-    chosen, found = traditional.choose_l2(source, "GRU4Rec", device="cpu")
+    chosen, found = traditional.choose_regularisation(source, "GRU4Rec", device="cpu")
     grid = pd.DataFrame(result["metrics"]["grid"])
-    assert result["metrics"]["chosen"] == chosen and set(found["l2"]) == set(traditional.L2_GRID)
-    np.testing.assert_allclose(grid[["l2", "value", "epoch"]], found, atol=1e-6)
+    assert result["metrics"]["chosen"] == chosen and chosen in traditional.GRID
+    np.testing.assert_allclose(grid[["dropout", "l2", "value", "epoch"]], found, atol=1e-6)
     assert (grid["low"] < grid["value"]).all() and (grid["value"] < grid["high"]).all()
     assert set(grid["n"]) == {len(data.sequences(source, "validation"))}
-    assert result["parameters"]["grid"] == list(traditional.L2_GRID)
+    assert result["parameters"]["grid"] == list(traditional.GRID)
     monkeypatch.setattr(table, "search", lambda cell: pytest.fail("searched again"))
     assert table.main([*command, *few]) == 0
 
 
-def test_a_chosen_l2_at_the_end_of_its_grid_is_said_to_be_there(tmp_path):
-    for number, (chosen, system) in enumerate([(1e-4, "SASRec"), (1e-5, "Caser"), (0.0, "GRU4Rec")]):
-        own = {"value": 0.25, "low": 0.2, "high": 0.3, "n": 10}
-        grid = [own | {"l2": l2, "epoch": 1} for l2 in (0.0, 1e-5, 1e-4)]
+def test_a_choice_at_the_end_of_its_grid_is_marked(tmp_path):
+    choices = {"SASRec": (0.2, 1e-4), "Caser": (0.2, 1e-5), "GRU4Rec": (0.5, 0.0)}
+    for number, (system, (dropout, l2)) in enumerate(choices.items()):
+        own = {"value": 0.25, "low": 0.2, "high": 0.3, "n": 10, "epoch": 1}
+        grid = [own | {"dropout": p, "l2": value} for p in (0.2, 0.5) for value in (0.0, 1e-5, 1e-4)]
+        metrics = {"chosen": {"dropout": dropout, "l2": l2}, "grid": grid}
         about = {"dataset": "movielens", "system": system}
-        runs.write_json(
-            tmp_path / f"l2-{number}.json", {"parameters": about, "metrics": {"chosen": chosen, "grid": grid}}
-        )
+        runs.write_json(tmp_path / f"regularisation-{number}.json", {"parameters": about, "metrics": metrics})
     shown = verdicts.searches(tmp_path)
     assert shown["system"].tolist() == ["GRU4Rec", "Caser", "SASRec"]  # in the table's order
-    assert shown["at_edge"].tolist() == [False, False, True] and shown["chosen"].tolist() == ["0", "1e-05", "0.0001"]
-    assert shown["L2 1e-05"].str.replace("\N{NO-BREAK SPACE}", " ").tolist() == ["0.250 [0.200, 0.300]"] * 3
+    assert shown["at_edge"].tolist() == [True, False, True]
+    assert shown["chosen"].tolist() == ["dropout 0.5, L2 0", "dropout 0.2, L2 1e-05", "dropout 0.2, L2 0.0001"]
+    written = shown["dropout 0.2, L2 1e-05"].str.replace("\N{NO-BREAK SPACE}", " ")
+    assert written.tolist() == ["0.250 [0.200, 0.300]"] * 3
     assert verdicts.searches(tmp_path / "none").empty
 
 
