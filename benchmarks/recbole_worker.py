@@ -1,6 +1,6 @@
 """Trains a recommender of RecBole 1.2.1 on the windows of a data set, in a process of its own.
 
-    PYTHONPATH=FOLDER python benchmarks/recbole_worker.py WINDOWS.npz MODEL EPOCHS SEED OUT.npz [NAME=VALUE ...]
+    PYTHONPATH=FOLDER python benchmarks/recbole_worker.py WINDOWS.npz MODEL EPOCHS SEED OUT.npz
 
 RecBole's model, data loader and training step are used unchanged, with its default settings and batches of 256.
 Each epoch, HitRatio@1 is computed on validation, over all draws of candidates; the test windows are scored by the model
@@ -49,14 +49,15 @@ def write_files(folder: Path, windows: dict[str, np.ndarray]) -> None:
     header = "user_id:token\titem_id_list:token_seq\titem_id:token\n"
     for split in ("train", "validation", "test"):
         lines = [header]
-        for user, history, target in zip(*(windows[f"{split}_{x}"] for x in ("user", "history", "target")), strict=True):
+        columns = [windows[f"{split}_{name}"] for name in ("user", "history", "target")]
+        for user, history, target in zip(*columns, strict=True):
             items = " ".join(str(item) for item in history if item != windows["n_items"])
             lines.append(f"{user}\t{items}\t{target}\n")
         (folder / f"windows.{split}.inter").write_text("".join(lines))
 
 
 def main() -> None:
-    source, model_name, epochs, seed, out, *others = sys.argv[1:]
+    source, model_name, epochs, seed, out = sys.argv[1:]
     torch.set_num_threads(1)
     windows = dict(np.load(source))
     n_items, padding = int(windows["n_items"]), int(windows["n_items"])
@@ -71,7 +72,6 @@ def main() -> None:
             "train_batch_size": 256, "epochs": int(epochs), "seed": int(seed), "use_gpu": torch.cuda.is_available(),
             "show_progress": False, "state": "ERROR",
         }  # fmt: skip
-        settings |= {name: float(value) if "." in value else int(value) for name, value in (o.split("=") for o in others)}
         sys.argv = sys.argv[:1]  # RecBole would read it
         config = Config(model=model_name, dataset="windows", config_dict=settings)
         logging.disable(logging.WARNING)

@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "seconds": [float(result["seconds"][-1]) for result in found],
         }
         print(name, {key: metrics[name][key] for key in ("test", "seconds")}, flush=True)
-    metrics["difference"] = evaluation.interval(mean["ilora"] - mean["RecBole"], users)
+    metrics["difference"] = {"at_least": 0, **evaluation.interval(mean["ilora"] - mean["RecBole"], users)}
     print("ilora less RecBole, paired over users:", metrics["difference"])
     run.save({options.kind: metrics}, path=out)
     print(out)

@@ -176,7 +176,10 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, hidden: Tensor, n: int) -> Tensor:
-        """(batch, length, dim), (batch * heads, query, key) bool, true where attention is forbidden -> (batch, n, dim)."""
+        """(batch, length, dim), (batch * heads, query, key) bool, true where attention is forbidden -> (batch, n, dim)
+
+        x: states of the layer before.
+        """
         last = x[:, -n:]
         attended, _ = self.attention(last, x, x, attn_mask=hidden[:, -n:], need_weights=False)
         last = self.norms[0](last + self.dropout(attended))
@@ -233,9 +236,7 @@ class GRU4Rec(SequenceModel):
     that full cross entropy cannot afford.
     """
 
-    def __init__(
-        self, n_items: int, dim: int = 64, window: int = 10, hidden: int = 128, dropout: float = 0.3
-    ) -> None:
+    def __init__(self, n_items: int, dim: int = 64, window: int = 10, hidden: int = 128, dropout: float = 0.3) -> None:
         super().__init__(n_items, dim, window, dropout, hidden=hidden)
         self.gru = nn.GRU(dim, hidden, batch_first=True)
         self.last = nn.Linear(hidden, dim)

@@ -67,8 +67,9 @@ def fit_recommender(
         raise runs.UserError(f"there is no recommender {kind!r} to train: choose among {', '.join(KINDS)}")
     if (kind == "MoRec") != bool(text_encoder):
         raise runs.UserError(f"{kind} with text_encoder {text_encoder!r}: MoRec needs a text encoder, no other has one")
+    constant = {"schedule": "constant", "warmup": 0.0}
     arguments = TrainingArguments(
-        epochs, batch_size, learning_rate, l2, warmup=0.0, schedule="constant", seed=seed, save_every=1000, device=device
+        epochs, batch_size, learning_rate, l2, **constant, seed=seed, save_every=1000, device=device
     )
     # MoRec has a loss at every state: it reads each title once for all of a row's states.
     rows = Windows(sequences(dataset, "train", window, min_history=1), window if kind == "MoRec" else 1, seed)

@@ -159,8 +159,8 @@ def test_recommender(tmp_path, monkeypatch):
 
     monkeypatch.setattr(recommender, "train_recbole", train_recbole)
     options = {"dataset": "world", "users": 120, "epochs": 2, "seeds": 2, "kind": "GRU4Rec", "recbole_epochs": 3}
-    recommender.main([*(text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))),
-                      "--recbole", str(tmp_path), "--device", "cpu", "--out", str(tmp_path / "out.json")])  # fmt: skip
+    flags = [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    recommender.main([*flags, "--recbole", str(tmp_path), "--device", "cpu", "--out", str(tmp_path / "out.json")])
     metrics = json.loads((tmp_path / "out.json").read_text())["metrics"]["GRU4Rec"]
     assert [len(windows["train_target"]) for windows in given] == [96 * 19] * 2  # all but a user's first event
     assert metrics["RecBole"]["seconds"] == [3, 3] and np.shape(metrics["ilora"]["validation"]) == (2, 2)

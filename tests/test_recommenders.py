@@ -2,7 +2,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from torch.nn import functional
 
 from ilora import runs
 from ilora.data import Dataset, sequences
@@ -145,7 +144,9 @@ def test_sasrec_is_a_causal_post_norm_transformer_over_items_and_positions():
     layers = [torch.nn.TransformerEncoderLayer(8, 2, 32, 0.0, "gelu", batch_first=True) for _ in model.blocks]
     for layer, block in zip(layers, model.blocks, strict=True):
         parts = (block.attention, block.feed_forward[0], block.feed_forward[2], *block.norms)
-        for theirs, ours in zip((layer.self_attn, layer.linear1, layer.linear2, layer.norm1, layer.norm2), parts):
+        for theirs, ours in zip(
+            (layer.self_attn, layer.linear1, layer.linear2, layer.norm1, layer.norm2), parts, strict=True
+        ):
             theirs.load_state_dict(ours.state_dict())
     for length in (1, 4, 6):
         history = histories(3, length)
