@@ -37,7 +37,9 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/padding.py --data-dir "$(DATA)"
 	$(BIN)/python benchmarks/adapter.py --device cpu
 	$(BIN)/python benchmarks/adapter.py --device cpu --shape calls --tokens 16
-	$(BIN)/python benchmarks/recommender.py --device cpu --data-dir "$(DATA)"
+	$(BIN)/python -m pip install --quiet --no-deps --target .venv/recbole recbole==1.2.1 colorlog colorama texttable
+	for kind in SASRec GRU4Rec Caser; do for dataset in lastfm movielens; do $(BIN)/python benchmarks/recommender.py \
+		--recbole .venv/recbole --device cpu --kind $$kind --dataset $$dataset --data-dir "$(DATA)" || exit 1; done; done
 
 .venv/installed: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("ilora needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'

@@ -1,95 +1,88 @@
-"""SASRec's training by `fit_recommender` against a straightforward loop, over as many epochs, each validated.
+"""Our recommenders and those of RecBole 1.2.1, trained on the same windows: HitRatio@1 and seconds.
 
-    python benchmarks/recommender.py --data-dir FOLDER     # of LastFM; without one it is downloaded
+    pip install --no-deps --target FOLDER recbole==1.2.1 colorlog colorama texttable
+    python benchmarks/recommender.py --recbole FOLDER --dataset lastfm --data-dir DIR --kind SASRec
 
-    pieces           `fit_recommender`: every item of a piece of a history is a target of what came before it in the
-                     piece, set against --negatives items drawn in each step (0: all), the later ones with more weight
-                     (--recency), steps of --batch-size pieces
-    windows          a row for each target with the window before it, a DataLoader over Python lists, Adam, the
-                     paper's batch of 256 and rate of 1e-3, cross entropy over all items
-
-Both have about as many targets in an epoch (pieces are cut anew each time) and the same model. Validation chose the
-pieces' settings, on LastFM. --epochs of each take turns to be timed; then each is trained with each of --seeds, for the
-HitRatio that its best epoch reaches: pieces for --long epochs, windows for --windows-long, in about the same time.
+`fit_recommender` has its default recipe, with the dropout and L2 given; RecBole has its defaults, batches of 256 and
+--recbole-epochs. Both train on every window of the training users, choose the epoch by validation HitRatio@1 over all
+draws of candidates, and are compared on all test windows. Seconds are those of training with its validation.
 """
 
+import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
-from functools import partial
-from unittest import mock
+from pathlib import Path
 
 import measure
 import numpy as np
-import torch
-from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
-from ilora import data
+from ilora import data, evaluation
 from ilora.draws import hit_ratios
-from ilora.recommenders import SASRec
-from ilora.study import sweep_results
 from ilora.traditional import fit_recommender
 
-GOALS = {"windows": {"at_least": 5}}
-SPLITS = {"train": 1, "validation": data.MIN_HISTORY}  # the least history of a target, as `fit_recommender` has it
+WORKER = Path(__file__).with_name("recbole_worker.py")
+SPLITS = {"train": 1, "validation": data.MIN_HISTORY, "test": data.MIN_HISTORY}  # the shortest history of a target
 
 
-def by_pieces(source: data.Dataset, epochs: int, device: torch.device, **settings: int | float) -> list[float]:
-    """Validation HitRatio@1 after each epoch."""
-    with tempfile.TemporaryDirectory() as home, mock.patch.dict("os.environ", ILORA_HOME=home):  # nothing made before
-        _, history = fit_recommender(source, epochs=epochs, device=str(device), **settings)
-    return history["hit_ratio"].dropna().tolist()
+def train_ours(source: data.Dataset, test: data.Sequences, **settings: int | float | str) -> dict[str, np.ndarray]:
+    """validation (epochs,) HitRatio@1, test (n,) of each window, seconds (epochs,) since the start of training."""
+    with tempfile.TemporaryDirectory() as home:  # no earlier training is reused
+        os.environ["ILORA_HOME"] = home
+        model, history = fit_recommender(source, **settings)
+    epochs = history.dropna(subset="hit_ratio")
+    scores = {"validation": epochs["hit_ratio"].to_numpy(), "test": hit_ratios(model, test)}
+    return scores | {"seconds": epochs["seconds"].to_numpy()}
 
 
-def by_windows(source: data.Dataset, epochs: int, device: torch.device, dropout: float, seed: int = 0) -> list[float]:
-    torch.manual_seed(seed)
-    model = SASRec(len(source.items), dropout=dropout).to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    train, validation = (data.sequences(source, split, min_history=least) for split, least in SPLITS.items())
-    rows = list(zip(train.history.tolist(), train.target.tolist(), strict=True))
-    found = []
-    for _ in range(epochs):
-        model.train()
-        for history, target in DataLoader(rows, batch_size=256, shuffle=True):
-            loss = F.cross_entropy(model.score_all(torch.stack(history, 1).to(device)), target.to(device))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        found.append(float(hit_ratios(model, validation).mean()))
-    return found
+def train_recbole(
+    folder: Path, windows: dict[str, np.ndarray], kind: str, epochs: int, seed: int
+) -> dict[str, np.ndarray]:
+    """As `train_ours`, in a process of its own, because RecBole changes settings of NumPy, pandas and torch."""
+    with tempfile.TemporaryDirectory() as work:
+        given, result = Path(work, "windows.npz"), Path(work, "result.npz")
+        np.savez(given, **windows)
+        paths = os.pathsep.join([str(folder), *filter(None, sys.path)])
+        command = [sys.executable, "-W", "ignore", WORKER, given, kind, epochs, seed, result]
+        subprocess.run([str(part) for part in command], check=True, env=os.environ | {"PYTHONPATH": paths})
+        return dict(np.load(result))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    sizes = {"negatives": 512, "batch_size": 256}
-    parser = measure.parser(__doc__, rounds=3, epochs=4, long=500, windows_long=80, seeds=3, users=2000, **sizes)
-    parser.add_argument("--recency", type=float, default=2.0, help="(2)")
-    parser.add_argument("--dropout", type=float, default=0.5, help="of both (0.5)")
-    parser.add_argument("--learning-rate", type=float, default=5e-3, help="(5e-3)")
+    parser = measure.parser(__doc__, seeds=1, epochs=20, recbole_epochs=20, users=2000)
+    parser.add_argument("--recbole", type=Path, required=True, help="the folder that RecBole is installed in")
+    parser.add_argument("--kind", default="SASRec", choices=("SASRec", "GRU4Rec", "Caser"), help="(SASRec)")
+    parser.add_argument("--dropout", type=float, default=0.2, help="ours (0.2)")
+    parser.add_argument("--l2", type=float, default=0.0, help="ours (0)")
     parser.add_argument("--dataset", default="lastfm", help="(lastfm)")
     parser.add_argument("--data-dir", default="", help="the folder with its files")
     options = parser.parse_args(arguments)
-    if options.seeds < 2:
-        parser.error(f"--seeds must be at least 2, not {options.seeds}: a difference's interval needs as many")
-    run, out = measure.start("recommender", options, "data_dir")
+    if not (options.recbole / "recbole").is_dir():
+        parser.error(f"{options.recbole} has no RecBole: run the first command of this file's docstring")
+    run, out = measure.start(f"recommender_{options.dataset}_{options.kind}", options, "data_dir", "recbole")
     source = data.load(options.dataset, options.data_dir, users=options.users)
-    settings = {name: getattr(options, name) for name in (*sizes, "dropout", "recency", "learning_rate")}
-    ways = {"pieces": partial(by_pieces, **settings), "windows": partial(by_windows, dropout=options.dropout)}
-    epochs = {name: lambda way=way: way(source, options.epochs, run.device) for name, way in ways.items()}
-    measured, _ = measure.compare(epochs, options.rounds, run.device, GOALS)
-    measured["rows"] = len(data.sequences(source, "train", min_history=SPLITS["train"]))
-    long = {"pieces": options.long, "windows": options.windows_long}
-    for name, way in ways.items():
-        measured[name]["seconds_per_epoch"] = measured[name]["seconds"]["median"] / options.epochs
-        measured[name]["hit_ratio"] = [way(source, long[name], run.device, seed=seed) for seed in range(options.seeds)]
-    best = {name: np.max(measured[name]["hit_ratio"], axis=1) for name in ways}  # (seeds,)
-    measured["agreement"] = {
-        f"{name}: largest validation HitRatio@1, mean of {options.seeds} seeds": float(own.mean())
-        for name, own in best.items()
-    }
-    less = {"at_least": 0, **sweep_results.student_interval(best["pieces"] - best["windows"])}
-    measured["HitRatio@1 of pieces less that of windows"] = less
-    measure.show("SASRec", measured)
-    run.save({"SASRec": measured}, path=out)
+    splits = {split: data.sequences(source, split, min_history=least) for split, least in SPLITS.items()}
+    windows = {f"{split}_{name}": getattr(rows, name) for split, rows in splits.items()
+               for name in ("user", "history", "target")}  # fmt: skip
+    windows["n_items"] = len(source.items)
+    settings = {name: getattr(options, name) for name in ("kind", "epochs", "dropout", "l2")}
+    results: dict[str, list] = {"ilora": [], "RecBole": []}
+    for seed in range(options.seeds):
+        results["ilora"].append(train_ours(source, splits["test"], seed=seed, device=str(run.device), **settings))
+        results["RecBole"].append(train_recbole(options.recbole, windows, options.kind, options.recbole_epochs, seed))
+    users, metrics = splits["test"].user, {}
+    mean = {name: np.mean([result["test"] for result in found], axis=0) for name, found in results.items()}  # (n,)
+    for name, found in results.items():
+        metrics[name] = {
+            "test": evaluation.interval(mean[name], users),
+            "validation": [result["validation"].tolist() for result in found],
+            "seconds": [float(result["seconds"][-1]) for result in found],
+        }
+        print(name, {key: metrics[name][key] for key in ("test", "seconds")}, flush=True)
+    metrics["difference"] = {"at_least": 0, **evaluation.interval(mean["ilora"] - mean["RecBole"], users)}
+    print("ilora less RecBole, paired over users:", metrics["difference"])
+    run.save({options.kind: metrics}, path=out)
     print(out)
 
 

@@ -79,7 +79,7 @@ class MoRec(SASRec):
         distinct, place = batch.unique(return_inverse=True)  # (m,), (batch, window + 1); padding is the largest id
         vectors = self.items(distinct)  # (m, dim)
         history, real = place[:, :-1], batch[:, :-1] != self.n_items
-        states = self.read(vectors[history], real)
+        states = self.states(vectors[history], real, n=history.shape[1])
         drawn = (batch != self.n_items).sum()
         p = self.popularity[distinct.clamp(max=self.n_items - 1)]
         log_q = (-torch.expm1(drawn * torch.log1p(-p))).clamp(min=1e-12).log()

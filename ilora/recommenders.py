@@ -6,14 +6,12 @@ A history is a row of item ids, oldest first, filled up on the left with the pad
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from ilora import runs
@@ -120,14 +118,11 @@ class Popularity(Recommender):
 
 
 class SequenceModel(Recommender):
-    """A recommender with states, trained with cross entropy; a subclass gives `read`.
+    """A recommender with a state z for each history, trained with cross entropy; a subclass implements `read`.
 
-    `encode` gives z of iLoRA's Eq. 11, the state after the history's last item. Item embeddings serve as input and
-    output: an item's score is the inner product of its embedding and z. How it is trained, no part of `config`:
+    `encode` gives z of iLoRA's Eq. 11. Item embeddings serve as input and output: an item's score is the inner
+    product of its embedding and z.
     """
-
-    negatives = 0  # items that the loss sets each target against, drawn anew in each step; 0: all items
-    recency = 0.0  # the state after the i-th of n items counts (i / n)**recency in the loss, relative to the others
 
     def __init__(self, n_items: int, dim: int, window: int, dropout: float, **config: int | float | str | dict) -> None:
         super().__init__(n_items=n_items, dim=dim, window=window, dropout=dropout, **config)
@@ -136,7 +131,7 @@ class SequenceModel(Recommender):
         self.dropout = nn.Dropout(dropout)
 
     def _start_small(self) -> None:
-        """Draw all embeddings anew, so small that the first scores are nearly equal; the padding's is zero."""
+        """Initialise all embeddings so small that the first scores are nearly equal; the padding's is zero."""
         for module in self.modules():
             if isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
@@ -148,22 +143,15 @@ class SequenceModel(Recommender):
         return self.items.weight[: self.n_items]
 
     def read(self, items: Tensor, real: Tensor) -> Tensor:
-        """(batch, length, dim) embeddings, (batch, length) bool, false for padding -> (batch, n, dim).
-
-        n states, the last one after the last item; n = length where there is one after each item, else 1.
-        """
+        """(batch, length, dim) embeddings, (batch, length) bool, false for padding -> (batch, dim), the state z."""
         raise NotImplementedError
 
-    def states(self, history: Tensor) -> Tensor:
-        """States: (batch, length <= window) item ids -> (batch, n, dim), see `read`."""
+    def encode(self, history: Tensor) -> Tensor:
         if history.shape[1] > self.window:
             raise ValueError(
                 f"a history of {history.shape[1]} items is longer than the window of {self.window}: cut it"
             )
         return self.read(self.items(history), history != self.n_items)
-
-    def encode(self, history: Tensor) -> Tensor:
-        return self.states(history)[:, -1]
 
     def score_all(self, history: Tensor) -> Tensor:
         return self.encode(history) @ self.item_embeddings.T
@@ -173,59 +161,33 @@ class SequenceModel(Recommender):
         return torch.from_numpy(np.stack(rows))
 
     def forward(self, batch: Tensor, progress: float = 0.0, step_seed: int = 0) -> Tensor:
-        """Cross entropy of the item after each state: its mean over states and rows, padding counted with 0."""
-        states = self.states(batch[:, :-1])  # (batch, n, dim)
-        n = states.shape[1]
-        real = batch[:, -1 - n : -1] != self.n_items
-        weight = (torch.arange(1, n + 1, device=real.device, dtype=states.dtype) / n) ** self.recency
-        weight = (weight / weight.mean()).expand_as(real)[real]
-        states, target = states[real], batch[:, -n:][real]
-        if self.negatives:
-            losses = self._sampled(states, target, step_seed)
-        else:
-            losses = _CrossEntropy.apply(states, self.item_embeddings, target)
-        return losses @ weight / real.numel()
+        """Mean cross entropy of the target over all items."""
+        return functional.cross_entropy(self.score_all(batch[:, :-1]), batch[:, -1])
 
-    def _sampled(self, states: Tensor, target: Tensor, step_seed: int) -> Tensor:
-        """Cross entropy among the target and the step's negatives: (n, dim), (n,) item ids -> (n,).
 
-        All states share the negatives, distinct and drawn uniformly; one that is a state's target counts once.
+class Block(nn.Module):
+    """A Transformer layer, normalised after each sublayer, with outputs for the last `n` positions alone."""
+
+    def __init__(self, dim: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(dim, heads, dropout, batch_first=True)
+        self.feed_forward = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+        self.norms = nn.ModuleList([nn.LayerNorm(dim), nn.LayerNorm(dim)])
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, hidden: Tensor, n: int) -> Tensor:
+        """(batch, length, dim), (batch * heads, query, key) bool, true where attention is forbidden -> (batch, n, dim)
+
+        x: states of the layer before.
         """
-        every = torch.randperm(self.n_items, generator=torch.Generator().manual_seed(step_seed))
-        drawn = every[: self.negatives].to(target.device)
-        of_target, of_drawn = self.items(torch.cat([target, drawn])).split([len(target), len(drawn)])
-        others = (states @ of_drawn.T).masked_fill(drawn == target[:, None], -torch.inf)  # (n, negatives)
-        return functional.softplus(others.logsumexp(1) - (states * of_target).sum(1))
-
-
-class _CrossEntropy(torch.autograd.Function):
-    """Cross entropy over all items: (n, dim) states, (items, dim) embeddings, (n,) item ids -> (n,).
-
-    What autograd needs for it, and most of a training step on a CPU, is passes over (n, items) numbers. Here the
-    logits become their own gradient, softmax - 1 at the target, in the memory that they lie in.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, states: Tensor, items: Tensor, target: Tensor) -> Tensor:
-        logits = states @ items.T
-        largest = logits.amax(1, keepdim=True)
-        of_target = logits.gather(1, target[:, None])
-        total = logits.sub_(largest).exp_().sum(1, keepdim=True)
-        gradient = logits.div_(total)
-        gradient[torch.arange(len(target), device=target.device), target] -= 1
-        ctx.save_for_backward(states, items, gradient)
-        return (total.log() + largest - of_target).squeeze(1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, of_loss: Tensor) -> tuple[Tensor, Tensor, None]:
-        states, items, gradient = ctx.saved_tensors
-        weighed = of_loss[:, None]
-        return weighed * (gradient @ items), gradient.T @ (weighed * states), None
+        last = x[:, -n:]
+        attended, _ = self.attention(last, x, x, attn_mask=hidden[:, -n:], need_weights=False)
+        last = self.norms[0](last + self.dropout(attended))
+        return self.norms[1](last + self.dropout(self.feed_forward(last)))
 
 
 class SASRec(SequenceModel):
-    """Self-attentive sequential recommendation (Kang and McAuley 2018), a state after each item.
+    """Self-attentive sequential recommendation (Kang and McAuley 2018).
 
     Padding is never attended to; a padded position sees itself alone, and nothing sees it.
     """
@@ -242,43 +204,54 @@ class SASRec(SequenceModel):
         super().__init__(n_items, dim, window, dropout, layers=layers, heads=heads)
         self.heads = heads
         self.positions = nn.Embedding(window, dim)
-        block = nn.TransformerEncoderLayer(dim, heads, dim, dropout, batch_first=True, norm_first=True)
-        self.blocks = nn.TransformerEncoder(block, layers, nn.LayerNorm(dim), enable_nested_tensor=False)
+        self.norm = nn.LayerNorm(dim)
+        self.blocks = nn.ModuleList(Block(dim, heads, dropout) for _ in range(layers))
+        for name, parameter in self.blocks.named_parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
         self._start_small()
 
     def read(self, items: Tensor, real: Tensor) -> Tensor:
+        return self.states(items, real, n=1)[:, 0]
+
+    def states(self, items: Tensor, real: Tensor, n: int) -> Tensor:
+        """States after the last n items: (batch, length, dim), (batch, length) bool -> (batch, n, dim)."""
         length = real.shape[1]
         past = torch.ones(length, length, dtype=torch.bool, device=real.device).tril()
         itself = torch.eye(length, dtype=torch.bool, device=real.device)
-        seen = past & real[:, None, :] | itself  # (batch, query, key)
+        hidden = ~(past & real[:, None, :] | itself).repeat_interleave(self.heads, dim=0)  # (batch * heads, query, key)
         place = torch.arange(self.window - length, self.window, device=real.device)
-        state = self.dropout(items + self.positions(place))
-        return self.blocks(state, mask=~seen.repeat_interleave(self.heads, dim=0))
+        x = self.dropout(self.norm(items + self.positions(place)))
+        for block in self.blocks[:-1]:
+            x = block(x, hidden, length)
+        return self.blocks[-1](x, hidden, n)
 
 
 class GRU4Rec(SequenceModel):
-    """A gated recurrent network (Hidasi et al. 2016; one layer), a state after each item.
+    """A gated recurrent network (Hidasi et al. 2016; one layer).
 
     Left out: output embeddings of their own and the ranking losses on sampled items, both made for catalogues
-    that full cross entropy cannot afford. The state is zero before the first item, and so at padded positions.
+    that full cross entropy cannot afford.
     """
 
-    def __init__(self, n_items: int, dim: int = 64, window: int = 10, dropout: float = 0.3) -> None:
-        super().__init__(n_items, dim, window, dropout)
-        self.gru = nn.GRU(dim, dim, batch_first=True)
+    def __init__(self, n_items: int, dim: int = 64, window: int = 10, hidden: int = 128, dropout: float = 0.3) -> None:
+        super().__init__(n_items, dim, window, dropout, hidden=hidden)
+        self.gru = nn.GRU(dim, hidden, batch_first=True)
+        self.last = nn.Linear(hidden, dim)
         self._start_small()
 
     def read(self, items: Tensor, real: Tensor) -> Tensor:
-        place = torch.arange(real.shape[1], device=real.device)
-        padding = (~real).sum(1, keepdim=True)  # (batch, 1), all of it on the left
-        first = ((place + padding) % len(place))[..., None].expand_as(items)  # real items first, padding behind them
-        back = ((place - padding) % len(place))[..., None].expand_as(items)
+        length = real.sum(1)  # (batch,)
+        place = torch.arange(real.shape[1], device=real.device) - length[:, None]
+        first = (place % real.shape[1])[..., None].expand_as(items)  # the real items first, then the padding
         states, _ = self.gru(self.dropout(items.gather(1, first)))
-        return self.dropout(states.gather(1, back)) * real[..., None]
+        return self.last(states[torch.arange(len(states), device=real.device), length - 1])
 
 
 class Caser(SequenceModel):
-    """Convolutions over the window (Tang and Wang 2018), one state for all of it.
+    """Convolutions over the window (Tang and Wang 2018).
 
     The window is an image of `window` x dim: `filters` horizontal filters of each height up to `heights` see that
     many items in a row, their largest answer counts; `vertical` filters weigh the window's items for each dimension.
@@ -308,4 +281,4 @@ class Caser(SequenceModel):
         image = functional.pad(image, (self.window - image.shape[2], 0))  # (batch, dim, window)
         seen = [filters(image).relu().amax(2) for filters in self.horizontal]  # each (batch, filters)
         weighed = self.vertical(image).flatten(1)  # (batch, dim * vertical)
-        return self.last(self.dropout(torch.cat([*seen, weighed], dim=1)))[:, None]
+        return self.last(self.dropout(torch.cat([*seen, weighed], dim=1)))

@@ -29,7 +29,7 @@ from ilora.draws import hit_ratios
 from ilora.parameters import inputs, parse_parameters
 from ilora.recommenders import Popularity, Recommender
 from ilora.study.chat import ChatRec
-from ilora.traditional import L2_GRID, choose_l2, fit_recommender, table_1
+from ilora.traditional import GRID, choose_regularisation, fit_recommender
 
 SETTINGS = {  # the notebooks' parameters that a table has, and their values unless -p says otherwise
     "conflict": 0.5, "users": 2000, "window": 10, "base_model": "embedded", "rank": 8, "alpha": 32.0, "dropout": 0.0,
@@ -51,7 +51,7 @@ class System:
     uses: the settings that decide its result, beside those of data and questions.
     seeds: whether it is trained, so that runs with other seeds differ.
     sample: the setting that says how many of the questions, drawn by lot, it is asked; all of them without.
-    searched: the recommender in it whose L2 validation chooses.
+    searched: the recommender in it whose dropout and L2 validation chooses.
     """
 
     make: Callable[[data.Dataset, int, Mapping[str, Any]], evaluation.System]
@@ -62,13 +62,13 @@ class System:
 
 
 def trained(dataset: data.Dataset, kind: str, seed: int, settings: Mapping[str, Any]) -> Recommender:
-    """A recommender without language by the recipe of the paper's Table 1, L2 chosen on validation with seed 0."""
+    """A recommender without language, with dropout and L2 chosen on validation with seed 0."""
     where = {"window": settings["window"], "device": settings["device"]}
-    if kind == "MoRec":  # whose text encoder is too large to be trained for a grid
-        own = {"l2": 0.0, "text_encoder": settings["text_encoder"]}
+    if kind == "MoRec":  # its text encoder is too large to be trained for a grid, or for more epochs on a CPU
+        chosen = {"text_encoder": settings["text_encoder"], "epochs": 5}
     else:
-        own = {"l2": choose_l2(dataset, kind, **where)[0]}
-    return fit_recommender(dataset, seed, **table_1(kind, settings["window"]) | where | own)[0]
+        chosen = choose_regularisation(dataset, kind, **where)[0]
+    return fit_recommender(dataset, seed, kind=kind, **where, **chosen)[0]
 
 
 def _recommender(kind: str) -> System:
@@ -157,14 +157,14 @@ class Cell:
 
     @property
     def search(self) -> dict[str, Any]:
-        """What decides which L2 is chosen for the system's recommender; seed: of the training of those it is among."""
+        """What decides the regularisation of the system's recommender; seed: of the models it is chosen among."""
         own = {"system": SYSTEMS[self.system].searched, "dataset": self.dataset, "window": self.settings["window"]}
         world = {name: self.settings[name] for name in WORLD} | {"world": self.seed}
-        return own | {"grid": list(L2_GRID), "seed": 0} | (world if self.dataset == "world" else {})
+        return own | {"grid": list(GRID), "seed": 0} | (world if self.dataset == "world" else {})
 
     @property
     def searched(self) -> Path:
-        return runs.result_path("l2", self.search, {"data": self.inputs["data"]})
+        return runs.result_path("regularisation", self.search, {"data": self.inputs["data"]})
 
     def load(self) -> data.Dataset:
         dataset = data.load(**self.source)
@@ -224,20 +224,20 @@ def _share(rows: Sequence[str]) -> float:
 
 
 def search(cell: Cell) -> Path:
-    """Write how validation chose L2 for the recommender of a cell that was run, whose models of the grid are kept.
+    """Write how validation chose dropout and L2 for the recommender of a cell that was run; its models are kept.
 
-    metrics: chosen; grid: for each l2 the epoch and HitRatio@1 on validation with its interval over users.
+    metrics: chosen; grid: for each dropout and L2 the epoch and HitRatio@1 on validation with its interval over users.
     """
     about = cell.search
-    timed = runs.Run("l2", about | {"device": cell.settings["device"]}, {"data": cell.inputs["data"]})
+    timed = runs.Run("regularisation", about | {"device": cell.settings["device"]}, {"data": cell.inputs["data"]})
     dataset = cell.load()
-    settings = table_1(about["system"], about["window"]) | {"device": cell.settings["device"]}
-    chosen, found = choose_l2(dataset, grid=about["grid"], seed=about["seed"], **settings)
+    settings = {"kind": about["system"], "window": about["window"], "device": cell.settings["device"]}
+    chosen, table = choose_regularisation(dataset, grid=about["grid"], seed=about["seed"], **settings)
     validation = data.sequences(dataset, "validation", about["window"])
-    grid = found[["l2", "epoch"]].to_dict("records")
-    for own in grid:
-        model, _ = fit_recommender(dataset, about["seed"], l2=own["l2"], **settings)
-        own |= evaluation.interval(hit_ratios(model, validation), validation.user)
+    grid = table[["dropout", "l2", "epoch"]].to_dict("records")
+    for row, values in zip(grid, about["grid"], strict=True):
+        model, _ = fit_recommender(dataset, about["seed"], **values, **settings)
+        row |= evaluation.interval(hit_ratios(model, validation), validation.user)
     return timed.save({"chosen": chosen, "grid": grid}, path=cell.searched)
 
 

@@ -127,27 +127,32 @@ def test_gradients(tmp_path, monkeypatch):
     assert metrics["clustering"]["rows"] == 480
 
 
-def test_recommender(tmp_path):
-    own = {"negatives": 30, "batch_size": 32, "recency": 2.0, "learning_rate": 0.004}
-    own |= {"long": 3, "windows_long": 2, "seeds": 2}
-    metrics = run(recommender, tmp_path, dataset="world", users=120, epochs=1, rounds=1, **own)
-    reached = {}
-    for way, epochs in (("pieces", 3), ("windows", 2)):
-        found = metrics["SASRec"][way]
-        reached[way] = np.array(found["hit_ratio"])
-        assert reached[way].shape == (2, epochs) and (reached[way].max(1) > 0).all() and (reached[way] < 1).all()
-        assert not np.array_equal(*reached[way])
-        assert found["seconds_per_epoch"] == found["seconds"]["median"]
-    less = metrics["SASRec"]["HitRatio@1 of pieces less that of windows"]
-    assert less["value"] == pytest.approx((reached["pieces"].max(1) - reached["windows"].max(1)).mean())
-    assert less["low"] < less["value"] < less["high"]
-    assert metrics["SASRec"]["rows"] == 96 * 19  # every event of a training user but the first
+def test_recommender(tmp_path, monkeypatch):
+    """With a stand-in for RecBole, which the tests' environment lacks, that is right about every window."""
+    (tmp_path / "recbole").mkdir()
+    given = []
+
+    def train_recbole(folder, windows, kind, epochs, seed):
+        given.append(windows)
+        test = np.ones(len(windows["test_target"]))
+        return {"validation": np.full(epochs, 0.5), "test": test, "seconds": np.arange(1.0, epochs + 1)}
+
+    monkeypatch.setattr(recommender, "train_recbole", train_recbole)
+    options = {"dataset": "world", "users": 120, "epochs": 2, "seeds": 2, "kind": "GRU4Rec", "recbole_epochs": 3}
+    flags = [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    recommender.main([*flags, "--recbole", str(tmp_path), "--device", "cpu", "--out", str(tmp_path / "out.json")])
+    metrics = json.loads((tmp_path / "out.json").read_text())["metrics"]["GRU4Rec"]
+    assert [len(windows["train_target"]) for windows in given] == [96 * 19] * 2  # all but a user's first event
+    assert metrics["RecBole"]["seconds"] == [3, 3] and np.shape(metrics["ilora"]["validation"]) == (2, 2)
+    ours, difference = metrics["ilora"]["test"], metrics["difference"]
+    assert 0 < ours["value"] < 1 and ours["n"] == len(given[0]["test_target"])
+    assert difference["value"] == pytest.approx(ours["value"] - 1) and difference["high"] < 0
 
 
-def test_recommender_asks_for_two_seeds_before_it_trains(tmp_path, capsys):
+def test_recommender_needs_the_folder_of_recbole(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        recommender.main(["--dataset", "world", "--seeds", "1", "--out", str(tmp_path / "out.json")])
-    assert "--seeds must be at least 2, not 1" in capsys.readouterr().err
+        recommender.main(["--recbole", str(tmp_path), "--dataset", "world"])
+    assert "has no RecBole: run the first command" in capsys.readouterr().err
 
 
 def test_world(tmp_path):

@@ -1,5 +1,6 @@
 """Cells on the small world, run for real: asked alike, resumed, failed and shown as failed, read as a table."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -176,23 +177,25 @@ def test_several_processes_give_the_same_answers(home):
 # ---------------------------------------------------------------- the search for L2
 
 
-def test_how_l2_was_chosen_is_a_result_made_of_what_is_kept(tmp_path, monkeypatch):
+def test_how_dropout_and_l2_were_chosen_is_a_result_made_of_what_is_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("ILORA_HOME", str(tmp_path))
-    monkeypatch.setattr(traditional, "EPOCHS", dict.fromkeys(traditional.EPOCHS, 1))
+    few_epochs = functools.partial(traditional.fit_recommender, epochs=1)
+    monkeypatch.setattr(traditional, "fit_recommender", few_epochs)
+    monkeypatch.setattr(table, "fit_recommender", few_epochs)
     command = ["--systems", "Popularity", "GRU4Rec", "--seeds", "0", "--draws", "1", "--to", str(tmp_path / "to")]
     few = [text for name in ("users", "test_limit", "device") for text in ("-p", name, str(FEW[name]))]
     assert table.main([*command, *few]) == 0
-    (path,) = (tmp_path / "to").glob("l2-*.json")
+    (path,) = (tmp_path / "to").glob("regularisation-*.json")
     result = json.loads(path.read_text())
     source = data.load("world", users=60, seed=0)
     monkeypatch.setattr(traditional, "fit", None)  # nothing is trained again
-    chosen, found = traditional.choose_l2(source, "GRU4Rec", device="cpu")
+    chosen, found = traditional.choose_regularisation(source, "GRU4Rec", device="cpu")
     grid = pd.DataFrame(result["metrics"]["grid"])
-    assert result["metrics"]["chosen"] == chosen and set(found["l2"]) == set(traditional.L2_GRID)
-    np.testing.assert_allclose(grid[["l2", "value", "epoch"]], found, atol=1e-6)
+    assert result["metrics"]["chosen"] == chosen and chosen in traditional.GRID
+    np.testing.assert_allclose(grid[["dropout", "l2", "value", "epoch"]], found, atol=1e-6)
     assert (grid["low"] < grid["value"]).all() and (grid["value"] < grid["high"]).all()
     assert set(grid["n"]) == {len(data.sequences(source, "validation"))}
-    assert result["parameters"]["grid"] == list(traditional.L2_GRID)
+    assert result["parameters"]["grid"] == list(traditional.GRID)
     monkeypatch.setattr(table, "search", lambda cell: pytest.fail("searched again"))
     assert table.main([*command, *few]) == 0
 

@@ -8,19 +8,34 @@ from ilora import runs, uncertainty
 from ilora.study import table_results
 
 
-def test_a_chosen_l2_at_the_end_of_its_grid_is_said_to_be_there(tmp_path):
-    for number, (chosen, system) in enumerate([(1e-4, "SASRec"), (1e-5, "Caser"), (0.0, "GRU4Rec")]):
-        trial = {"value": 0.25, "low": 0.2, "high": 0.3, "n": 10}
-        grid = [trial | {"l2": l2, "epoch": 1} for l2 in (0.0, 1e-5, 1e-4)]
-        about = {"dataset": "movielens", "system": system}
-        runs.write_json(
-            tmp_path / f"l2-{number}.json", {"parameters": about, "metrics": {"chosen": chosen, "grid": grid}}
-        )
-    shown = table_results.l2_searches(tmp_path)
+def write_search(folder, number, system, chosen, grid):
+    name = "l2" if isinstance(chosen, float) else "regularisation"
+    trial = {"value": 0.25, "low": 0.2, "high": 0.3, "n": 10, "epoch": 1}
+    about = {"dataset": "movielens", "system": system}
+    metrics = {"chosen": chosen, "grid": [trial | values for values in grid]}
+    runs.write_json(folder / f"{name}-{number}.json", {"parameters": about, "metrics": metrics})
+
+
+def test_a_choice_at_the_end_of_its_grid_is_marked(tmp_path):
+    grid = [{"dropout": dropout, "l2": l2} for dropout in (0.2, 0.5) for l2 in (0.0, 1e-5, 1e-4)]
+    for number, (system, dropout, l2) in enumerate(
+        [("SASRec", 0.2, 1e-4), ("Caser", 0.2, 1e-5), ("GRU4Rec", 0.5, 0.0)]
+    ):
+        write_search(tmp_path, number, system, {"dropout": dropout, "l2": l2}, grid)
+    shown = table_results.regularisation_searches(tmp_path)
     assert shown["system"].tolist() == ["GRU4Rec", "Caser", "SASRec"]  # in the table's order
-    assert shown["at_edge"].tolist() == [False, False, True] and shown["chosen"].tolist() == ["0", "1e-05", "0.0001"]
-    assert shown["L2 1e-05"].str.replace("\N{NO-BREAK SPACE}", " ").tolist() == ["0.250 [0.200, 0.300]"] * 3
-    assert table_results.l2_searches(tmp_path / "none").empty
+    assert shown["at_edge"].tolist() == [True, False, True]
+    assert shown["chosen"].tolist() == ["dropout 0.5, L2 0", "dropout 0.2, L2 1e-05", "dropout 0.2, L2 0.0001"]
+    trials = shown["dropout 0.2, L2 1e-05"].str.replace("\N{NO-BREAK SPACE}", " ")
+    assert trials.tolist() == ["0.250 [0.200, 0.300]"] * 3
+    assert table_results.regularisation_searches(tmp_path / "none").empty
+
+
+def test_searches_of_the_first_version_are_read(tmp_path):
+    for number, (chosen, system) in enumerate([(1e-4, "SASRec"), (0.0, "GRU4Rec")]):
+        write_search(tmp_path, number, system, chosen, [{"l2": l2} for l2 in (0.0, 1e-5, 1e-4)])
+    shown = table_results.regularisation_searches(tmp_path)
+    assert shown["at_edge"].tolist() == [False, True] and shown["chosen"].tolist() == ["L2 0", "L2 0.0001"]
 
 
 def test_mixed_settings_are_refused_and_other_questions_not_compared():

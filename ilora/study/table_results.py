@@ -1,6 +1,6 @@
 """Results of the table of systems: means with intervals, paired comparisons, and what they allow us to conclude."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -177,17 +177,24 @@ def runs_by_system(results: Sequence[Mapping]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns).set_index(["dataset", "system"])
 
 
-def l2_searches(folder: str | Path) -> pd.DataFrame:
-    """How validation chose L2, a row per recommender: chosen; at_edge: whether it is the grid's largest value; n;
-    HitRatio@1 on validation with its interval for each value of the grid."""
+def regularisation_searches(folder: str | Path) -> pd.DataFrame:
+    """How validation chose dropout and L2, a row per recommender: chosen; at_edge: whether one of them is the grid's
+    largest value; n; HitRatio@1 on validation with its interval for each trial of the grid. Results of 0.1 chose L2."""
     rows = []
-    for search in load_results(folder, "l2-*.json").values():
+    for search in (load_results(folder, "l2-*.json") | load_results(folder, "regularisation-*.json")).values():
         chosen, grid = search["metrics"]["chosen"], search["metrics"]["grid"]
-        row = {name: search["parameters"][name] for name in ("dataset", "system")} | {"chosen": f"{chosen:g}"}
-        row |= {"at_edge": chosen == max(trial["l2"] for trial in grid), "n": grid[0]["n"]}
-        rows.append(row | {f"L2 {trial['l2']:g}": _unbroken(trial) for trial in grid})
+        chosen = chosen if isinstance(chosen, Mapping) else {"l2": chosen}
+        row = {name: search["parameters"][name] for name in ("dataset", "system")}
+        at_edge = any(chosen[name] == max(trial[name] for trial in grid) > 0 for name in chosen)
+        row |= {"chosen": _trial(chosen, chosen), "at_edge": at_edge, "n": grid[0]["n"]}
+        rows.append(row | {_trial(trial, chosen): _unbroken(trial) for trial in grid})
     table = pd.DataFrame(rows, columns=None if rows else ["dataset", "system", "chosen", "at_edge", "n"])
     return table.sort_values(["dataset", "system"], key=lambda names: names.map(ORDER), ignore_index=True)
+
+
+def _trial(values: Mapping[str, float], names: Iterable[str]) -> str:
+    """The settings of one trial in words: "dropout 0.2, L2 1e-05"."""
+    return ", ".join(f"{name.replace('l2', 'L2')} {values[name]:g}" for name in names)
 
 
 def failed_runs(results: Sequence[Mapping]) -> pd.DataFrame:
