@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ilora import runs
+from ilora import runs, smollm2
 from ilora.data import Dataset
 from ilora.pretraining import EMBEDDED, RECIPES, base_for
 
@@ -20,7 +20,8 @@ def load_language_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal LM, frozen and in eval mode, and its tokenizer.
 
-    base_model: a name on the Hugging Face hub, a folder, "embedded", or "embedded-large", which is grown from it; for a
+    base_model: a name on the Hugging Face hub, a folder, "smollm2", see smollm2.py, "embedded", or "embedded-large",
+        which is grown from it; for a
         `dataset` other than the world the embedded model is first trained on the titles and the training users'
         histories, once, and kept; the large one for the world, too.
     """
@@ -31,6 +32,8 @@ def load_language_model(
         if dataset is None:
             raise runs.UserError(f"base_model {base_model!r} is made for a data set: name the data set")
         folder = base_for(dataset, device=device, recipe=RECIPES[base_model])
+    elif base_model == "smollm2":
+        folder = smollm2.folder()
     elif not Path(base_model).is_dir() and base_model.count("/") != 1:
         raise runs.UserError(f"base_model {base_model!r} is no folder and no name of the form owner/model")
     place = runs.pick_device(device)
