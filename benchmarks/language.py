@@ -4,9 +4,7 @@
 
 The model is the embedded one, or that of --dataset, with iLoRA of 4 experts whose B is a little away from zero: the
 adapter has all its work, and answers are nearly those of the base. PARTS says what is compared. In the usual way of
-training and of prompts a prompt is text that the tokenizer reads; in training every logit is computed, too. Answers are
-written by transformers' `generate`, a pass a token. The usual ways compute all of the last layer; `only_last` is of
-this package's.
+training and of prompts a prompt is text that the tokenizer reads; in training every logit is computed, too.
 
     training     `fit`, and transformers' Trainer with a collator that tokenises text, on as many sequences
     prompts      prompts from pieces that were tokenised once, and from their text; in batches, and one by one
@@ -20,10 +18,7 @@ this package's.
 import argparse
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
-from unittest import mock
 
 import measure
 import numpy as np
@@ -35,7 +30,6 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 
 from ilora import data, evaluation, pipeline, runs
-from ilora.language_model import only_last
 from ilora.model import LanguageRecommender, Questions, adapter_config
 from ilora.prompts import ITEM_TOKEN, NO_ITEM, NO_LABEL, wording
 from ilora.recommenders import SASRec
@@ -96,15 +90,15 @@ class Bench:
         batches = cut(self.rows, self.together)
         ways = {
             "one pass": lambda: torch.cat([self.model.rank(rows) for rows in batches]),
-            "20 passes": whole(lambda: torch.cat([rank_by_passes(self.model, rows) for rows in batches])),
+            "20 passes": lambda: torch.cat([self.model._one_by_one(rows)[0] for rows in batches]),
         }
         return ways, largest_difference
 
     def answers(self) -> tuple[Ways, Callable]:
         ways = {
             "like length": lambda: answer_by_length(self.model, self.asked, self.together),
-            "one at a time": lambda: [write(self.model, [row])[0] for row in self.rows],
-            "as they come": lambda: [column for part in cut(self.rows, TOGETHER) for column in write(self.model, part)],
+            "one at a time": lambda: [self.model.generate([row])[0] for row in self.rows],
+            "as they come": lambda: [c for part in cut(self.rows, TOGETHER) for c in self.model.generate(part)],
         }
 
         def agreement(found: dict[str, list]) -> dict[str, float]:
@@ -119,7 +113,7 @@ class Bench:
     def evaluation(self) -> tuple[Ways, Callable]:
         ways = {
             "one pass": lambda: evaluation.ask(self.model, self.asked, self.together),
-            "rank, then generate": whole(lambda: evaluation.ask(Apart(self.model), self.asked, TOGETHER)),
+            "rank, then generate": lambda: evaluation.ask(Apart(self.model), self.asked, TOGETHER),
         }
 
         def agreement(found: dict[str, pd.DataFrame]) -> dict[str, float]:
@@ -166,16 +160,6 @@ def largest_difference(found: dict[str, Tensor]) -> dict[str, float]:
 # ---------------------------------------------------------------- the usual ways
 
 
-def whole(way: Callable) -> Callable:
-    """The way with all of the last layer computed, as a model does by itself."""
-
-    def run() -> object:
-        with mock.patch("ilora.model.only_last", return_value=nullcontext()):
-            return way()
-
-    return run
-
-
 def texts(model: LanguageRecommender, rows: Sequence[Row], answers: bool = False) -> list[str]:
     """Each row's prompt, and with `answers` what is to be answered, as the tokenizer is to read it."""
     prompts, mark = model.prompts, ITEM_TOKEN if model.encoder is not None else ""
@@ -188,21 +172,22 @@ def texts(model: LanguageRecommender, rows: Sequence[Row], answers: bool = False
     return found
 
 
-def tokenised(model: LanguageRecommender, texts: list[str]) -> dict[str, Tensor]:
-    """input_ids and attention_mask, (batch, longest), padded on the left."""
+def tokenised(model: LanguageRecommender, texts: list[str], padding_side: str = "left") -> dict[str, Tensor]:
+    """input_ids and attention_mask, (batch, longest)."""
     return model.prompts.tokenizer(
-        texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
+        texts, add_special_tokens=False, padding=True, padding_side=padding_side, return_tensors="pt"
     )
 
 
 def collate_text(model: LanguageRecommender, rows: Sequence[Row]) -> dict[str, Tensor]:
-    """What `model.collate` gives, from text."""
-    prompts, batch = model.prompts, dict(tokenised(model, texts(model, rows, answers=True)))
-    ids, real = batch["input_ids"], batch["attention_mask"].bool()
+    """What `full_loss` reads, from text."""
+    prompts, batch = model.prompts, dict(tokenised(model, texts(model, rows, answers=True), "right"))
+    ids, real = batch["input_ids"], batch.pop("attention_mask").bool()
     answers = prompts.tokenizer([f" {prompts.titles[target]}" for *_, target in rows], add_special_tokens=False)
-    length = torch.tensor([len(tokens) + 1 for tokens in answers["input_ids"]])  # with the end
-    batch["labels"] = ids.where(torch.arange(ids.shape[1], 0, -1) <= length[:, None], NO_LABEL)
-    batch["prompt"] = real & (batch["labels"] == NO_LABEL)
+    start = real.sum(1) - torch.tensor([len(tokens) + 1 for tokens in answers["input_ids"]])  # with the end
+    batch["prompt"] = torch.arange(ids.shape[1]) < start[:, None]
+    batch["labels"] = ids.where(real & ~batch["prompt"], NO_LABEL)
+    batch["at"] = torch.arange(ids.shape[1]).expand(ids.shape)
     batch["owners"] = torch.full_like(ids, NO_ITEM)
     items = [int(item) for history, candidates, _ in rows for item in (*history, *candidates)]
     batch["owners"][batch["prompt"] & (ids == prompts.item_token)] = torch.tensor(items)
@@ -213,7 +198,7 @@ def collate_text(model: LanguageRecommender, rows: Sequence[Row]) -> dict[str, T
 
 def full_loss(model: LanguageRecommender, batch: dict[str, Tensor], hybrid: bool) -> Tensor:
     """Mean over rows of -log P(answer), from all logits."""
-    logits = model._logits(batch, hybrid, keep=0)[:, :-1].float()
+    logits = model._logits(batch, hybrid)[:, :-1].float()
     labels = batch["labels"][:, 1:]
     loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=NO_LABEL, reduction="sum")
     return loss / len(labels)
@@ -248,21 +233,6 @@ def train_by_fit(model: LanguageRecommender, train: Questions, batch_size: int, 
         fit(model, train, arguments, Path(folder))
 
 
-@torch.no_grad()
-def rank_by_passes(model: LanguageRecommender, rows: Sequence[Row]) -> Tensor:
-    """(rows, candidates) log P(title and end | prompt): a forward pass of all rows for each column."""
-    columns = []
-    for column in range(len(rows[0][1])):
-        batch = model.collate([(history, candidates, candidates[column]) for history, candidates, _ in rows])
-        batch = {name: value.to(model.device) for name, value in batch.items()}
-        known = batch["labels"][:, 1:] != NO_LABEL
-        keep = int(known.sum(1).max()) + 1
-        logits = model._logits(batch, hybrid=True, keep=keep)[:, :-1].float().log_softmax(-1)
-        labels, known = batch["labels"][:, 1 - keep :], known[:, 1 - keep :]
-        columns.append((logits.gather(-1, labels.clamp(min=0)[..., None])[..., 0] * known).sum(1))
-    return torch.stack(columns, dim=1)
-
-
 def answer_by_length(model: LanguageRecommender, asked: Questions, together: int) -> list[int | None]:
     """Greedy answers in the batches of evaluation."""
     answers: list[int | None] = [None] * len(asked)
@@ -272,25 +242,11 @@ def answer_by_length(model: LanguageRecommender, asked: Questions, together: int
     return answers
 
 
-@torch.no_grad()
-def write(model: LanguageRecommender, rows: Sequence[Row]) -> list[int | None]:
-    """What `model.generate` gives, written by transformers' `generate`: a forward pass a token."""
-    batch = model._batch(rows, answers=False)
-    longest = [1 + max(len(model.prompts.answers[item]) for item in candidates) for _, candidates, _ in rows]
-    written = model.language_model.generate(
-        inputs_embeds=model._embeds(batch, hybrid=True), attention_mask=batch["attention_mask"],
-        max_new_tokens=max(longest), do_sample=False, repetition_penalty=1.0,
-        pad_token_id=model.prompts.tokenizer.pad_token_id or model.prompts.end, **model._guidance(batch),
-    )  # fmt: skip
-    own = [tokens[:length] for tokens, length in zip(written, longest, strict=True)]  # whatever others may write
-    return [model._read(row, tokens) for row, tokens in zip(rows, own, strict=True)]
-
-
 class Apart:
     """A language recommender that ranks and writes in passes of their own, batches as they come."""
 
     def __init__(self, model: LanguageRecommender) -> None:
-        self.rank, self.generate, self.device = model.rank, partial(write, model), model.device
+        self.rank, self.generate, self.device = model.rank, model.generate, model.device
 
 
 # ---------------------------------------------------------------- serving
@@ -299,8 +255,8 @@ class Apart:
 @torch.no_grad()
 def prompts_of(model: LanguageRecommender, rows: Sequence[Row]) -> tuple[dict, Tensor]:
     """What the language model reads for these rows, and what their gate reads, (rows, gate_dim)."""
-    batch = model._batch(rows, answers=False)
-    mask = batch["attention_mask"]
+    batch = model._batch(rows)
+    mask = batch["prompt"].long()
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     inputs = {"inputs_embeds": model._embeds(batch, hybrid=True), "attention_mask": mask, "position_ids": positions}
     return inputs, model.encoder.encode(batch["history"])
@@ -327,8 +283,7 @@ def next_logits(model: LanguageRecommender, inputs: dict, z: Tensor | None = Non
 
 def serve_together(model: LanguageRecommender, inputs: dict, z: Tensor) -> Tensor:
     """`next_logits` of all users at once, as this package asks a model for them."""
-    with only_last(model.language_model, keep=1):
-        return next_logits(model, inputs, z)
+    return next_logits(model, inputs, z)
 
 
 def serve_merged(model: LanguageRecommender, alone: list[dict], z: Tensor) -> Tensor:

@@ -1,18 +1,36 @@
 """Language models: any Hugging Face causal LM, or `embedded`, the small Llama that the package brings, grown or not."""
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import copy
+import logging
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.hooks import RemovableHandle
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)  # fmt: skip
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import ModelOutput
 
 from ilora import runs, smollm2
 from ilora.data import Dataset
 from ilora.pretraining import EMBEDDED, RECIPES, base_for
+from ilora.prompts import Prompts
+from ilora.runs import UserError
+
+log = logging.getLogger(__name__)
+MAMBA = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}  # PEFT adapts no out_proj in these
 
 
 def load_language_model(
@@ -40,47 +58,154 @@ def load_language_model(
     dtype = torch.float32 if place.type == "cpu" else torch.bfloat16
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        raise runs.UserError(
-            f"base_model {base_model!r} could not be loaded ({str(error).splitlines()[0]}): name a folder or a model "
-            "of the Hugging Face hub with safetensors weights"
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+        )
+        if model.config.is_encoder_decoder:
+            raise ValueError("it is an encoder-decoder model")
+        if info["missing_keys"]:
+            raise ValueError(f"it has no trained {min(info['missing_keys'])}")
+    except Exception as error:  # transformers raises many kinds
+        raise UserError(
+            f"base_model {base_model!r} could not be loaded ({_why(folder, error)}): name a causal language model of "
+            "the Hugging Face hub, or a folder of one, with safetensors weights"
         ) from error
     return model.to(place).eval().requires_grad_(False), tokenizer
 
 
+def _why(folder: str | Path, error: Exception) -> str:
+    """The reason, in a user's words, for which transformers could not load a model."""
+    with suppress(Exception):
+        if AutoConfig.from_pretrained(folder, trust_remote_code=False).is_encoder_decoder:
+            return "it is an encoder-decoder model"
+    if "trust_remote_code" in str(error):
+        return "it needs code from its repository, which is never run here"
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def position_limit(config: PretrainedConfig) -> int | None:
+    """The most tokens that a model with this configuration can read; None if it has no limit."""
+    names = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "max_seq_len")
+    limits = [getattr(config.get_text_config(), name, None) for name in names]
+    return min((limit for limit in limits if limit), default=None)
+
+
+def check_causal(model: nn.Module, prompts: Prompts) -> None:
+    """Raise UserError for a model that does not predict the next token of what the tokenizer of `prompts` writes."""
+    name, rows = type(model).__name__, model.get_input_embeddings().weight.shape[0]
+    used = {prompts.end, *prompts.opening, *prompts.offer, *prompts.question}.union(*prompts.answers)
+    if max(used) >= rows:
+        raise UserError(
+            f"the tokenizer writes token {max(used)} ({prompts.tokenizer.convert_ids_to_tokens(max(used))!r}) but "
+            f"{name} has {rows} tokens: load the tokenizer that belongs to the model, or resize its token embeddings"
+        )
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UserError(f"{name} is an encoder-decoder model: choose a causal language model")
+    start = (prompts.opening + prompts.offer)[:3]
+    logits = getattr(_forward(model, [[*start, token] for token in (prompts.question[0], prompts.end)]), "logits", None)
+    if logits is None or logits.shape[-1] < rows:
+        raise UserError(f"{name} has no language model head: load it with AutoModelForCausalLM")
+    tolerance = 1e-4 if logits.dtype == torch.float32 else 5e-2
+    if not torch.allclose(logits[0, :-1], logits[1, :-1], rtol=tolerance, atol=tolerance):
+        raise UserError(f"{name} is not causal, its predictions depend on later tokens: choose a causal language model")
+
+
+@torch.no_grad()
+def _forward(model: nn.Module, tokens: list[list[int]]) -> ModelOutput:
+    """A model's output for token ids, in eval mode."""
+    training = model.training
+    output = model.eval()(torch.tensor(tokens, device=model.get_input_embeddings().weight.device), use_cache=False)
+    model.train(training)
+    return output
+
+
 @contextmanager
-def only_last(model: PreTrainedModel, keep: int) -> Iterator[None]:
-    """Within it the last layer computes queries and all behind attention for the last `keep` tokens alone; 0: for all.
+def greedy(model: nn.Module, end: int) -> Iterator[None]:
+    """Inside this context `generate` writes the likeliest tokens, whatever the model's generation_config says.
 
-    For forward passes of which only the logits of those tokens are read: they are the same, and a model of n layers
-    saves most of an n-th of its arithmetic. Keys and values are of all tokens, so a cache is whole. The layer is left
-    as it is if it lacks Llama's names, or is checkpointed: then it is computed again outside.
+    A row ends with `end`, a token id, or with one that ends it for the model.
     """
-    last = getattr(model.get_decoder(), "layers", [None])[-1]
-    attention, mlp = getattr(last, "self_attn", None), getattr(last, "mlp", None)
-    by_token = [getattr(attention, "q_proj", None), getattr(attention, "o_proj", None), mlp]
-    fits = all(by_token) and hasattr(mlp, "down_proj") and not getattr(last, "gradient_checkpointing", False)
-    with ExitStack() as hooks:
-        for module in by_token if keep and fits else ():
-            for hook in _cut(module, keep):
-                hooks.callback(hook.remove)
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    before = model.generation_config
+    ends = before.eos_token_id if before else None
+    ends = {end, *(ends if isinstance(ends, list) else [] if ends is None else [ends])}
+    model.generation_config = GenerationConfig(eos_token_id=sorted(ends), pad_token_id=end, do_sample=False)
+    try:
         yield
+    finally:
+        model.generation_config = before
 
 
-def _cut(module: nn.Module, keep: int) -> tuple[RemovableHandle, RemovableHandle]:
-    """Let a module of (batch, tokens, dim) compute the last `keep` tokens; zeros stand for the others."""
-    before = 0
+# ---------------------------------------------------------------- the adapter
 
-    def cut(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-        nonlocal before
-        before = max(inputs[0].shape[1] - keep, 0)
-        return (inputs[0][:, before:],)
 
-    def fill(_: nn.Module, __: tuple[Tensor], output: Tensor) -> Tensor:
-        return F.pad(output, (0, 0, before, 0))
+def adapted(model: nn.Module, adapter: LoraConfig) -> PeftModel:
+    """The model with an adapter on its `target_modules`; "all-linear": all linear layers that it can be put on.
 
-    return module.register_forward_pre_hook(cut), module.register_forward_hook(fill)
+    The log says which. Left out are the output layer; layers that get loose tokens instead of (batch, tokens, dim), or
+    that the model does not call as layers, because iLoRA then does not know a token's row; stacked experts; and
+    Mamba's out_proj, which PEFT excludes. Raises UserError if nothing is left, or if `target_modules` names one.
+    """
+    fits, others = _linear_layers(model)
+    names, adapter = adapter.target_modules, copy.deepcopy(adapter)
+    everything = isinstance(names, str) and names.lower() == "all-linear"
+    adapter.target_modules = names if not everything else _by_last_name(fits, others)
+    chosen = {name for name in (*fits, *others) if check_target_module_exists(adapter, name)}
+    if not chosen or chosen - fits.keys():
+        wrong = _last(chosen - fits.keys()) or "nothing"
+        raise UserError(
+            f"target_modules={names!r} means {wrong} in {type(model).__name__}, which no adapter can be put on: choose "
+            f"among {_last(fits) or 'the layers of another base model'}"
+        )
+    adapter.fan_in_fan_out = any(isinstance(fits[name], Conv1D) for name in chosen)
+    try:
+        wrapped = get_peft_model(model, adapter)
+    except UserError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise UserError(f"PEFT cannot put the adapter on {type(model).__name__}: {error}") from error
+    left = (fits.keys() | set(others)) - chosen
+    note = f"the adapter is on {_last(chosen)} of {type(model).__name__}" + (f"; not on {_last(left)}" if left else "")
+    log.log(logging.WARNING if left else logging.INFO, note)
+    return wrapped
+
+
+def _linear_layers(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+    """Name -> layer of those that an adapter can be put on, and of other weights that work like a linear layer."""
+    head, dims = model.get_output_embeddings(), {}
+    linear = {name: module for name, module in model.named_modules() if _is_linear(module) and module is not head}
+    hooks = [module.register_forward_pre_hook(lambda _, inputs, name=name: dims.update({name: inputs[0].dim()}))
+             for name, module in linear.items()]  # fmt: skip
+    _forward(model, [[0, 1, 2], [2, 1, 0]])
+    for hook in hooks:
+        hook.remove()
+    mamba = model.config.model_type in MAMBA
+    fits = {name: module for name, module in linear.items()
+            if dims.get(name) == 3 and not (mamba and name.endswith("out_proj"))}  # fmt: skip
+    known = (nn.Embedding, nn.modules.conv._ConvNd)
+    others = {name: module for name, module in linear.items() if name not in fits}
+    for name, module in model.named_modules():
+        if name not in linear and not isinstance(module, known) and module is not head:
+            weights = [key for key, value in module.named_parameters(recurse=False)
+                       if value.dim() == 3 or (value.dim() == 2 and key == "weight")]  # fmt: skip
+            others |= {name if key == "weight" else f"{name}.{key}": module for key in weights}
+    return fits, others
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Also a quantised one, which may derive from nn.Linear or only be called so."""
+    return isinstance(module, nn.Linear | Conv1D) or ("Linear" in type(module).__name__ and not list(module.children()))
+
+
+def _by_last_name(fits: Iterable[str], others: Iterable[str]) -> list[str]:
+    """Target modules for PEFT that mean the layers in `fits` alone."""
+    last = list(dict.fromkeys(name.rpartition(".")[2] for name in fits))
+    return list(fits) if set(last) & {name.rpartition(".")[2] for name in others} else last
+
+
+def _last(names: Iterable[str]) -> str:
+    """The last parts of module names, each once."""
+    return ", ".join(dict.fromkeys(re.sub(r"^.*\.(?=[^.]*$)", "", name) for name in sorted(names)))
 
 
 class Projector(nn.Module):

@@ -10,26 +10,29 @@ does both at once.
 """
 
 import json
+import logging
+from collections.abc import Sequence
 from copy import copy
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 import safetensors.torch
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ilora import data, runs
 from ilora.adapter import ILoraConfig, gate_weights
 from ilora.guidance import GUIDANCE
-from ilora.language_model import Projector, load_language_model, only_last
+from ilora.language_model import Projector, adapted, check_causal, greedy, load_language_model, position_limit
 from ilora.morec import MoRec  # noqa: F401, one of those that SequenceModel.from_pretrained finds
-from ilora.prompts import NO_ITEM, NO_LABEL, Prompts, read_answer
+from ilora.prompts import NO_ITEM, NO_LABEL, PROMPT, Prompts, read_answer
 from ilora.recommenders import SequenceModel
-from ilora.writing import write
 
-TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+log = logging.getLogger(__name__)
+Row = tuple[np.ndarray, np.ndarray, int]  # of Questions
 
 
 class Questions:
@@ -48,7 +51,7 @@ class Questions:
     def __len__(self) -> int:
         return len(self.sequences)
 
-    def __getitem__(self, row: int) -> tuple[np.ndarray, np.ndarray, int]:
+    def __getitem__(self, row: int) -> Row:
         length = self.sequences.length[row]
         history = self.sequences.history[row, self.sequences.history.shape[1] - length :]
         return history, self.candidates[row], int(self.sequences.target[row])
@@ -60,24 +63,25 @@ class Questions:
         return part
 
 
-def adapter_config(rank: int = 8, alpha: float = 32, dropout: float = 0.1, experts: int = 1, **gate) -> LoraConfig:
-    """The paper's adapter on all seven projections: LoRA for one expert, else iLoRA."""
-    shape = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": TARGET_MODULES}
+def adapter_config(
+    rank: int = 8,
+    alpha: float = 32,
+    dropout: float = 0.1,
+    experts: int = 1,
+    target_modules: str | list[str] = "all-linear",
+    **gate: int | str | bool,
+) -> LoraConfig:
+    """The paper's adapter: LoRA for one expert, else iLoRA; on all linear layers but the output layer by default."""
+    shape = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": target_modules}
     if experts == 1:
         return LoraConfig(task_type="CAUSAL_LM", **shape)
     return ILoraConfig(num_experts=experts, **shape, **gate)
 
 
-def causal_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """(batch, 1, query, key) to add to attention scores: 0 where a token sees another, else the least number.
-
-    visible: (batch, 1 or query, key) bool, what may be seen if it stands before. Every token sees itself, even
-    padding: a softmax over nothing has NaN gradients in CUDA's attention kernels.
-    """
-    tokens = visible.shape[-1]
-    before = torch.ones(tokens, tokens, dtype=torch.bool, device=visible.device).tril()
-    sees = visible & before | torch.eye(tokens, dtype=torch.bool, device=visible.device)
-    return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill_(~sees, torch.finfo(dtype).min)[:, None]
+def _log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
+    """log P of each label, 0 for NO_LABEL: (rows, answer tokens, vocabulary), (rows, answer tokens) -> the latter."""
+    flat = logits.float().flatten(0, 1)
+    return -F.cross_entropy(flat, labels.flatten(), ignore_index=NO_LABEL, reduction="none").view_as(labels)
 
 
 class LanguageRecommender(nn.Module):
@@ -106,13 +110,28 @@ class LanguageRecommender(nn.Module):
         if self.gated and encoder is None:
             raise runs.UserError("iLoRA's gate reads the recommender's representation: give an encoder")
         self.encoder, self.projector = encoder, None
+        check_causal(language_model, prompts)
+        self.positions = position_limit(language_model.config)
+        self.register_buffer("placeholder", self._placeholder(language_model.get_input_embeddings()), persistent=False)
         torch.manual_seed(seed)  # the projector first, so that LoRA and iLoRA start from the same one
         if encoder is not None:
             encoder.requires_grad_(False)
-            placeholder = language_model.get_input_embeddings().weight[prompts.item_token].detach()
-            self.projector = Projector(encoder.item_embeddings.cpu(), placeholder.float().cpu()).to(placeholder.device)
-            encoder.to(placeholder.device)
-        self.language_model = get_peft_model(language_model, adapter) if adapter else language_model
+            device = self.placeholder.device
+            self.projector = Projector(encoder.item_embeddings.cpu(), self.placeholder.float().cpu()).to(device)
+            encoder.to(device)
+        self.language_model = adapted(language_model, adapter) if adapter else language_model
+
+    @torch.no_grad()
+    def _placeholder(self, embedding: nn.Module) -> Tensor:
+        """(hidden,) for a behaviour token in a text-only prompt: the item token's embedding.
+
+        For a base model without that token it is the mean over the tokens of all titles. It enters as this vector, not
+        as one more row of the embeddings, so that the base model and what it may write stay as they are.
+        """
+        table = embedding.weight
+        known = self.prompts.has_item_token and self.prompts.item_token < len(table)
+        tokens = [self.prompts.item_token] if known else sorted({t for title in self.prompts.answers for t in title})
+        return embedding(torch.tensor(tokens, device=table.device)).float().mean(0).to(table.dtype)
 
     @property
     def device(self) -> torch.device:
@@ -124,14 +143,29 @@ class LanguageRecommender(nn.Module):
             self.encoder.eval()  # frozen: no dropout in the representations
         return self
 
-    # ---------------------------------------------------------------- what `fit` asks for
+    def check(self, questions: Questions) -> None:
+        """Raise UserError if a prompt with its answer is longer than the language model can read."""
+        if self.positions is None:
+            return
+        longest = max((self.length(questions[row]) for row in range(len(questions))), default=0)
+        self._fits(longest + self.prompts.longest)
 
-    def collate(self, rows: list[tuple[np.ndarray, np.ndarray, int]]) -> dict[str, Tensor]:
-        """Prompts with answers and labels, see Prompts.batch, and the padded histories for the gate."""
-        return self._batch(rows, answers=True)
+    def _fits(self, tokens: int) -> None:
+        if self.positions is not None and tokens > self.positions:
+            raise runs.UserError(
+                f"a prompt with its answer has up to {tokens} tokens, but the base model reads {self.positions}: "
+                "choose a smaller window, or another base model"
+            )
 
-    def length(self, row: tuple[np.ndarray, np.ndarray, int]) -> int:
-        return self.prompts.length(row[0], row[1])
+    # ---------------------------------------------------------------- what `fit` needs
+
+    def collate(self, rows: list[Row]) -> dict[str, Tensor]:
+        """Prompts, each followed by its target, see Prompts.batch, and the padded histories for the gate."""
+        return self._collated(rows, [[target] for *_, target in rows])
+
+    def length(self, row: Row) -> int:
+        """Tokens of the row's prompt."""
+        return self.prompts.length(row[0], row[1], self.encoder is not None)
 
     def trainable_state(self) -> dict[str, Tensor]:
         """What training changes: trained parameters, and the running statistics of a convolutional gate."""
@@ -146,116 +180,163 @@ class LanguageRecommender(nn.Module):
         return groups
 
     def forward(self, batch: dict[str, Tensor], progress: float = 1.0, step_seed: int = 0) -> Tensor:
-        """Mean over rows of -log P(answer); hybrid with probability `progress`, else text-only (the curriculum)."""
+        """Mean over rows of -log P(answer); hybrid with probability `progress`, else text-only (the curriculum).
+
+        Padding is on the right, where causal attention needs no mask.
+        """
         hybrid = np.random.default_rng(step_seed).random() < progress
-        answer = int((batch["labels"] != NO_LABEL).sum(1).max())  # longest answer, tokens
-        logits = self._logits(batch, hybrid, keep=answer + 1)[:, :-1]  # (batch, answer, vocabulary)
-        labels = batch["labels"][:, -answer:]
-        known = labels != NO_LABEL
-        log_likelihood = logits.float().log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
-        return -(log_likelihood * known).sum() / len(labels)
+        return -_log_likelihood(self._logits(batch, hybrid), batch["labels"]).sum() / len(batch["labels"])
 
     # ---------------------------------------------------------------- answers
 
     @torch.no_grad()
-    def generate(self, rows: list[tuple[np.ndarray, np.ndarray, int]]) -> list[int | None]:
+    def generate(self, rows: list[Row]) -> list[int | None]:
         """For each row the column of the candidate that the greedily written answer names; None if invalid."""
         if not rows:
             return []
-        batch = self._batch(rows, answers=False)
-        offered = [[self.prompts.answers[item] for item in candidates] for _, candidates, _ in rows]
-        embeds = self._embeds(batch, hybrid=True)
-        written = write(self.language_model, embeds, batch["attention_mask"], offered, **self._guidance(batch))
-        return [self._read(row, tokens) for row, tokens in zip(rows, written, strict=True)]
+        batch = self._batch(rows)
+        limits = [1 + max(len(self.prompts.answers[item]) for item in candidates) for _, candidates, _ in rows]
+        with greedy(self.language_model, self.prompts.end):
+            written = self.language_model.generate(
+                inputs_embeds=self._embeds(batch, hybrid=True),
+                attention_mask=batch["prompt"].long(),
+                max_new_tokens=max(limits),
+                **self._guidance(batch),
+            )
+        return [self._column(row, tokens[:limit]) for row, tokens, limit in zip(rows, written, limits, strict=True)]
 
-    def _read(self, row: tuple[np.ndarray, np.ndarray, int], tokens: Tensor | list[int]) -> int | None:
+    def _column(self, row: Row, tokens: Tensor | list[int]) -> int | None:
         """Column of the offered title that a row's answer names, or None."""
-        text = self.prompts.tokenizer.decode(tokens, skip_special_tokens=True)
-        return read_answer(text, [self.prompts.titles[item] for item in row[1]])
+        return read_answer(self.prompts.read(tokens), [self.prompts.titles[item] for item in row[1]])
 
-    def rank(self, rows: list[tuple[np.ndarray, np.ndarray, int]]) -> Tensor:
+    def rank(self, rows: list[Row]) -> Tensor:
         """(rows, candidates) log P(title and end | prompt).
 
-        One forward pass a row: the candidates stand behind the prompt and see it and themselves, not each other.
+        One forward pass a row: the candidates follow the prompt and see it and themselves, not each other. A language
+        model that cannot read them like this, see `packs`, reads each candidate after a prompt of its own.
         """
         return self._candidates(rows)[0]
 
-    def answer(self, rows: list[tuple[np.ndarray, np.ndarray, int]]) -> tuple[Tensor, list[int | None]]:
+    def answer(self, rows: list[Row]) -> tuple[Tensor, list[int | None]]:
         """What `rank` and `generate` give, for the price of `rank` where an offered title is written.
 
-        The ranking's forward pass has read every candidate, so it knows whether the greedy answer is one of them.
+        Ranking has read every candidate, so it knows whether the greedy answer is one of them.
         """
         scores, greedy = self._candidates(rows)
         column: list[int | None] = []
         for row, written in zip(rows, greedy, strict=True):
-            column.append(self._read(row, self.prompts.answers[row[1][written.argmax()]]) if written.any() else None)
+            column.append(self._column(row, self.prompts.answers[row[1][written.argmax()]]) if written.any() else None)
         other = np.flatnonzero(~greedy.any(1))
         for place, found in zip(other, self.generate([rows[place] for place in other]), strict=True):
             column[place] = found
         return scores, column
 
-    @torch.no_grad()
-    def _candidates(self, rows: list[tuple[np.ndarray, np.ndarray, int]]) -> tuple[Tensor, np.ndarray]:
+    def _candidates(self, rows: list[Row]) -> tuple[Tensor, np.ndarray]:
         """(rows, candidates) log P(title and end | prompt), and whether that is what is written greedily."""
-        batch = self._batch(rows, answers=False)
-        behind = self.prompts.titles_behind([candidates for _, candidates, _ in rows])
-        behind = {name: value.to(self.device) for name, value in behind.items()}
-        first, following, column = behind["first"], behind["following"], behind["column"]
-        own = column[..., None] == torch.arange(first.shape[1], device=self.device)  # (rows, tokens behind, candidates)
-        logits = self._logits(self._behind_the_prompt(batch, behind), hybrid=True, keep=1 + column.shape[1]).float()
-        total, best = logits.logsumexp(-1), logits.argmax(-1)  # (rows, 1 + tokens behind)
-        start = logits[:, 0].gather(1, first) - total[:, :1]  # all candidates start at the question
-        later = logits[:, 1:].gather(-1, following[..., None])[..., 0] - total[:, 1:]
-        scores = start + later[..., None].where(own, 0).sum(1)
-        otherwise = (best[:, 1:] != following)[..., None] & own
-        return scores, ((best[:, :1] == first) & ~otherwise.any(1)).cpu().numpy()
+        return self._packed(rows) if self.packs else self._one_by_one(rows)
 
-    def _behind_the_prompt(self, batch: dict[str, Tensor], behind: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The batch with the candidates' titles, a mask that keeps candidates apart, and positions."""
-        tokens, column = behind["input_ids"], behind["column"]
-        prompt = batch["input_ids"].shape[1]
-        mask = F.pad(batch["attention_mask"].bool(), (0, tokens.shape[1]), value=True)
-        sees = mask[:, None].repeat(1, mask.shape[1], 1)  # (rows, query, key)
-        sees[:, prompt:, prompt:] = column[:, :, None] == column[:, None]
-        length = batch["attention_mask"].sum(1, keepdim=True)
-        positions = torch.cat([(batch["attention_mask"].cumsum(1) - 1).clamp(min=0), length + behind["place"]], dim=1)
-        return batch | {
-            "input_ids": torch.cat([batch["input_ids"], tokens], dim=1),
-            "owners": F.pad(batch["owners"], (0, tokens.shape[1]), value=NO_ITEM),
-            "prompt": F.pad(batch["prompt"], (0, tokens.shape[1]), value=False),
-            "attention_mask": causal_mask(sees, self._embedding().weight.dtype),
-            "position_ids": positions,
-        }
+    def _packed(self, rows: list[Row]) -> tuple[Tensor, np.ndarray]:
+        batch = self._batch(rows, [candidates for _, candidates, _ in rows])
+        return self._read(batch, attention_mask=self._mask(batch), position_ids=batch["position_ids"])
+
+    def _one_by_one(self, rows: list[Row]) -> tuple[Tensor, np.ndarray]:
+        columns = [[[item] for item in items] for items in zip(*(candidates for _, candidates, _ in rows), strict=True)]
+        scores, greedy = zip(*(self._read(self._batch(rows, answers)) for answers in columns), strict=True)
+        return torch.cat(scores, dim=1), np.concatenate(greedy, axis=1)
 
     @torch.no_grad()
-    def gate_weights(self, rows: list[tuple[np.ndarray, np.ndarray, int]]) -> Tensor:
+    def _read(self, batch: dict[str, Tensor], **inputs: Tensor | dict) -> tuple[Tensor, np.ndarray]:
+        """`_candidates` of a batch that holds them."""
+        logits, labels = self._logits(batch, hybrid=True, **inputs), batch["labels"]
+        answers = torch.arange(int(batch["column"].max()) + 1, device=labels.device)
+        belongs = batch["column"][..., None] == answers  # (rows, answer tokens, answers)
+        scores = _log_likelihood(logits, labels)[..., None].where(belongs, 0).sum(1)
+        differs = (logits.argmax(-1) != labels)[..., None] & belongs
+        return scores, ~differs.any(1).cpu().numpy()
+
+    @cached_property
+    def packs(self) -> bool:
+        """Whether the language model reads all candidates in one pass as it reads each of them on its own.
+
+        That takes attention that follows a given mask and given positions. It is tried out once, on a prompt that is
+        longer than most; if not, the log says so.
+        """
+        training = self.training
+        self.eval()
+        rows, why = [self._long_row()], ""
+        expected = self._one_by_one(rows)[0]
+        try:
+            found = self._packed(rows)[0]
+            tolerance = 1e-3 if self._embedding().weight.dtype == torch.float32 else 3e-2
+            if not torch.allclose(found, expected, rtol=tolerance, atol=tolerance):
+                why = "it does not follow the given mask and positions"
+        except Exception as error:  # whatever a model says to masks or positions that it does not know
+            why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        self.train(training)
+        if why:
+            kind = self.language_model.config.model_type
+            log.warning("%s needs a pass for each candidate, so ranking is slow (%s)", kind, why)
+        return not why
+
+    def _long_row(self) -> Row:
+        """A question of at least 300 tokens, and longer than a sliding window of up to 1,024, if there is room."""
+        window = getattr(self.language_model.config.get_text_config(), "sliding_window", None) or 0
+        long, history = max(300, window + 50 if window <= 1024 else 0), np.arange(0)
+        candidates = np.arange(min(3, len(self.prompts.titles)))
+        room = (self.positions or 10**6) - self.length((history, candidates, 0)) - 4 * self.prompts.longest
+        each = self.length((candidates, candidates, 0)) - self.length((history, candidates, 0))
+        times = max(min(long, room) // each, 0)
+        return np.tile(candidates, times), candidates, 0
+
+    def _mask(self, batch: dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
+        """(rows, 1, query, key) to add to attention scores, 0 where a token attends to another, else the least number.
+
+        A token attends to the prompt and to its own title, as far back as a sliding window reaches. Models whose layers
+        differ get a mask for each type of layer.
+        """
+        part, position = batch["part"], batch["position_ids"]
+        before = torch.ones(2 * part.shape[1:], dtype=torch.bool, device=part.device).tril()
+        sees = before & ((part[:, None] == PROMPT) | (part[:, None] == part[:, :, None]))  # (rows, query, key)
+        config, dtype = self.language_model.config.get_text_config(), self._embedding().weight.dtype
+        window = getattr(config, "sliding_window", None) or part.shape[1]
+        near = position[:, :, None] - position[:, None] < window
+        types = set(getattr(config, "layer_types", None) or ["sliding_attention"])
+        masks = {"full_attention": sees, "sliding_attention": sees & near}
+        masks = {kind: torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill_(
+            ~masks[kind], torch.finfo(dtype).min)[:, None] for kind in types}  # fmt: skip
+        return masks if len(masks) > 1 else masks.popitem()[1]
+
+    @torch.no_grad()
+    def gate_weights(self, rows: list[Row]) -> Tensor:
         """Weights of the experts, Eq. 11: (rows, K), or (layers, rows, K) of a gate per layer; LoRA's one has 1."""
         if not self.gated:
             return torch.ones(len(rows), 1)
-        z = self._guidance(self._batch(rows, answers=False))["sequence_embeds"]
+        z = self._guidance(self._batch(rows))["sequence_embeds"]
         return gate_weights(self.language_model, z).cpu()
 
     # ---------------------------------------------------------------- inside
 
-    def _batch(self, rows: list[tuple[np.ndarray, np.ndarray, int]], answers: bool) -> dict[str, Tensor]:
-        histories, candidates, targets = zip(*rows, strict=True)
-        batch = self.prompts.batch(histories, candidates, targets if answers else None, self.encoder is not None)
+    def _collated(self, rows: list[Row], answers: Sequence[Sequence[int]] | None = None) -> dict[str, Tensor]:
+        """Prompts.batch of the rows, and the padded histories for the gate."""
+        histories, candidates, _ = zip(*rows, strict=True)
+        batch = self.prompts.batch(histories, candidates, answers, self.encoder is not None)
+        self._fits(int(batch["prompt"].sum(1).max()) + self.prompts.longest)
         if self.encoder is not None:
             batch["history"] = self.encoder.pad(histories)
-        batch["prompt"] = batch["attention_mask"].bool()
-        if answers:
-            batch["prompt"] &= batch["labels"] == NO_LABEL
-        return batch if answers else {name: value.to(self.device) for name, value in batch.items()}
+        return batch
+
+    def _batch(self, rows: list[Row], answers: Sequence[Sequence[int]] | None = None) -> dict[str, Tensor]:
+        return {name: value.to(self.device) for name, value in self._collated(rows, answers).items()}
 
     def _embedding(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
 
     def _embeds(self, batch: dict[str, Tensor], hybrid: bool) -> Tensor:
         """(batch, tokens, hidden): token embeddings, behaviour tokens replaced in a hybrid prompt (Eq. 6)."""
-        embeds = self._embedding()(batch["input_ids"])
-        if self.encoder is None or not hybrid:
-            return embeds
         owned = batch["owners"] != NO_ITEM
+        embeds = self._embedding()(batch["input_ids"].masked_fill(owned, 0))
+        if self.encoder is None or not hybrid:
+            return embeds.where(~owned[..., None], self.placeholder)
         behaviour = self.projector(self.encoder.item_embeddings[batch["owners"][owned]])
         return embeds.masked_scatter(owned[..., None], behaviour.to(embeds.dtype))
 
@@ -265,22 +346,14 @@ class LanguageRecommender(nn.Module):
             return {}
         width = self.language_model.active_peft_config.gate_dim
         guide = GUIDANCE[self.guidance]
-        return {"sequence_embeds": guide(batch, self.encoder, self._embedding(), width, self.seed)}
+        return {"sequence_embeds": guide(batch, self.encoder, partial(self._embeds, hybrid=False), width, self.seed)}
 
-    def _logits(self, batch: dict[str, Tensor], hybrid: bool, keep: int) -> Tensor:
-        """(batch, keep, vocabulary): logits at the last `keep` tokens only."""
-        mask, positions = batch["attention_mask"], batch.get("position_ids")
-        if positions is None:
-            positions = (mask.cumsum(1) - 1).clamp(min=0)
-            mask = causal_mask(mask.bool()[:, None], self._embedding().weight.dtype)
-        with only_last(self.language_model, keep):
-            return self.language_model(
-                inputs_embeds=self._embeds(batch, hybrid),
-                attention_mask=mask,
-                position_ids=positions,
-                logits_to_keep=keep,
-                **self._guidance(batch),
-            ).logits
+    def _logits(self, batch: dict[str, Tensor], hybrid: bool, **inputs: Tensor | dict) -> Tensor:
+        """(batch, answer tokens, vocabulary): what the model expects at the places of `labels`."""
+        embeds, guidance = self._embeds(batch, hybrid), self._guidance(batch)
+        return self.language_model(
+            inputs_embeds=embeds, logits_to_keep=batch["at"], use_cache=False, **inputs, **guidance
+        ).logits
 
     # ---------------------------------------------------------------- files
 

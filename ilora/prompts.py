@@ -6,61 +6,97 @@ A behaviour token after each title (`A<item>; B<item>`) makes the prompt hybrid:
 embedding by the projected embedding of the recommender (Eq. 6). Left as it is, it is LLaRA's placeholder.
 """
 
+import copy
+import math
+import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import AddedToken, PreTrainedTokenizerBase
+
+from ilora.runs import UserError
 
 ITEM_TOKEN = "<item>"
 NO_ITEM, NO_LABEL = -1, -100
+PROMPT, PADDING = -1, -2  # `part` of tokens that belong to no answer
+FILL = {  # padding: any token will do, as nothing attends to it
+    "input_ids": 0, "owners": NO_ITEM, "prompt": False, "position_ids": 0, "part": PADDING,
+    "labels": NO_LABEL, "at": 0, "column": PADDING,
+}  # fmt: skip
 
 
 def wording(noun: str, verb: str) -> tuple[str, str, str]:
-    """What stands before the history, before the candidates and before the answer."""
+    """The text before the history, before the candidates and before the answer."""
     return f"Each {noun} this person {verb}, in order:", f". The next {noun} is one of:", f". The next {noun} is:"
+
+
+def one_line(title: str) -> str:
+    """A title as it enters prompts: composed characters (NFC), and single spaces for any white space."""
+    return " ".join(unicodedata.normalize("NFC", title).split())
+
+
+def _plain(text: str) -> str:
+    """Equal for texts that count as the same title."""
+    return one_line(one_line(text).casefold())
 
 
 class Prompts:
     """Writes the prompts of one data set for one tokenizer.
 
     titles: unique titles by item id; noun, verb: what the items are and what people do with them.
+    Raises UserError for a tokenizer without an end token, and for titles that it cannot write and read back.
     """
 
+    pad_to_multiple_of = 1  # tokens; padding to multiples gives `forward` fewer different shapes
+
     def __init__(self, tokenizer: PreTrainedTokenizerBase, titles: Sequence[str], noun: str, verb: str):
-        self.tokenizer, self.titles, self.words = tokenizer, list(titles), (noun, verb)
+        if tokenizer.eos_token_id is None:
+            raise UserError(
+                "the base model's tokenizer has no end token, which has to end each answer: set its eos_token"
+            )
+        self.has_item_token = ITEM_TOKEN in tokenizer.get_vocab()
+        if not self.has_item_token:
+            tokenizer = copy.deepcopy(tokenizer)
+            tokenizer.add_tokens([AddedToken(ITEM_TOKEN, special=True, normalized=False)], special_tokens=True)
+        self.tokenizer, self.titles, self.words = tokenizer, [one_line(title) for title in titles], (noun, verb)
         bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         opening, offer, question = wording(noun, verb)
         self.opening = bos + tokenizer(opening, add_special_tokens=False).input_ids
-        self.offer, self.question = self._tokens(offer), self._tokens(question)
-        self.separator = self._tokens(";")
-        self.answers = [self._tokens(f" {title}") for title in self.titles]
-        self.end = tokenizer.eos_token_id
-        unknown = tokenizer.unk_token_id
-        known = tokenizer.convert_tokens_to_ids(ITEM_TOKEN)
-        # A tokenizer without the token lends another special one; its place, not its id, says what it is.
-        self.item_token = known if known not in (None, unknown) else unknown if unknown is not None else self.end
-        self._lay_out()
+        self.offer, self.question, self.separator = self._tokens([offer, question, ";"])
+        self.answers = self._tokens([f" {title}" for title in self.titles])
+        self.size = [len(answer) for answer in self.answers]  # tokens
+        self.longest = max(self.size) + 1  # tokens of an answer, with the end
+        self.end, self.item_token = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(ITEM_TOKEN)
+        self._refuse_unreadable_titles()
 
-    def _lay_out(self) -> None:
-        """Put the pieces of all prompts one behind the other into `pieces`, so that a batch is one gather.
+    def _tokens(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of texts as they follow other text: sentence-piece tokenizers mark a start.
 
-        Piece i < items is "; title<item>" of item i; then come opening, offer, question and, by item, "title</s>".
-        """
-        parts = [[*self.separator, *title, self.item_token] for title in self.answers]
-        parts += [self.opening, self.offer, self.question, *([*title, self.end] for title in self.answers)]
-        self.size = np.array([len(part) for part in parts])
-        self.start = np.cumsum(self.size) - self.size
-        self.pieces = np.concatenate([np.array(part, np.int64) for part in parts])
-
-    def _tokens(self, text: str) -> list[int]:
-        """Token ids of a text as it stands behind other text: sentence-piece tokenizers mark a start.
-
-        A line break is what stands before; unlike a sign it is not one token with the signs that follow.
+        A line break comes before; unlike a sign it is not one token with the signs that follow.
         """
         before = self.tokenizer("\n", add_special_tokens=False).input_ids
-        return self.tokenizer("\n" + text, add_special_tokens=False).input_ids[len(before) :]
+        ids = self.tokenizer([f"\n{text}" for text in texts], add_special_tokens=False).input_ids
+        return [tokens[len(before) :] for tokens in ids]
+
+    def _refuse_unreadable_titles(self) -> None:
+        """Each title, written as an answer, must read back as itself: see `read_answer`, with all titles offered."""
+        plain = [_plain(title) for title in self.titles]
+        number = Counter(plain)
+        found = self.tokenizer.batch_decode(self.answers, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        pairs = zip(self.titles, plain, found, strict=True)
+        wrong = [title for title, own, text in pairs if not own or number[own] > 1 or _plain(_first_line(text)) != own]
+        if wrong:
+            raise UserError(
+                f"{len(wrong)} of {len(self.titles)} titles do not read back as themselves when this tokenizer writes "
+                f"them, such as {', '.join(map(repr, wrong[:3]))}: change these titles, or choose another base model"
+            )
+
+    def read(self, tokens: Sequence[int] | Tensor) -> str:
+        """The text of an answer."""
+        return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def join(self, titles: Sequence[list[int]], items: Sequence[int] | None = None) -> tuple[list[int], list[int]]:
         """Token ids of "A; B; C" and, for each token, the item whose behaviour token it is, or NO_ITEM."""
@@ -76,87 +112,74 @@ class Prompts:
 
     def write(self, history: Sequence[int], candidates: Sequence[int], behaviour: bool) -> tuple[list[int], list[int]]:
         """One prompt up to the question: token ids and the owner of each token, see `join`."""
-        batch = self.batch([history], [candidates], behaviour=behaviour)
-        return batch["input_ids"][0].tolist(), batch["owners"][0].tolist()
+        tokens, owners = list(self.opening), [NO_ITEM] * len(self.opening)
+        for items, after in ((history, self.offer), (candidates, self.question)):
+            listed, owned = self.join([self.answers[item] for item in items], items if behaviour else None)
+            tokens += listed + after
+            owners += owned + [NO_ITEM] * len(after)
+        return tokens, owners
 
     def batch(
         self,
         histories: Sequence[Sequence[int]],
         candidates: Sequence[Sequence[int]],
-        targets: Sequence[int] | None = None,
+        answers: Sequence[Sequence[int]] | None = None,
         behaviour: bool = True,
     ) -> dict[str, Tensor]:
-        """Prompts padded on the left, each (batch, tokens): input_ids, attention_mask, owners.
+        """Prompts, each (batch, tokens): input_ids, owners, and prompt (bool), false for answers and padding.
 
-        histories: item ids, oldest first, without padding. With `targets` the answers and `labels` are added:
-        the answer's tokens and the end token at their places, NO_LABEL elsewhere.
+        histories: item ids, oldest first, without padding. Without `answers` the padding is on the left, as `generate`
+        wants it. answers: for each row the items whose titles follow the prompt, padded on the right. Then there are
+        also, (batch, tokens), position_ids and part: which answer a token belongs to, PROMPT, or PADDING; and, (batch,
+        answer tokens), labels: the tokens of all answers, each with the end token, or NO_LABEL; at: the place of the
+        token that a label follows; column: the label's answer, or PADDING.
         """
-        piece, listed, first = self._order(histories, candidates, targets)  # (pieces of the batch,)
-        start, size = self.start[piece], self.size[piece]
-        start[first] += len(self.separator)
-        size[first] -= len(self.separator)
-        size[listed] -= not behaviour
-        end = np.cumsum(size)
-        tokens = self.pieces[np.repeat(start - end + size, size) + np.arange(end[-1])]
-        owners = np.full_like(tokens, NO_ITEM)
-        if behaviour:
-            owners[end[listed] - 1] = piece[listed]
-        length = np.add.reduceat(size, np.flatnonzero(piece == len(self.titles)))  # a row begins with the opening
-        real = np.arange(length.max()) >= (length.max() - length)[:, None]
-        padding = {"input_ids": self.tokenizer.pad_token_id or 0, "owners": NO_ITEM}
-        batch = {name: np.full(real.shape, value) for name, value in padding.items()}
-        batch["input_ids"][real], batch["owners"][real] = tokens, owners
-        batch["attention_mask"] = real.astype(np.int64)
-        if targets is not None:
-            answer = size[piece > len(self.titles) + 2]
-            learned = np.arange(length.max()) >= (length.max() - answer)[:, None]
-            batch["labels"] = np.where(learned, batch["input_ids"], NO_LABEL)
-        return {name: torch.from_numpy(value) for name, value in batch.items()}
-
-    def _order(
-        self, histories: Sequence[Sequence[int]], candidates: Sequence[Sequence[int]], targets: Sequence[int] | None
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The pieces of a batch, row behind row; which of them are listed items (bool); places of each list's first."""
-        lists = [items for row in zip(histories, candidates, strict=True) for items in row]
-        read, offered = np.array([len(items) for items in lists]).reshape(-1, 2).T
-        items = np.concatenate(lists, dtype=np.int64, casting="unsafe")  # an empty list counts as one of floats
+        items = np.concatenate([np.asarray(row, np.int64) for rows in (histories, candidates) for row in rows])
         if len(items) and not 0 <= items.min() <= items.max() < len(self.titles):
             raise IndexError(f"items are 0 to {len(self.titles) - 1}, not {items.min()} to {items.max()}")
-        number = read + offered + 3 + (targets is not None)
-        opening = np.cumsum(number) - number
-        piece, listed = np.empty(number.sum(), np.int64), np.ones(number.sum(), bool)
-        special = [opening, opening + 1 + read, opening + 2 + read + offered]
-        for place, which in zip(special, range(len(self.titles), len(self.titles) + 3), strict=True):
-            piece[place], listed[place] = which, False
-        if targets is not None:
-            piece[opening + number - 1] = len(self.titles) + 3 + np.asarray(targets)
-            listed[opening + number - 1] = False
-        piece[listed] = items
-        first = np.concatenate([(special[0] + 1)[read > 0], (special[1] + 1)[offered > 0]])
-        return piece, listed, first
+        prompts = [self.write(*row, behaviour) for row in zip(histories, candidates, strict=True)]
+        if answers is None:
+            rows = [{"input_ids": ids, "owners": owners, "prompt": [True] * len(ids)} for ids, owners in prompts]
+        else:
+            rows = [self._answered(*prompt, titles) for prompt, titles in zip(prompts, answers, strict=True)]
+        return {name: self._pad([row[name] for row in rows], value, answers is None)
+                for name, value in FILL.items() if name in rows[0]}  # fmt: skip
 
-    def titles_behind(self, candidates: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-        """The titles of candidates (batch, C), one behind the other, padded on the right; each (batch, tokens):
+    def _answered(self, prompt: list[int], owners: list[int], items: Sequence[int]) -> dict[str, list]:
+        """A row of `batch`, without padding: a prompt followed by the titles of items."""
+        row = {"input_ids": list(prompt), "position_ids": list(range(len(prompt))), "part": [PROMPT] * len(prompt)}
+        row |= {"labels": [], "at": [], "column": []}
+        for column, item in enumerate(items):
+            title, start = self.answers[item], len(row["input_ids"])
+            row["at"] += [len(prompt) - 1, *range(start, start + len(title))]
+            row["labels"] += [*title, self.end]
+            row["column"] += [column] * (len(title) + 1)
+            row["input_ids"] += title
+            row["position_ids"] += range(len(prompt), len(prompt) + len(title))
+            row["part"] += [column] * len(title)
+        added = len(row["input_ids"]) - len(prompt)
+        return row | {"owners": owners + [NO_ITEM] * added, "prompt": [True] * len(prompt) + [False] * added}
 
-        input_ids; following: the token that comes next in the title, or the end; column: whose title it is, C for
-        padding; place: its place in that title, from 0. And first, (batch, C): each title's first token.
-        """
-        answer = np.stack(candidates) + len(self.titles) + 3
-        start, size = self.start[answer], self.size[answer] - 1  # (batch, C), without the end
-        total, each = size.sum(1), size.ravel()
-        real = np.arange(total.max()) < total[:, None]
-        place = np.arange(total.sum()) - np.repeat(np.cumsum(each) - each, each)
-        at = np.repeat(start.ravel(), each) + place
-        behind = {"input_ids": self.pieces[at], "following": self.pieces[at + 1], "place": place}
-        behind["column"] = np.repeat(np.arange(answer.size) % answer.shape[1], each)
-        padded = {name: np.full(real.shape, answer.shape[1] if name == "column" else 0) for name in behind}
-        for name, value in behind.items():
-            padded[name][real] = value
-        return {name: torch.from_numpy(value) for name, value in (padded | {"first": self.pieces[start]}).items()}
+    def _pad(self, rows: Sequence[list[int]], value: int | bool, left: bool) -> Tensor:
+        """(rows, longest), a multiple of `pad_to_multiple_of` unless the padding is on the left."""
+        multiple = 1 if left else self.pad_to_multiple_of
+        width = multiple * math.ceil(max(map(len, rows)) / multiple)
+        padded = np.full((len(rows), width), value)
+        for place, row in zip(padded, rows, strict=True):
+            place[width - len(row) if left else 0 :][: len(row)] = row
+        return torch.from_numpy(padded)
 
-    def length(self, history: Sequence[int], candidates: Sequence[int]) -> int:
-        """Tokens of the titles in a prompt: what makes one prompt longer than another."""
-        return sum(len(self.answers[item]) for item in (*history, *candidates))
+    def length(self, history: Sequence[int], candidates: Sequence[int], behaviour: bool = False) -> int:
+        """Tokens of a prompt up to the question."""
+        tokens = len(self.opening) + len(self.offer) + len(self.question)
+        for items in (history, candidates):
+            tokens += sum(self.size[item] for item in items) + (len(self.separator) + behaviour) * len(items)
+            tokens -= len(self.separator) * bool(len(items))
+        return tokens
+
+
+def _first_line(text: str) -> str:
+    return (text.strip().splitlines() or [""])[0]
 
 
 def read_answer(text: str, titles: Sequence[str]) -> int | None:
@@ -165,11 +188,10 @@ def read_answer(text: str, titles: Sequence[str]) -> int | None:
     Valid is an answer whose first line is an offered title (case and spacing aside) or, failing that, one in
     which exactly one offered title occurs, the rule of the released code.
     """
-    plain = [" ".join(title.split()).casefold() for title in titles]
-    lines = text.strip().splitlines() or [""]
-    first = " ".join(lines[0].split()).casefold()
+    plain = [_plain(title) for title in titles]
+    first = _plain(_first_line(text))
     if first in plain:
         return plain.index(first)
-    whole = " ".join(text.split()).casefold()
+    whole = _plain(text)
     inside = [column for column, title in enumerate(plain) if title in whole]
     return inside[0] if len(inside) == 1 else None

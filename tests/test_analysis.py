@@ -9,12 +9,13 @@ from scipy.cluster.hierarchy import linkage
 from ilora import analysis, runs, similarity
 from ilora.data import Sequences
 from ilora.language_model import load_language_model
-from ilora.model import TARGET_MODULES, LanguageRecommender, Questions, adapter_config
+from ilora.model import LanguageRecommender, Questions, adapter_config
 from ilora.prompts import Prompts
 from ilora.recommenders import SASRec
 from ilora.training import TrainingArguments, fit, load_snapshot
 from ilora.world import titles
 
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TITLES = list(titles()["title"][:60])
 LABELS = np.array([2, 0, 2, 1, 2, 0, 2, 2, 1, 2, 2])  # groups of 2, 2 and 7
 
@@ -61,7 +62,7 @@ def test_gradients_of_groups_are_sums_of_a_backward_for_each_sequence(kind, batc
     model.train()  # dropout is left out all the same
     found = analysis.gradients(model, asked, LABELS, batch_size)
     gates = [] if kind == "LoRA" else ["gate"]
-    assert list(found) == [*TARGET_MODULES[:4], *TARGET_MODULES[4:], *gates]
+    assert list(found) == [*PROJECTIONS, *gates]
     model.eval()
     expected = {name: torch.zeros(3, part.shape[1], dtype=torch.float64) for name, part in found.items()}
     for row, label in enumerate(LABELS):
@@ -77,7 +78,7 @@ def test_gradients_of_groups_are_sums_of_a_backward_for_each_sequence(kind, batc
     for name, part in found.items():
         torch.testing.assert_close(part, expected[name], rtol=1e-9, atol=1e-12)
         assert part.norm(dim=1).min() > 1e-3  # far above the tolerance
-    assert len(found) == len(TARGET_MODULES) + len(gates)
+    assert len(found) == len(PROJECTIONS) + len(gates)
 
 
 def test_gradients_leave_the_model_as_it_was():

@@ -4,13 +4,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from peft import get_peft_model
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig
 
 from ilora import data, language_model, runs
 from ilora.evaluation import ask, metrics
-from ilora.language_model import Projector, load_language_model, only_last
-from ilora.model import LanguageRecommender, Questions, adapter_config
+from ilora.language_model import Projector, load_language_model
+from ilora.model import LanguageRecommender, Questions
 from ilora.pretraining import EMBEDDED, LARGE, SPECIAL, VOCABULARY
 from ilora.prompts import Prompts, wording
 from ilora.world import make_world, titles
@@ -51,89 +49,6 @@ def test_text_makes_the_round_trip_through_tokens(base):
         assert tokenizer.decode(tokens) == text
     for title in titles()["title"]:
         assert len(tokenizer(f" {title}", add_special_tokens=False).input_ids) <= 6
-
-
-# ---------------------------------------------------------------- the last layer, where it is read
-
-SMALL = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
-SHAPES = {
-    "llama": LlamaConfig(**SMALL, **HEADS, mlp_bias=True),
-    "mistral": MistralConfig(**SMALL, **HEADS, sliding_window=4),
-    "gpt2": GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=4),  # other names: left as it is
-}
-
-
-def small_model(shape, experts=4):
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(SHAPES[shape]).double().eval()
-    if shape == "gpt2":
-        return model
-    model = get_peft_model(model, adapter_config(experts=experts, dropout=0.0))
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-    return model
-
-
-def logits_and_gradients(model, keep, within):
-    ids = torch.arange(14).reshape(2, 7)
-    guidance = {"sequence_embeds": torch.randn(2, 64, generator=torch.manual_seed(1)).double()}
-    model.zero_grad()
-    with only_last(model, keep if within else 0):
-        logits = model(ids, logits_to_keep=keep, **guidance if hasattr(model, "peft_config") else {}).logits
-    logits.square().sum().backward()
-    own = [parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]
-    return logits.detach(), torch.cat(own)
-
-
-@pytest.mark.parametrize("keep", [1, 3, 7, 9])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_the_last_layer_computes_what_is_read_and_nothing_changes(shape, keep):
-    model = small_model(shape)
-    for own, plain in zip(*(logits_and_gradients(model, keep, within) for within in (True, False)), strict=True):
-        torch.testing.assert_close(own, plain, rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize("keep", [0, 2])
-def test_the_last_layer_alone_is_cut_and_only_inside(keep):
-    model, seen = small_model("llama"), []
-    layers = model.get_decoder().layers
-    parts = [
-        layer for one in layers for layer in (one.self_attn.q_proj, one.self_attn.k_proj, one.self_attn.o_proj, one.mlp)
-    ]
-    for part in parts:
-        part.base = getattr(part, "base_layer", getattr(part, "up_proj", None))  # what runs inside the hooks
-        part.base.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
-    with only_last(model, keep):
-        logits_and_gradients(model, 1, within=False)
-    cut = keep or 7
-    assert seen == [7, 7, 7, 7, cut, 7, cut, cut]
-    seen.clear()
-    with pytest.raises(KeyError), only_last(model, keep):
-        raise KeyError
-    logits_and_gradients(model, 1, within=False)
-    assert seen == [7] * 8
-
-
-def test_a_checkpointed_last_layer_is_left_whole():
-    model = small_model("llama").train()
-    plain = logits_and_gradients(model, 2, within=False)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    for own, whole in zip(logits_and_gradients(model, 2, within=True), plain, strict=True):
-        torch.testing.assert_close(own, whole, rtol=1e-10, atol=1e-10)
-
-
-def test_a_cache_that_was_begun_with_the_last_token_alone_is_whole():
-    model = small_model("mistral")
-    ids = torch.arange(14).reshape(2, 7)
-    guidance = {"sequence_embeds": torch.ones(2, 64).double(), "max_new_tokens": 6, "output_logits": True}
-    written = []
-    for keep in (1, 0):
-        with only_last(model, keep):
-            found = model.generate(ids, **guidance, do_sample=False, return_dict_in_generate=True, pad_token_id=0)
-        written.append(torch.stack(found.logits))
-    torch.testing.assert_close(*written, rtol=1e-10, atol=1e-10)
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ from ilora import model as model_module
 from ilora import runs
 from ilora.data import Sequences
 from ilora.language_model import load_language_model
-from ilora.model import LanguageRecommender, Questions, adapter_config, causal_mask
-from ilora.prompts import NO_ITEM, NO_LABEL, Prompts, read_answer
+from ilora.model import LanguageRecommender, Questions, adapter_config
+from ilora.prompts import NO_ITEM, PROMPT, Prompts, read_answer
 from ilora.recommenders import Caser, GRU4Rec, SASRec
 from ilora.world import titles
 
@@ -172,21 +172,6 @@ def test_generate_is_greedy_whatever_the_models_defaults_are(model):
         defaults.repetition_penalty = before
 
 
-def test_rows_that_write_an_offered_title_take_two_passes(model):
-    """The prompts, and the titles that begin as the rows do; more where another title begins alike."""
-    rows, alone, expected, passes = question_rows(lengths=(1, 6, 3, 4, 2, 5) * 4, seed=3), [], [], []
-    for row, title in zip(rows, model._candidates(rows)[1], strict=True):  # the title that is written, if any
-        begins = [model.prompts.answers[item][0] for item in row[1]]
-        if title.any() and begins.count(begins[title.argmax()]) == 1:
-            alone.append(row)
-            expected.append(title.argmax())
-    assert len(alone) > 1
-    hook = model.language_model.get_decoder().register_forward_pre_hook(lambda *_: passes.append(1))
-    assert model.generate(alone) == expected
-    hook.remove()
-    assert len(passes) == 2
-
-
 # ---------------------------------------------------------------- both at once
 
 
@@ -205,6 +190,7 @@ def test_answer_is_rank_and_generate(model, monkeypatch):
 
 
 def test_candidates_of_unlike_length_are_not_padded_to_the_longest(model):
+    assert model.packs
     rows, seen = question_rows(), []
     inner = model.language_model.get_base_model() if hasattr(model.language_model, "peft_config") else None
     embedded = (inner or model.language_model).model
@@ -214,9 +200,9 @@ def test_candidates_of_unlike_length_are_not_padded_to_the_longest(model):
     model.rank(rows)
     hook.remove()
     behaviour = model.encoder is not None
-    prompt = max(len(model.prompts.write(*row[:2], behaviour)[0]) for row in rows)
-    behind = max(sum(len(model.prompts.answers[item]) for item in row[1]) for row in rows)
-    assert seen == [prompt + behind]
+    prompt = [len(model.prompts.write(*row[:2], behaviour)[0]) for row in rows]
+    titles = [sum(len(model.prompts.answers[item]) for item in row[1]) for row in rows]
+    assert seen == [max(map(sum, zip(prompt, titles, strict=True)))]
 
 
 # ---------------------------------------------------------------- loss
@@ -240,23 +226,28 @@ def test_loss_of_a_batch_is_the_mean_of_its_rows(model):
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("multiple", [1, 64])
+def test_padding_to_a_multiple_changes_shapes_only(model, multiple, monkeypatch):
+    rows = question_rows()
+    with torch.no_grad():
+        expected, ranked = model(model.collate(rows)), model.rank(rows)
+        monkeypatch.setattr(model.prompts, "pad_to_multiple_of", multiple)
+        batch = model.collate(rows)
+        assert all(batch[name].shape[1] % multiple == 0 for name in ("input_ids", "owners", "prompt", "at", "labels"))
+        torch.testing.assert_close(model(batch), expected)
+        torch.testing.assert_close(model.rank(rows), ranked, rtol=1e-4, atol=1e-3)
+
+
 @torch.no_grad()
-def test_logits_at_the_answers_are_those_of_the_whole(model):
-    batch = model.collate(question_rows())
-    whole = model._logits(batch, hybrid=True, keep=0)
-    assert whole.shape[1] == batch["input_ids"].shape[1]
-    for keep in (1, 5):
-        torch.testing.assert_close(model._logits(batch, hybrid=True, keep=keep), whole[:, -keep:], rtol=1e-4, atol=1e-4)
-
-
-def test_the_loss_computes_logits_at_the_answers_only(model, monkeypatch):
-    batch = model.collate(question_rows())
-    kept = []
-    plain = model._logits
-    monkeypatch.setattr(model, "_logits", lambda *args, keep: kept.append(keep) or plain(*args, keep=keep))
-    model(batch)
-    longest = int((batch["labels"] != NO_LABEL).sum(1).max())
-    assert kept == [longest + 1]
+def test_the_loss_takes_logits_at_the_answers_only_and_no_mask(model):
+    batch, seen = model.collate(question_rows()), []
+    hook = model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True
+    )
+    logits = model._logits(batch, hybrid=True)
+    hook.remove()
+    assert logits.shape[:2] == batch["labels"].shape  # the longest answer and its end
+    assert "attention_mask" not in seen[0] and not seen[0]["use_cache"]
 
 
 # ---------------------------------------------------------------- what is trained
@@ -292,9 +283,9 @@ def test_the_curriculum_is_hybrid_with_probability_progress(monkeypatch):
     model, hybrids = make("lora"), []
     batch = model.collate(question_rows(lengths=(2,)))
 
-    def recorded(batch, hybrid, keep):
+    def recorded(batch, hybrid):
         hybrids.append(bool(hybrid))
-        return torch.zeros(1, keep, 4096)
+        return torch.zeros(*batch["labels"].shape, 4096)
 
     monkeypatch.setattr(model, "_logits", recorded)
     for progress, low, high in ((0.0, 0, 0), (0.3, 0.26, 0.34), (1.0, 1, 1)):
@@ -331,6 +322,7 @@ def test_trainable_state_holds_what_training_changes():
 
 def test_the_gate_sees_the_encoders_representation_of_the_history():
     model, seen = make("ilora"), []
+    assert model.packs
     gate = model.language_model.base_model.lora_gate["default"]
     gate.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
     rows = question_rows()
@@ -361,7 +353,7 @@ def test_a_history_beyond_the_window_is_cut_at_its_old_end():
 
 
 def representations(model, rows, answers=False):
-    return model._guidance(model._batch(rows, answers))["sequence_embeds"]
+    return model._guidance(model._batch(rows, [[row[2]] for row in rows] if answers else None))["sequence_embeds"]
 
 
 def test_random_guidance_is_fixed_by_seed_and_history():
@@ -399,6 +391,7 @@ def test_token_guidance_is_the_mean_of_the_prompts_token_embeddings():
 def test_ranking_and_loss_have_the_prompts_guidance(kind, monkeypatch):
     """Candidates behind the prompt, padding and other rows are none of the gate's business."""
     model, rows, seen = make(kind), question_rows(), []
+    assert model.packs
     gate = model.language_model.base_model.lora_gate["default"]
     gate.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     together = model.rank(rows)
@@ -478,27 +471,16 @@ def test_the_seed_decides_the_start():
 # ---------------------------------------------------------------- masks
 
 
-def test_padding_sees_itself_alone_and_nothing_sees_padding():
-    real = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]], dtype=torch.bool)
-    mask = causal_mask(real[:, None], torch.float32)
-    assert mask.shape == (2, 1, 4, 4)
-    expected = [[[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]], torch.ones(4, 4).tril().tolist()]
-    assert (mask[:, 0] == 0).int().tolist() == [[[int(x) for x in row] for row in rows] for rows in expected]
-    assert mask[mask != 0].unique().tolist() == [torch.finfo(torch.float32).min]
-
-
-def test_no_token_sees_nothing_in_loss_and_rank(monkeypatch):
-    model, masks = make("ilora"), []
-    inner = model.language_model.get_base_model().model.layers[0].self_attn
-    inner.register_forward_pre_hook(
-        lambda module, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
-    )
-    rows = question_rows()
-    model(model.collate(rows))
-    model.rank(rows)
-    assert len(masks) == 2
-    for mask in masks:
-        assert (mask == 0).any(-1).all()
+def test_a_token_attends_to_the_prompt_and_its_title_and_padding_to_itself():
+    model, rows = make("lora"), question_rows(lengths=(1, 6), offered=3)
+    batch = model._batch(rows, [row[1] for row in rows])
+    mask = model._mask(batch)
+    assert mask.shape == (2, 1, *2 * batch["part"].shape[1:])
+    assert mask.unique().tolist() == [torch.finfo(torch.float32).min, 0]
+    assert (mask == 0).any(-1).all()  # a softmax over nothing has NaN gradients in CUDA's kernels
+    for part, sees in zip(batch["part"].tolist(), mask[:, 0] == 0, strict=True):
+        for query, key in itertools.product(range(len(part)), repeat=2):
+            assert sees[query, key] == (key <= query and part[key] in (PROMPT, part[query]))
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
