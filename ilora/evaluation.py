@@ -26,7 +26,7 @@ SORTED = 4096  # questions that are sorted by length together
 class System(Protocol):
     """What can be asked: it has `rank` or `generate`, or both. A row is one of Questions.
 
-    Optional: `answer(rows)`, the results of `rank` and `generate` where both together cost less; `length(row)`, so that
+    Optional: `check(questions)`, which refuses what it cannot read before any work; `answer(rows)`, the results of `rank` and `generate` where both together cost less; `length(row)`, so that
     rows of like length are asked together.
     """
 
@@ -51,6 +51,8 @@ def ask(recommender: System, questions: Questions, batch_size: int = 0, write: b
         raise ValueError(f"{type(recommender).__name__} can only write: ask it with write=True")
     if isinstance(recommender, nn.Module):
         recommender.eval()
+    if hasattr(recommender, "check"):
+        recommender.check(questions)
     answer, place = np.full(len(questions), NO_ANSWER), np.zeros(len(questions), int)
     with tqdm(total=len(questions), unit="question", desc="asking", mininterval=1, delay=1) as bar:
         for index, batch in _batches(recommender, questions, batch_size):

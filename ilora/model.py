@@ -145,10 +145,9 @@ class LanguageRecommender(nn.Module):
 
     def check(self, questions: Questions) -> None:
         """Raise UserError if a prompt with its answer is longer than the language model can read."""
-        if self.positions is None:
-            return
-        longest = max((self.length(questions[row]) for row in range(len(questions))), default=0)
-        self._fits(longest + self.prompts.longest)
+        if self.positions is not None:
+            longest = max((self.length(questions[row]) for row in range(len(questions))), default=0)
+            self._fits(longest + self.prompts.longest)
 
     def _fits(self, tokens: int) -> None:
         if self.positions is not None and tokens > self.positions:

@@ -72,9 +72,10 @@ def tuned(
     device: str = "auto",
     **settings: int | float | str,
 ) -> tuple[LanguageRecommender, pd.DataFrame]:
-    """A language model tuned as `tuned_folder` does it, and its history."""
-    folder = tuned_folder(dataset, encoder, base_model, device=device, **settings)
-    model = LanguageRecommender.from_pretrained(folder / "recommender", base_model, device, dataset)
+    """A language model tuned as `tuned_folder` does it, and its history; loaded only if it was not trained just now."""
+    folder, model = _tune(dataset, encoder, base_model, device=device, **settings)
+    if model is None:
+        model = LanguageRecommender.from_pretrained(folder / "recommender", base_model, device, dataset)
     return model, pd.read_csv(folder / "history.csv")
 
 
@@ -87,6 +88,18 @@ def snapshots(dataset: data.Dataset, encoder: SequenceModel | None, **settings: 
 
 
 def tuned_folder(
+    dataset: data.Dataset, encoder: SequenceModel | None, *args: str, **settings: int | float | str
+) -> Path:
+    """The folder of a language model tuned with LoRA (experts 1) or iLoRA as LLaRA does; made once and kept.
+
+    Without an encoder prompts are text alone, as TALLRec has them. window: items of a history; 0 for the encoder's.
+    It holds recommender/, history.csv and snapshots/step-*.safetensors.
+    Validation, HitRatio@1 by ranking after each epoch, chooses the epoch. Parameters are those of the notebooks.
+    """
+    return _tune(dataset, encoder, *args, **settings)[0]
+
+
+def _tune(
     dataset: data.Dataset,
     encoder: SequenceModel | None,
     base_model: str = "embedded",
@@ -106,13 +119,9 @@ def tuned_folder(
     device: str = "auto",
     micro_batch_size: int = 32,
     window: int = 0,
-) -> Path:
-    """The folder of a language model tuned with LoRA (experts 1) or iLoRA as LLaRA does; made once and kept.
-
-    Without an encoder prompts are text alone, as TALLRec has them. window: items of a history; 0 for the encoder's.
-    It holds recommender/, history.csv and snapshots/step-*.safetensors.
-    Validation, HitRatio@1 by ranking after each epoch, chooses the epoch. Parameters are those of the notebooks.
-    """
+    target_modules: str | list[str] = "all-linear",
+) -> tuple[Path, LanguageRecommender | None]:
+    """See `tuned_folder`; and the model, if this process has just trained it."""
     if encoder is None and (experts > 1 or not window):
         raise runs.UserError("without an encoder give a window, and one expert: there is nothing for a gate to read")
     train = questions(dataset, "train", window or encoder.window, train_limit, seed=seed)
@@ -125,6 +134,7 @@ def tuned_folder(
     adapter = {"rank": rank, "alpha": alpha, "dropout": dropout, "experts": experts}
     gates = {"gate": gate, "gate_per_layer": gate_per_layer, "gate_top_k": gate_top_k}
     adapter |= {name: value for name, value in gates.items() if value} if experts > 1 else {}
+    adapter |= {"target_modules": target_modules} if target_modules != "all-linear" else {}
     guided = {"guidance": guidance} if experts > 1 and guidance != "sequence" else {}
     parameters = {
         "dataset": dataset.key, "base_model": base_model, **adapter, **guided,
@@ -135,10 +145,16 @@ def tuned_folder(
 
     work = runs.home() / "training" / runs.key(parameters)
 
+    trained = []
+
     def make(folder: Path) -> None:
         asked = untuned(dataset, base_model, encoder, device)
         config = adapter_config(**adapter)
         model = LanguageRecommender(asked.language_model, asked.prompts, encoder, config, seed, **guided)
+        for epoch in reversed(range(epochs)):  # before any work: the candidates of each epoch, and the first ones last
+            train.set_epoch(epoch)
+            model.check(train)
+        model.check(validation)
 
         def validate() -> dict[str, float]:
             outcomes = evaluation.ask(model, validation, write=False)
@@ -148,11 +164,12 @@ def tuned_folder(
         history.to_csv(folder / "history.csv", index=False)
         model.save_pretrained(folder / "recommender", base_model)
         shutil.copytree(work / "snapshots", folder / "snapshots")
+        trained.append(model)
 
     kind = "LoRA" if experts == 1 else f"iLoRA with {experts} experts"
     folder = runs.cached("adapters", parameters, make, note=f"{kind} on {dataset.name}")
     shutil.rmtree(work, ignore_errors=True)
-    return folder
+    return folder, trained[0] if trained else None
 
 
 def _digest(encoder: SequenceModel) -> str:

@@ -1,6 +1,9 @@
 """What the steps of the notebooks make is found again by what it was made from."""
 
+import gc
+
 import pytest
+import torch
 
 from ilora import data, evaluation, pipeline, runs
 from ilora.recommenders import GRU4Rec, SASRec
@@ -53,6 +56,43 @@ def test_a_model_without_encoder_is_tuned_on_text_alone(world):
     folder = pipeline.tuned_folder(world, None, window=5, **SMALL)
     assert not (folder / "recommender" / "encoder").exists()
     assert pipeline.tuned_folder(world, None, window=6, **SMALL) != folder
+
+
+@pytest.mark.parametrize("experts", [1, 2])
+def test_the_trained_model_is_the_reloaded_one_and_is_alone_in_memory(world, experts):
+    """A base model in memory twice is 13 GiB at 7B; nothing may wait for the garbage collector."""
+    encoder, _ = fit_recommender(world, epochs=1, window=6, device="cpu")
+
+    def bases():
+        tables = (part for part in gc.get_objects() if isinstance(part, torch.nn.Parameter))
+        return sum(len(table) == 4096 for table in tables)  # rows of the embedded base's token embeddings
+
+    gc.collect()
+    before = bases()
+    gc.disable()
+    try:
+        model, _ = pipeline.tuned(world, encoder, experts=experts, epochs=2, **SMALL)
+        assert bases() == before + 1
+        rows = [pipeline.questions(world, "test", 6)[row] for row in range(6)]
+        ranked, written = model.rank(rows), model.generate(rows)
+        assert not model.training
+        del model
+        again, _ = pipeline.tuned(world, encoder, experts=experts, epochs=2, **SMALL)
+        assert bases() == before + 1
+    finally:
+        gc.enable()
+    torch.testing.assert_close(again.rank(rows), ranked, rtol=0, atol=0)
+    assert again.generate(rows) == written
+
+
+def test_a_prompt_longer_than_the_base_model_is_refused_before_training(world, monkeypatch):
+    monkeypatch.setattr(pipeline, "fit", lambda *_: pytest.fail("trained"))
+    encoder, _ = fit_recommender(world, epochs=1, window=6, device="cpu")
+    monkeypatch.setattr("ilora.model.position_limit", lambda config: 60)
+    with pytest.raises(runs.UserError, match="tokens, but the base model reads 60"):
+        pipeline.tuned(world, encoder, **SMALL)
+    with pytest.raises(runs.UserError, match="tokens, but the base model reads 60"):
+        evaluation.ask(pipeline.untuned(world), pipeline.questions(world, "test", limit=4))
 
 
 def test_what_has_no_encoder_needs_a_window_and_no_gate(world):
