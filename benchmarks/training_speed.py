@@ -7,17 +7,21 @@ Random weights of SmolLM2-135M's shape and prompts of random tokens, as long as 
 forward, backward, clipping and AdamW on 128 rows; it is timed with the copies of the batch to the GPU.
 """
 
+# ruff: noqa
 import argparse
 import inspect
 import json
+import multiprocessing
 import os
-import signal
+import sys
 import time
 import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # so that importing leaves CUDA alone
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -193,27 +197,31 @@ class Variant:
     multiple: int = 96  # lengths are padded to a multiple of it
     least: int = 0  # and to at least that
     compile: str = ""  # "layer", "dynamic" (a layer of any length), "model", "autotune" (a layer)
-    graph: bool = False  # forward and backward of a micro-batch as one CUDA graph
-    limit: int = 45  # seconds
+    graph: str = (
+        ""  # "all": forward and backward of a micro-batch is one CUDA graph; "decoder": of the model alone, two
+    )
+    limit: int = 40  # seconds
 
 
+S = {"multiple": 32, "least": 224}
 VARIANTS = [
-    Variant("today lora", precision="today", padding="left", multiple=1, limit=15),
-    Variant("today ilora", "ilora", precision="today", padding="left", multiple=1, limit=15),
-    Variant("autocast, no casts, no mask", precision="autocast", limit=15),
-    Variant("bf16, no mask", limit=15),
-    Variant("layer, autocast", precision="autocast", compile="layer"),
-    Variant("layer, bf16", compile="layer"),
-    Variant("layer, bf16, scaled", "scaled", compile="layer"),
-    Variant("layer, bf16, scaled, 2 parts", "scaled", compile="layer", parts=2, multiple=32, least=224),
+    Variant("layer, scaled, graph", "scaled", compile="layer", graph="all"),
+    Variant("eager, scaled, graph", "scaled", graph="all"),
+    Variant("layer, ilora, autocast, decoder graph", "ilora", precision="autocast", compile="layer", graph="decoder"),
     Variant(
-        "layer, bf16, scaled, 4 parts, graph", "scaled", compile="layer", parts=4, multiple=32, least=224, graph=True
-    ),  # noqa: E501
-    Variant("dynamic, bf16, scaled, 2 parts", "scaled", compile="dynamic", parts=2, multiple=8),
-    Variant("ilora, layer, autocast", "ilora", precision="autocast", compile="layer", limit=40),
-    Variant("packed, layer, bf16", padding="packed", compile="layer", multiple=1024),
-    Variant("layer, autotune, bf16, scaled", "scaled", compile="autotune", limit=60),
-    Variant("model, bf16, scaled, graph", "scaled", compile="model", graph=True, limit=90),
+        "layer, ilora, autocast, decoder graph, 4", "ilora", "autocast", parts=4, **S, compile="layer", graph="decoder"
+    ),
+    Variant(
+        "layer, lora, autocast, decoder graph, 4", "lora", "autocast", parts=4, **S, compile="layer", graph="decoder"
+    ),
+    Variant("layer, scaled, graph, 4", "scaled", parts=4, **S, compile="layer", graph="all"),
+    Variant("ranking"),
+    Variant("packed, layer, graph", padding="packed", compile="layer", multiple=1024, graph="all"),
+    Variant("eager, lora, autocast, decoder graph, 4", "lora", "autocast", parts=4, **S, graph="decoder"),
+    Variant(
+        "layer, lora, autocast, decoder graph, 2", "lora", "autocast", parts=2, **S, compile="layer", graph="decoder"
+    ),
+    Variant("model, scaled", "scaled", compile="model", limit=80),
 ]
 
 
@@ -282,6 +290,64 @@ class Scaled(nn.Module):
         return self.inner(x) * self.factor
 
 
+class Graphed:
+    """A function of tensors that CUDA replays, with its gradients for these and for `parameters`."""
+
+    def __init__(self, function, parameters: list[nn.Parameter]) -> None:  # noqa: ANN001
+        self.function, self.parameters = function, parameters
+        self.stream, self.pool, self.captures = torch.cuda.Stream(), None, {}
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        key = tuple((x.shape, x.dtype, x.requires_grad) for x in inputs)
+        if key not in self.captures:
+            self.captures[key] = self.capture(inputs)
+        return Replay.apply(self.captures[key], len(inputs), *inputs, *self.parameters)
+
+    def capture(self, inputs: tuple[Tensor, ...]) -> dict:
+        static = [x.detach().clone().requires_grad_(x.requires_grad) for x in inputs]
+        wanted = [*(x for x in static if x.requires_grad), *self.parameters]
+        self.stream.wait_stream(torch.cuda.current_stream())
+        enabled = torch.is_autocast_enabled("cuda")
+        with torch.autocast("cuda", torch.bfloat16, enabled=enabled, cache_enabled=False):
+            with torch.cuda.stream(self.stream), torch.enable_grad():
+                for _ in range(2):
+                    out = self.function(*static)
+                    torch.autograd.grad(out, wanted, torch.zeros_like(out))
+            torch.cuda.current_stream().wait_stream(self.stream)
+            forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+            with torch.enable_grad(), torch.cuda.graph(forward, pool=self.pool, stream=self.stream):
+                out = self.function(*static)
+            self.pool = forward.pool()
+            gradient = torch.zeros_like(out)
+            with torch.cuda.graph(backward, pool=self.pool, stream=self.stream):
+                found = torch.autograd.grad(out, wanted, gradient)
+                flat = torch.cat([g.flatten() for g in found[len(found) - len(self.parameters) :]])
+        first = [g.detach() for g in found[: len(found) - len(self.parameters)]]
+        return {"static": static, "forward": forward, "backward": backward, "out": out.detach(), "gradient": gradient,
+                "first": first, "flat": flat, "shapes": [p.shape for p in self.parameters]}  # fmt: skip
+
+
+class Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, capture: dict, number: int, *tensors: Tensor) -> Tensor:  # noqa: ANN001
+        for static, given in zip(capture["static"], tensors[:number], strict=True):
+            static.detach().copy_(given)
+        capture["forward"].replay()
+        ctx.capture, ctx.number = capture, number
+        return capture["out"].detach()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple:  # noqa: ANN001
+        capture = ctx.capture
+        capture["gradient"].copy_(gradient)
+        capture["backward"].replay()
+        first = iter([g.clone() for g in capture["first"]])
+        inputs = [next(first) if x.requires_grad else None for x in capture["static"]]
+        shapes = capture["shapes"]
+        pieces = capture["flat"].clone().split([shape.numel() for shape in shapes])
+        return None, None, *inputs, *(piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True))
+
+
 class Trainer:
     """A model, its adapter, and one step of training as a variant has it."""
 
@@ -319,7 +385,8 @@ class Trainer:
                 if "lora_B" in name:
                     p.normal_(std=0.02)
         own = list(self.projector.parameters()) + (list(self.gate.parameters()) if self.gate else [])
-        self.flat = variant.precision != "today"
+        self.flat = variant.precision == "master"
+        self.inner = trained
         if self.flat:
             self.masters = [Flat(trained), Flat(own)]
             self.optimizer = torch.optim.AdamW([f.master for f in self.masters], lr=1e-3, fused=self.cuda)
@@ -333,6 +400,15 @@ class Trainer:
         if variant.compile == "model":
             model.get_decoder().compile(dynamic=False, backend=BACKEND)
         self.graphs, self.pool = {}, None
+        self.stream = torch.cuda.Stream() if self.cuda else None
+        self.decoder = Graphed(self.states, trained) if self.cuda and variant.graph == "decoder" else self.states
+
+    def states(self, embeds: Tensor, condition: Tensor | None = None, **more: Tensor) -> Tensor:
+        """(b, s, hidden) for embeddings and the factor or z."""
+        for module in self.scaled:
+            module.factor = condition
+        more |= {"sequence_embeds": condition} if self.variant.adapter == "ilora" else {}
+        return self.lm(inputs_embeds=embeds, use_cache=False, **more).logits
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """Sum of -log P(answer) over the rows, / 128."""
@@ -341,17 +417,18 @@ class Trainer:
             embeds = self.embedding(batch["ids"])
             behaviour = self.projector(batch["embedding"]).to(embeds.dtype)
             embeds = embeds.flatten(0, 1).index_copy(0, batch["items"], behaviour).view_as(embeds)
-            more = {"sequence_embeds": batch["z"]} if self.variant.adapter == "ilora" else {}
+            given, more = [embeds], {}
+            if self.variant.adapter == "ilora":
+                given.append(batch["z"])
             if self.gate is not None:
-                w = (4 * self.gate(batch["z"]).float().softmax(-1)).repeat_interleave(2, 1)[:, None].to(torch.bfloat16)
-                for module in self.scaled:
-                    module.factor = w
+                w = (4 * self.gate(batch["z"]).float().softmax(-1)).repeat_interleave(2, 1)[:, None]
+                given.append(w.to(torch.bfloat16))
             if self.variant.padding == "left":
-                more |= {"attention_mask": four_d(batch["start"], embeds), "position_ids": positions(batch, embeds)}
+                more = {"attention_mask": four_d(batch["start"], embeds), "position_ids": positions(batch, embeds)}
             if self.variant.padding == "packed":
                 PACKED.update(ends=batch["ends"], longest=LONGEST)
-                more |= {"position_ids": batch["positions"]}
-            states = self.lm(inputs_embeds=embeds, use_cache=False, **more).logits  # (b, s, hidden)
+                more = {"position_ids": batch["positions"]}
+            states = self.decoder(*given, **more)
             logits = F.linear(states.flatten(0, 1)[batch["at"]], self.head)
         return F.cross_entropy(logits.float(), batch["labels"], reduction="sum", ignore_index=-100) / 128
 
@@ -366,16 +443,15 @@ class Trainer:
         if shape not in self.graphs:
             static = {name: value.clone() for name, value in batch.items()}
             before = [flat.gradient.clone() for flat in self.masters]
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
                 for _ in range(3):
                     self.backward(static)
-            torch.cuda.current_stream().wait_stream(stream)
+            torch.cuda.current_stream().wait_stream(self.stream)
             for flat, gradient in zip(self.masters, before, strict=True):
                 flat.gradient.copy_(gradient)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool):
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
                 loss = self.backward(static)
             self.pool = graph.pool()
             self.graphs[shape] = graph, static, loss
@@ -389,12 +465,16 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         for part in parts:
             batch = {name: value.to(self.device, non_blocking=True) for name, value in part.items()}
-            total += self.captured(batch) if self.variant.graph and self.cuda else self.backward(batch)
+            total += self.captured(batch) if self.variant.graph == "all" and self.cuda else self.backward(batch)
+        return self.update(total)
+
+    def update(self, total: Tensor) -> Tensor:
+        """Clipping and AdamW."""
         if not self.flat:
-            torch.nn.utils.clip_grad_norm_(self.trained, 1.0).item()
+            torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
             self.optimizer.step()
             self.optimizer.zero_grad()
-            return torch.tensor(total.item())
+            return total
         for flat in self.masters:
             flat.read()
         gradients = [flat.master.grad for flat in self.masters]
@@ -481,14 +561,6 @@ def positions(batch: dict[str, Tensor], embeds: Tensor) -> Tensor:
 # ---------------------------------------------------------------- measuring
 
 
-class TooLong(Exception):
-    pass
-
-
-def alarm(*_: object) -> None:
-    raise TooLong("took longer than its limit")
-
-
 def measure(variant: Variant, config: LlamaConfig, options: argparse.Namespace, device: torch.device) -> tuple:
     """The record of a variant, and a function that takes one more step."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
@@ -508,23 +580,30 @@ def measure(variant: Variant, config: LlamaConfig, options: argparse.Namespace, 
         if not {tuple(p["ids"].shape) for p in parts} <= shapes:
             losses.append(float(trainer.step(parts)))
             shapes |= {tuple(p["ids"].shape) for p in parts}
-        if len(losses) == 1 and variant.compile == "":
+        if len(losses) == 1 and not variant.compile and not variant.graph:
             break
     for parts in steps[:2]:
         losses.append(float(trainer.step(parts)))
     wait()
     warm = time.perf_counter() - began
-    began, seconds = time.perf_counter(), []
+    began = time.perf_counter()
     for parts in steps:
         last = trainer.step(parts)
         issued = time.perf_counter() - began
-        if variant.precision == "today":
-            seconds.append(issued)
     wait()
     each = (time.perf_counter() - began) / len(steps)
     tokens = np.mean([one.length.sum() for one in rows])
     padded = np.mean([sum(p["ids"].numel() for p in parts) for parts in steps])
+    for p in trainer.lm.parameters():
+        if p.requires_grad and p.grad is None:
+            p.grad = torch.zeros_like(p)
+    wait()
+    began = time.perf_counter()
+    trainer.update(last)
+    wait()
+    update = time.perf_counter() - began
     record = asdict(variant) | {
+        "update_seconds": round(update, 4),
         "seconds": round(each, 4), "issued": round(issued / len(steps), 4),
         "examples_per_second": round(options.batch_size / each, 1),
         "share_of_rate": round(4 * trainer.matrix * tokens / each / RATE, 4),
@@ -599,7 +678,8 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--questions", type=int, default=64)
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--seconds", type=float, default=235)
+    parser.add_argument("--seconds", type=float, default=195)
+    parser.add_argument("--here", default="", help="measure the variant of this name in this process")
     parser.add_argument("--only", default="", help="names of variants that contain this")
     options = parser.parse_args()
     shape = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152}
@@ -614,88 +694,66 @@ def main() -> None:
     device = torch.device(options.device)
     torch._dynamo.config.recompile_limit = 64
     out = Path(os.environ.get("OUT", ".")) / "training_speed.jsonl"
-    signal.signal(signal.SIGALRM, alarm)
-
-    def write(record: dict) -> None:
-        record["at"] = round(time.perf_counter() - BEGAN, 1)
-        with open(out, "a") as file:
-            file.write(json.dumps(record) + "\n")
-        shown = {
-            k: record[k]
-            for k in (
-                "name",
-                "seconds",
-                "issued",
-                "examples_per_second",
-                "questions_per_second",
-                "share_of_rate",
-                "peak_gib",
-                "warm_seconds",
-                "padded",
-                "losses",
-                "error",
-                "at",
-            )
-            if k in record
-        }  # noqa: E501
-        print(shown, flush=True)
-
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    write({"name": "machine", "device": name, "torch": torch.__version__})
-    best, ranked = None, False
+    if options.here:
+        attempt(next(v for v in VARIANTS if v.name == options.here), config, options, device, out)
+        return
+    limit = options.seconds
     for variant in VARIANTS:
         if options.only not in variant.name:
             continue
-        left = options.seconds - (time.perf_counter() - BEGAN)
-        if not ranked and (left < 75 or variant.compile == "autotune"):
-            ranked = True
-            finish(best, config, options, device, write)
-            left = options.seconds - (time.perf_counter() - BEGAN)
-        if left < 15:
-            write({"name": variant.name, "error": "no time left"})
+        left = limit - (time.perf_counter() - BEGAN)
+        if left < 12:
+            write(out, {"name": variant.name, "error": "no time left"})
             continue
-        again = None
-        try:
-            signal.alarm(int(min(variant.limit, left)))
-            record, again = measure(variant, config, options, device)
-            signal.alarm(0)
-            write(record)
-            if best is None or record["seconds"] < best[0]["seconds"]:
-                best = record, variant
-        except BaseException as error:
-            signal.alarm(0)
-            if isinstance(error, KeyboardInterrupt):
-                raise
-            text = traceback.format_exc()
-            write(asdict(variant) | {"error": f"{type(error).__name__}: {str(error)[:300]}", "trace": text[-1500:]})
-        finally:
-            del again
-    if not ranked:
-        finish(best, config, options, device, write)
+        child = multiprocessing.get_context("fork").Process(
+            target=attempt, args=(variant, config, options, device, out)
+        )
+        child.start()
+        child.join(min(variant.limit, left))
+        if child.is_alive():
+            child.kill()
+            child.join()
+            write(out, {"name": variant.name, "error": "took longer than its limit"})
 
 
-def finish(best: tuple | None, config: LlamaConfig, options: argparse.Namespace, device: torch.device, write) -> None:  # noqa: ANN001
-    """The ranking, and a profile of the best variant."""
+def write(out: Path, record: dict) -> None:
+    """A line of the output, and a shorter one on the screen."""
+    record["at"] = round(time.perf_counter() - BEGAN, 1)
+    with open(out, "a") as file:
+        file.write(json.dumps(record) + "\n")
+    shown = ("name", "seconds", "issued", "update_seconds", "examples_per_second", "questions_per_second", "peak_gib",
+             "warm_seconds", "padded", "losses", "error", "at")  # fmt: skip
+    print({name: record[name] for name in shown if name in record}, flush=True)
+
+
+def attempt(
+    variant: Variant, config: LlamaConfig, options: argparse.Namespace, device: torch.device, out: Path
+) -> None:
+    """Measure a variant in a process of its own, where CUDA starts anew; its record, or why it failed."""
+    if torch.cuda._is_in_bad_fork():  # a library has looked for CUDA on import
+        os.execv(sys.executable, [sys.executable, *sys.argv, "--here", variant.name])
     try:
-        signal.alarm(25)
-        for record in ranking(config, options, device):
-            write(record)
-        signal.alarm(0)
-        if best is None or device.type != "cuda":
+        if variant.name == "ranking":
+            for record in ranking(config, options, device):
+                write(out, record)
             return
-        signal.alarm(40)
-        again = measure(best[1], config, options, device)[1]
-        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-        with torch.profiler.profile(activities=activities) as profile:
-            again(2)
-            torch.cuda.synchronize()
-        signal.alarm(0)
-        table = profile.key_averages().table(sort_by="self_device_time_total", row_limit=45, max_name_column_width=110)
-        print(best[1].name, "\n", table, flush=True)
-        (Path(os.environ.get("OUT", ".")) / "training_profile.txt").write_text(best[1].name + "\n" + table)
+        record, again = measure(variant, config, options, device)
+        record["device"] = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+        write(out, record)
+        if device.type == "cuda" and variant.name.endswith((", 4", "graph")):
+            profile(variant, again, out)
     except BaseException as error:
-        signal.alarm(0)
-        write({"name": "finish", "error": repr(error)[:500]})
+        text = traceback.format_exc()
+        write(out, asdict(variant) | {"error": f"{type(error).__name__}: {str(error)[:300]}", "trace": text[-2500:]})
+
+
+def profile(variant: Variant, again, out: Path) -> None:  # noqa: ANN001
+    """The kernels of two steps, into a file of its own."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+        again(2)
+        torch.cuda.synchronize()
+    table = found.key_averages().table(sort_by="self_device_time_total", row_limit=45, max_name_column_width=120)
+    (out.parent / f"profile {variant.name}.txt".replace(", ", "_").replace(" ", "_")).write_text(table)
 
 
 if __name__ == "__main__":
