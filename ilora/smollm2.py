@@ -44,4 +44,8 @@ def _convert(file: Path, target: Path) -> None:
     model = LlamaForCausalLM(loaded.config).to(torch.bfloat16)
     model.load_state_dict(loaded.state_dict())
     model.save_pretrained(target)
-    AutoTokenizer.from_pretrained(**source, clean_up_tokenization_spaces=False).save_pretrained(target)
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    for token in ("bos_token", "eos_token", "pad_token", "unk_token"):  # transformers 5.17 reads other ones
+        setattr(tokenizer, token, tokenizer.convert_ids_to_tokens(getattr(model.config, f"{token}_id")))
+    tokenizer.init_kwargs["clean_up_tokenization_spaces"] = False  # titles must read back as they are
+    tokenizer.save_pretrained(target)
