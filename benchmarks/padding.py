@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     asked = pipeline.questions(source, "train", limit=options.examples)
     rows = (asked[row] for row in np.random.default_rng(0).permutation(len(asked)))
-    length = np.array([len(prompts.batch([row[0]], [row[1]], [row[2]])["input_ids"][0]) for row in rows])
+    length = np.array([prompts.length(row[0], row[1], behaviour=True) + prompts.size[row[2]] for row in rows])
     shares = {
         "as they come": share(length, options.micro_batch_size, options.micro_batch_size),
         "training": share(length, options.batch_size, options.micro_batch_size),

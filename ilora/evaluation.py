@@ -26,8 +26,8 @@ SORTED = 4096  # questions that are sorted by length together
 class System(Protocol):
     """What can be asked: it has `rank` or `generate`, or both. A row is one of Questions.
 
-    Optional: `check(questions)`, which refuses what it cannot read before any work; `answer(rows)`, the results of `rank` and `generate` where both together cost less; `length(row)`, so that
-    rows of like length are asked together.
+    Optional: `check(questions)`, refuses what it cannot read before any work; `answer(rows)`, the results of `rank` and
+    `generate` where both together cost less; `length(row)`, so that rows of like length are asked together.
     """
 
     def rank(self, rows: list[tuple[np.ndarray, np.ndarray, int]]) -> Tensor:

@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -114,7 +113,9 @@ def check_causal(model: nn.Module, prompts: Prompts) -> None:
 def _forward(model: nn.Module, tokens: list[list[int]]) -> ModelOutput:
     """A model's output for token ids, in eval mode."""
     training = model.training
-    output = model.eval()(torch.tensor(tokens, device=model.get_input_embeddings().weight.device), use_cache=False)
+    embedding = model.get_input_embeddings()
+    embeds = embedding(torch.tensor(tokens, device=embedding.weight.device))
+    output = model.eval()(inputs_embeds=embeds, use_cache=False)
     model.train(training)
     return output
 
@@ -205,7 +206,7 @@ def _by_last_name(fits: Iterable[str], others: Iterable[str]) -> list[str]:
 
 def _last(names: Iterable[str]) -> str:
     """The last parts of module names, each once."""
-    return ", ".join(dict.fromkeys(re.sub(r"^.*\.(?=[^.]*$)", "", name) for name in sorted(names)))
+    return ", ".join(sorted({name.rpartition(".")[2] for name in names}))
 
 
 class Projector(nn.Module):

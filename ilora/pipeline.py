@@ -88,7 +88,7 @@ def snapshots(dataset: data.Dataset, encoder: SequenceModel | None, **settings: 
 
 
 def tuned_folder(
-    dataset: data.Dataset, encoder: SequenceModel | None, *args: str, **settings: int | float | str
+    dataset: data.Dataset, encoder: SequenceModel | None, base_model: str = "embedded", **settings: int | float | str
 ) -> Path:
     """The folder of a language model tuned with LoRA (experts 1) or iLoRA as LLaRA does; made once and kept.
 
@@ -96,7 +96,7 @@ def tuned_folder(
     It holds recommender/, history.csv and snapshots/step-*.safetensors.
     Validation, HitRatio@1 by ranking after each epoch, chooses the epoch. Parameters are those of the notebooks.
     """
-    return _tune(dataset, encoder, *args, **settings)[0]
+    return _tune(dataset, encoder, base_model, **settings)[0]
 
 
 def _tune(

@@ -1,5 +1,7 @@
 """Every family of causal language models trains, and ranks and writes as its plain forward pass says."""
 
+import copy
+import json
 import logging
 
 import numpy as np
@@ -9,10 +11,11 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from ilora import language_model
+from ilora.language_model import load_language_model
 from ilora.model import LanguageRecommender, adapter_config
 from ilora.prompts import NO_ITEM, Prompts, wording
 from ilora.recommenders import SASRec
+from ilora.runs import UserError
 from ilora.world import titles
 
 TITLES = list(titles()["title"][:40])
@@ -40,6 +43,22 @@ FAMILIES = {  # name -> configuration, whether it reads all candidates in one pa
     ),
     "OPT": (WIDE | {"ffn_dim": 48, "word_embed_proj_dim": 32}, True, {"q_proj", "k_proj", "v_proj", "out_proj"}),
     "Falcon": (WIDE, True, {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}),
+    "Falcon with alibi": (
+        WIDE | {"alibi": True},
+        False,
+        {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"},
+    ),
+    "GPTNeo": (  # local attention by places, not by positions
+        {
+            "hidden_size": 32,
+            "num_layers": 2,
+            "num_heads": 4,
+            "attention_types": [[["local", "global"], 1]],
+            "window_size": 16,
+        },
+        False,
+        {"q_proj", "k_proj", "v_proj", "out_proj", "c_fc", "c_proj"},
+    ),
     "Bloom": (GPT2, False, {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}),
     "Mixtral": (LLAMA | {"num_local_experts": 3}, True, {"q_proj", "k_proj", "v_proj", "o_proj"}),
     "Mamba": ({"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}, False, {"in_proj", "x_proj"}),
@@ -61,11 +80,10 @@ def tokenizer():
 
 
 def base(family, tokenizer, **changes):
-    config = getattr(transformers, f"{family}Config")
+    config = getattr(transformers, f"{family.split()[0]}Config")
     torch.manual_seed(0)
-    made = config(
-        vocab_size=len(tokenizer), **FAMILIES[family][0] | changes, bos_token_id=0, eos_token_id=0, pad_token_id=0
-    )
+    tokens = {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    made = config(**tokens | FAMILIES[family][0] | changes)
     model = AutoModelForCausalLM.from_config(made).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():  # a random model hardly looks at what it reads
         if parameter.dim() > 1 and "embed" not in name and "wte" not in name and "A_log" not in name:
@@ -128,6 +146,10 @@ def test_a_family_trains_ranks_and_writes_as_its_forward_pass_says(family, exper
     adapted = {name.split(".lora_A")[0].split(".")[-1] for name, _ in model.named_parameters() if "lora_A" in name}
     assert adapted == names
     assert all(name in caplog.text for name in names)
+    left = {"OPT": "fc1, fc2", "Mixtral": "down_proj, gate, gate_up_proj", "Mamba": "dt_proj, out_proj"}.get(family, "")
+    (record,) = (record for record in caplog.records if record.name == "ilora.language_model")
+    assert record.levelname == ("WARNING" if left else "INFO")
+    assert record.message.rpartition("; not on ")[2] == left if left else "; not on" not in record.message
 
     model.train()  # two steps: B, which starts from zero, and then A
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.02)
@@ -145,11 +167,9 @@ def test_a_family_trains_ranks_and_writes_as_its_forward_pass_says(family, exper
     expected = torch.stack([torch.stack([plain_score(model, row, item) for item in row[1]]) for row in rows])
     loss = model(model.collate(rows))
     torch.testing.assert_close(loss, -expected[:, 0].mean(), rtol=1e-4, atol=1e-4)  # the target is the first candidate
-    scores, greedily = model._candidates(rows)
-    torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(model.rank(rows), expected, rtol=1e-4, atol=1e-3)
     assert expected.std(1).min() > 0.1
     assert model.packs == packs, caplog.text
-    assert not greedily.any() or family  # nothing to compare with: random models name no title
 
     written = []
     monkeypatch.setattr(model, "_column", lambda row, tokens: written.append([int(t) for t in tokens]))
@@ -157,3 +177,199 @@ def test_a_family_trains_ranks_and_writes_as_its_forward_pass_says(family, exper
     for row, tokens in zip(rows, written, strict=True):
         own = greedy(model, row)
         assert tokens[: len(own)] == own and set(tokens[len(own) :]) <= {model.prompts.end}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "least", "most"),
+    [
+        ("Llama", {}, 300, 400),
+        ("Mistral", {"sliding_window": 600}, 650, 750),
+        ("Mistral", {"sliding_window": 4096}, 300, 400),  # too long to try out on a CPU
+        ("GPT2", {"n_positions": 200}, 120, 200),
+    ],
+)
+def test_one_pass_is_tried_on_a_prompt_longer_than_a_window_and_within_the_positions(
+    family, changes, least, most, tokenizer
+):
+    model = recommender(family, tokenizer, **changes).eval()
+    assert least < model.length(model._long_row()) <= most
+    assert model.packs
+
+
+# ---------------------------------------------------------------- which layers
+
+
+@pytest.mark.parametrize(
+    ("family", "asked", "adapted"),
+    [
+        ("Llama", ["q_proj", "v_proj"], {"q_proj", "v_proj"}),
+        ("Llama", r".*layers\.1\.mlp\.(up|down)_proj", {"up_proj", "down_proj"}),
+        ("GPT2", ["c_attn"], {"c_attn"}),
+        ("GPT2", "ALL-LINEAR", {"c_attn", "c_proj", "c_fc"}),
+    ],
+)
+def test_target_modules_are_a_setting(family, asked, adapted, tokenizer):
+    prompts = Prompts(tokenizer, TITLES, "story", "read")
+    adapter = adapter_config(experts=1, target_modules=asked)
+    model = LanguageRecommender(base(family, tokenizer), prompts, None, adapter)
+    found = {name.split(".lora_A")[0].split(".")[-1] for name, _ in model.named_parameters() if "lora_A" in name}
+    assert found == adapted
+    assert adapter.target_modules == (asked if isinstance(asked, str) else set(asked))  # the caller's own, unchanged
+
+
+@pytest.mark.parametrize("experts", [1, 4])
+@pytest.mark.parametrize(
+    ("family", "asked", "message"),
+    [
+        ("OPT", ["q_proj", "fc1"], "means fc1 in OPTForCausalLM"),
+        ("Mamba", ["in_proj", "out_proj"], "means out_proj in MambaForCausalLM"),
+        ("Phi3", ["q_proj", "k_proj"], "means nothing in Phi3ForCausalLM.*qkv_proj"),
+        ("Mixtral", ["gate_up_proj"], "means gate_up_proj in MixtralForCausalLM.*q_proj"),
+    ],
+)
+def test_layers_that_cannot_be_adapted_are_refused_by_name(family, asked, message, experts, tokenizer):
+    prompts, encoder = Prompts(tokenizer, TITLES, "story", "read"), SASRec(len(TITLES), dim=64)
+    with pytest.raises(UserError, match=message):
+        LanguageRecommender(
+            base(family, tokenizer), prompts, encoder, adapter_config(experts=experts, target_modules=asked)
+        )
+
+
+# ---------------------------------------------------------------- the placeholder
+
+
+@pytest.mark.parametrize("family", ["Llama", "Gemma3Text", "GPT2"])  # with an untied, a scaled and a tied embedding
+def test_a_base_without_the_item_token_is_left_as_it_is(family, tokenizer):
+    before = {name: value.clone() for name, value in base(family, tokenizer).state_dict().items()}
+    model = recommender(family, tokenizer, experts=1)
+    inner = model.language_model.get_base_model()
+    assert inner.get_input_embeddings().weight.shape[0] == inner.config.vocab_size == len(tokenizer)
+    frozen = {
+        name.replace(".base_layer", ""): value for name, value in inner.state_dict().items() if "lora" not in name
+    }
+    assert frozen.keys() == before.keys()
+    assert all(torch.equal(frozen[name], before[name]) for name in before)
+    used = torch.tensor(sorted({token for title in model.prompts.answers for token in title}))
+    torch.testing.assert_close(model.placeholder, inner.get_input_embeddings()(used).mean(0))
+    batch = model._batch(some_rows(), [[row[2]] for row in some_rows()])
+    owned = batch["owners"] != NO_ITEM
+    text = model._embeds(batch, hybrid=False)
+    assert (text[owned] == model.placeholder).all()
+    assert torch.equal(text[~owned], inner.get_input_embeddings()(batch["input_ids"][~owned]))
+    assert (model.projector(model.encoder.item_embeddings) - model.placeholder).abs().mean() < model.placeholder.std()
+
+
+def test_an_adapter_comes_back_around_a_base_without_the_item_token(tokenizer, tmp_path):
+    plain = base("GPT2", tokenizer)
+    plain.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    model, rows = recommender("GPT2", tokenizer, experts=4), some_rows()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.eval().save_pretrained(tmp_path / "kept", str(tmp_path / "base"))
+    again = LanguageRecommender.from_pretrained(tmp_path / "kept", device="cpu")
+    torch.testing.assert_close(again.rank(rows), model.rank(rows), rtol=0, atol=0)
+    assert again.generate(rows) == model.generate(rows)
+
+
+# ---------------------------------------------------------------- what is refused before any work
+
+
+@pytest.mark.parametrize(
+    ("family", "limit"),
+    [("Llama", "max_position_embeddings"), ("GPT2", "n_positions"), ("OPT", "max_position_embeddings")],
+)
+def test_a_prompt_beyond_the_models_positions_is_refused(family, limit, tokenizer):
+    rows = some_rows()
+    model = recommender(family, tokenizer, **{limit: 512})
+    longest = max(map(model.length, rows)) + model.prompts.longest
+    for positions, fits in ((longest, True), (longest - 1, False)):
+        model = recommender(family, tokenizer, **{limit: positions}).eval()
+        for work in (model.check, model.generate, model.rank, lambda rows, model=model: model(model.collate(rows))):
+            if fits:
+                work(rows)
+            else:
+                with pytest.raises(UserError, match=f"up to {longest} tokens, but the base model reads {longest - 1}"):
+                    work(rows)
+
+
+def test_a_models_padding_token_does_not_matter(tokenizer):
+    """[PAD] is often added to a tokenizer without a row for it in the model."""
+    other = copy.deepcopy(tokenizer)
+    other.add_special_tokens({"pad_token": "[PAD]"})
+    assert other.pad_token_id == len(tokenizer)
+    prompts, rows = Prompts(other, TITLES, "story", "read"), some_rows()
+    model = LanguageRecommender(base("Llama", tokenizer), prompts).eval()
+    plain = LanguageRecommender(base("Llama", tokenizer), Prompts(tokenizer, TITLES, "story", "read")).eval()
+    torch.testing.assert_close(model.rank(rows), plain.rank(rows))
+    assert model.generate(rows) == plain.generate(rows)
+
+
+def small(kind, tokenizer, **config):
+    torch.manual_seed(0)
+    made = getattr(transformers, f"{kind}Config")(vocab_size=len(tokenizer), **config)
+    return getattr(transformers, config.pop("model", f"{kind}Model"))(made)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda t: small("Llama", t, **LLAMA), "no language model head"),
+        (lambda t: transformers.BertLMHeadModel(transformers.BertConfig(vocab_size=len(t), **WIDE)), "is not causal"),
+        (lambda t: transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=len(t), **WIDE)), "is not causal"),
+        (
+            lambda t: transformers.T5ForConditionalGeneration(
+                transformers.T5Config(vocab_size=len(t), d_model=32, num_heads=4, num_layers=1, d_ff=48, d_kv=8)
+            ),
+            "encoder-decoder",
+        ),
+        (
+            lambda t: transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=100, **LLAMA)),
+            "writes token .* has 100",
+        ),
+    ],
+    ids=["no head", "BERT with a head", "masked", "T5", "another tokenizer"],
+)
+def test_a_model_that_is_no_causal_language_model_is_refused(model, message, tokenizer):
+    with pytest.raises(UserError, match=message):
+        LanguageRecommender(model(tokenizer), Prompts(tokenizer, TITLES, "story", "read"))
+
+
+@pytest.mark.parametrize("kind", ["no head", "T5", "BART", "own code", "pickled", "damaged"])
+def test_a_folder_that_cannot_be_used_is_refused_in_one_sentence(kind, tokenizer, tmp_path):
+    if kind == "no head":
+        small("Llama", tokenizer, **LLAMA).save_pretrained(tmp_path)
+    elif kind == "T5":
+        small("T5", tokenizer, d_model=32, num_heads=4, num_layers=1, d_ff=48, d_kv=8).save_pretrained(tmp_path)
+    elif kind == "BART":
+        small(
+            "Bart", tokenizer, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+            decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48,
+        ).save_pretrained(tmp_path)  # fmt: skip
+    elif kind == "own code":
+        names = {"AutoConfig": "configuration.Own", "AutoModelForCausalLM": "modeling.OwnForCausalLM"}
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": names}))
+    else:
+        base("Llama", tokenizer).save_pretrained(tmp_path)
+        weights = tmp_path / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:1000])
+        if kind == "pickled":
+            weights.rename(tmp_path / "pytorch_model.bin")
+    tokenizer.save_pretrained(tmp_path)
+    reason = {"no head": "no trained lm_head.weight", "T5": "encoder-decoder", "BART": "encoder-decoder"}
+    reason |= {"own code": "code from its repository", "pickled": "safetensors", "damaged": ""}
+    with pytest.raises(UserError, match=rf"could not be loaded \(.*{reason[kind]}.*\): name a causal") as caught:
+        load_language_model(str(tmp_path), device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_writing_is_greedy_whatever_the_models_defaults_are(tokenizer):
+    model, rows = recommender("Llama", tokenizer).eval(), some_rows()
+    inner, expected = model.language_model.get_base_model(), model.generate(rows)
+    changes = {"do_sample": True, "temperature": 9.0, "num_beams": 3, "repetition_penalty": 50.0, "min_new_tokens": 3}
+    inner.generation_config = defaults = transformers.GenerationConfig(
+        **changes, suppress_tokens=[1, 2], eos_token_id=[0]
+    )
+    assert model.generate(rows) == expected
+    assert inner.generation_config is defaults

@@ -1,9 +1,14 @@
+import re
+import time
+import unicodedata
+from itertools import chain
+
 import pytest
-import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from ilora.prompts import ITEM_TOKEN, NO_ITEM, NO_LABEL, Prompts, read_answer, wording
+from ilora.runs import UserError
 
 TITLES = ["Mossy Oak", "The Neon Market, part 2", "Ill", "Salted: a tale", "Oak"]
 
@@ -27,7 +32,8 @@ def sentence_piece():
     """A BPE in the manner of Llama-2: spaces are letters, and each text gets one in front."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    tokenizer.decoder = decoders.Metaspace()
+    parts = [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(parts)
     trainer = trainers.BpeTrainer(
         vocab_size=120, special_tokens=["<unk>", "<s>", "</s>"], initial_alphabet=["\n", ";"], show_progress=False
     )
@@ -75,13 +81,69 @@ def test_a_prompt_reads_as_meant(prompts):
     assert prompts.tokenizer.decode(tokens) == "<s>" + text_of([0, 1], [2, 3], mark=ITEM_TOKEN)
 
 
-def test_a_tokenizer_without_the_item_token_lends_its_unknown_or_end_token():
-    lent = Prompts(byte_level(), TITLES, "story", "read")
-    assert lent.item_token == lent.tokenizer.eos_token_id
-    unknown = Prompts(sentence_piece(), TITLES, "story", "read")
-    assert unknown.item_token == unknown.tokenizer.unk_token_id
-    own = Prompts(byte_level(ITEM_TOKEN), TITLES, "story", "read")
-    assert own.tokenizer.convert_ids_to_tokens(own.item_token) == ITEM_TOKEN
+@pytest.mark.parametrize("tokenizer", [byte_level(), sentence_piece()], ids=["bytes", "spaces are letters"])
+def test_a_tokenizer_without_the_item_token_gets_one_and_stays_as_it_is(tokenizer):
+    size = len(tokenizer)
+    prompts = Prompts(tokenizer, TITLES, "story", "read")
+    assert not prompts.has_item_token and len(tokenizer) == size
+    assert prompts.item_token not in (tokenizer.eos_token_id, tokenizer.unk_token_id)
+    tokens, owners = prompts.write([0, 1], [2, 3], behaviour=True)
+    assert [token == prompts.item_token for token in tokens] == [owner != NO_ITEM for owner in owners]
+    assert prompts.end not in tokens
+    assert prompts.tokenizer.decode(tokens).count(ITEM_TOKEN) == 4
+    known = Prompts(byte_level(ITEM_TOKEN), TITLES, "story", "read")
+    assert known.has_item_token and known.tokenizer.convert_ids_to_tokens(known.item_token) == ITEM_TOKEN
+
+
+def test_a_tokenizer_without_an_end_token_is_refused():
+    tokenizer = byte_level()
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match="no end token"):
+        Prompts(tokenizer, TITLES, "story", "read")
+
+
+# ---------------------------------------------------------------- titles that read back
+
+ODD = {
+    "a line break": "Alien\nResurrection",
+    "other breaks": "Up\u2028and\x0bdown",
+    "white space": "  Two\t words \u00a0 and a space ",
+    "NFD": unicodedata.normalize("NFD", "Amélie à la Noël"),
+    "signs": 'Who ? n\'t "so" , $$ <b> 100 % ...',
+    "other letters": "七人の侍 🎬",
+}
+
+
+@pytest.mark.parametrize("title", ODD.values(), ids=ODD)
+def test_an_odd_title_reads_back_as_itself_and_not_as_another(title):
+    titles = ["Alien", "Up", "Two", title, "Amelie a la Noel", "Resurrection"]
+    prompts = Prompts(byte_level(), titles, "film", "watched")
+    for item, answer in enumerate(prompts.answers):
+        assert read_answer(prompts.read([*answer, prompts.end]), prompts.titles) == item
+        assert read_answer(prompts.read(answer), titles) == item
+    assert not any(len(title.splitlines()) > 1 for title in prompts.titles)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "title"),
+    [
+        (byte_level(), "An </s> within"),  # a special token is not written
+        (byte_level(), " "),
+        (byte_level(), "oak"),  # as another one, but for case
+        (sentence_piece(), "Œuvre №5"),  # letters that it does not know
+    ],
+)
+def test_titles_that_do_not_read_back_are_refused_by_name(tokenizer, title):
+    with pytest.raises(UserError, match=re.escape(repr(title.strip()))):
+        Prompts(tokenizer, [*TITLES, title], "story", "read")
+    with pytest.raises(UserError, match=r"^3 of 8 titles .*'B</s>', 'C</s>', 'D</s>': "):
+        Prompts(byte_level(), [*TITLES, "B</s>", "C</s>", "D</s>"], "story", "read")
+
+
+def test_thousands_of_titles_are_checked_in_a_moment():
+    began = time.perf_counter()
+    Prompts(byte_level(), [f"Title {number} of a long list" for number in range(5000)], "story", "read")
+    assert time.perf_counter() - began < 5  # about 0.5 s; each against all would take minutes
 
 
 def test_a_tokenizer_without_a_start_token_begins_with_the_text():
@@ -106,14 +168,6 @@ def test_each_item_owns_the_token_right_behind_its_title(prompts):
         assert tokens[place - len(title) : place] == title
 
 
-def test_a_lent_token_elsewhere_is_nobodys():
-    prompts = Prompts(byte_level(), TITLES, "story", "read")  # lends </s>
-    batch = prompts.batch([[0]], [[1, 2]], [2])
-    lent = batch["input_ids"][0] == prompts.end
-    assert lent.sum() == 4 and (batch["owners"][0] != NO_ITEM).sum() == 3
-    assert batch["owners"][0, -1] == NO_ITEM and batch["input_ids"][0, -1] == prompts.end
-
-
 def test_a_text_only_prompt_has_no_behaviour_tokens(prompts):
     tokens, owners = prompts.write([0, 1], [2, 3], behaviour=False)
     assert set(owners) == {NO_ITEM} and prompts.item_token not in tokens
@@ -122,25 +176,47 @@ def test_a_text_only_prompt_has_no_behaviour_tokens(prompts):
 # ---------------------------------------------------------------- batches
 
 
-def test_rows_are_padded_on_the_left(prompts):
+def test_prompts_alone_are_padded_on_the_left(prompts):
     histories, candidates = [[2], [0, 1, 3, 4], [2, 2]], [[0, 1], [1, 0], [4, 2]]
     batch = prompts.batch(histories, candidates)
-    assert set(batch) == {"input_ids", "attention_mask", "owners"}
+    assert set(batch) == {"input_ids", "owners", "prompt"}
     for row, (history, offered) in enumerate(zip(histories, candidates, strict=True)):
         tokens, owners = prompts.write(history, offered, behaviour=True)
         padding = batch["input_ids"].shape[1] - len(tokens)
         assert batch["input_ids"][row].tolist() == [0] * padding + tokens
         assert batch["owners"][row].tolist() == [NO_ITEM] * padding + owners
-        assert batch["attention_mask"][row].tolist() == [0] * padding + [1] * len(tokens)
-    assert (batch["attention_mask"].sum(1) == batch["input_ids"].shape[1]).sum() == 1
-    assert all(value.dtype == torch.int64 for value in batch.values())
+        assert batch["prompt"][row].tolist() == [False] * padding + [True] * len(tokens)
+    assert batch["prompt"].all(1).sum() == 1
+
+
+@pytest.mark.parametrize("behaviour", [True, False])
+def test_each_answer_follows_the_prompt_and_padding_is_on_the_right(prompts, behaviour):
+    histories, candidates, answers = [[0], [3, 4, 1]], [[1, 2], [0, 2]], [[1, 2, 0], [4]]
+    batch = prompts.batch(histories, candidates, answers, behaviour)
+    for row, items in enumerate(answers):
+        tokens, owners = prompts.write(histories[row], candidates[row], behaviour)
+        titles = [prompts.answers[item] for item in items]
+        padding = [0] * (batch["input_ids"].shape[1] - len(tokens) - sum(map(len, titles)))
+        assert batch["input_ids"][row].tolist() == [*tokens, *chain(*titles), *padding]
+        assert batch["owners"][row, : len(tokens)].tolist() == owners
+        assert (batch["owners"][row, len(tokens) :] == NO_ITEM).all()
+        assert batch["prompt"][row].sum() == len(tokens) and batch["prompt"][row, : len(tokens)].all()
+        for column, title in enumerate(titles):
+            learned = batch["column"][row] == column
+            at, place = batch["at"][row][learned], (batch["part"][row] == column).nonzero()[:, 0]
+            assert batch["labels"][row][learned].tolist() == [*title, prompts.end]
+            assert at.tolist() == [len(tokens) - 1, *place.tolist()]
+            assert batch["input_ids"][row][place].tolist() == title
+            assert batch["position_ids"][row][place].tolist() == [len(tokens) + n for n in range(len(title))]
+        assert (batch["labels"][row] != NO_LABEL).sum() == sum(len(title) + 1 for title in titles)
+        assert batch["position_ids"][row, : len(tokens)].tolist() == list(range(len(tokens)))
 
 
 def test_a_list_may_be_empty(prompts):
-    batch = prompts.batch([[], [1]], [[2, 0], [3, 4]], [0, 3])
+    batch = prompts.batch([[], [1]], [[2, 0], [3, 4]])
     opening, offer, question = wording("story", "read")
-    text = f"{opening}{offer} {TITLES[2]}{ITEM_TOKEN}; {TITLES[0]}{ITEM_TOKEN}{question} {TITLES[0]}</s>"
-    read = batch["input_ids"][0][batch["attention_mask"][0].bool()]
+    text = f"{opening}{offer} {TITLES[2]}{ITEM_TOKEN}; {TITLES[0]}{ITEM_TOKEN}{question}"
+    read = batch["input_ids"][0][batch["prompt"][0]]
     assert prompts.tokenizer.decode(read) == f"<s>{text}"
     assert prompts.write([], [2], behaviour=True)[0] != prompts.write([], [2], behaviour=False)[0]
 
@@ -151,32 +227,15 @@ def test_an_item_that_does_not_exist_is_refused(prompts, item):
         prompts.batch([[0], [1, item]], [[2], [3]])
 
 
-@pytest.mark.parametrize("behaviour", [True, False])
-def test_labels_are_the_answer_and_the_end_and_nothing_else(prompts, behaviour):
-    targets = [1, 2]
-    batch = prompts.batch([[0], [3, 4, 1]], [[1, 2], [0, 2]], targets, behaviour)
-    for row, target in enumerate(targets):
-        answer = [*prompts.answers[target], prompts.end]
-        width = batch["labels"].shape[1]
-        assert batch["labels"][row].tolist() == [NO_LABEL] * (width - len(answer)) + answer
-        assert batch["input_ids"][row, -len(answer) :].tolist() == answer
-        assert (batch["owners"][row, -len(answer) :] == NO_ITEM).all()
-        assert batch["attention_mask"][row, -len(answer) :].all()
-    assert len({tuple(value.shape) for value in batch.values()}) == 1
-
-
 def test_batches_refuse_lists_of_unlike_number(prompts):
     with pytest.raises(ValueError, match="zip"):
         prompts.batch([[0], [1]], [[1, 2]])
 
 
-def test_length_grows_with_the_titles(prompts):
-    def tokens(history, offered):
-        return len(prompts.write(history, offered, behaviour=False)[0])
-
-    rows = [([0], [1, 2]), ([1], [1, 2]), ([3], [4, 2])]
-    differences = {tokens(*row) - prompts.length(*row) for row in rows}
-    assert len(differences) == 1
+@pytest.mark.parametrize("behaviour", [True, False])
+@pytest.mark.parametrize(("history", "offered"), [([0], [1, 2]), ([], [3]), ([3, 3, 1], [4, 2])])
+def test_length_is_that_of_the_prompt(prompts, history, offered, behaviour):
+    assert prompts.length(history, offered, behaviour) == len(prompts.write(history, offered, behaviour)[0])
 
 
 # ---------------------------------------------------------------- answers
