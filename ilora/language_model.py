@@ -137,6 +137,26 @@ def greedy(model: nn.Module, end: int) -> Iterator[None]:
         model.generation_config = before
 
 
+@contextmanager
+def only_at(head: nn.Module, places: Tensor) -> Iterator[None]:
+    """Inside this context the output layer computes the logits of each row's places (batch, n), and of no others."""
+
+    def take(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        return (inputs[0].take_along_dim(places[..., None], dim=1),)  # (batch, tokens, hidden) -> (batch, n, hidden)
+
+    hook = head.register_forward_pre_hook(take)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The layers that the model runs one after the other: its list of modules with most parameters."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()), default=nn.ModuleList())
+
+
 # ---------------------------------------------------------------- the adapter
 
 

@@ -33,7 +33,7 @@ def base(tmp_path_factory):
 
 
 @needs_package
-def test_it_knows_films(self, base):
+def test_it_knows_films(base):
     model, tokenizer = base
     prompt = tokenizer("People who like the movies Toy Story and Aladdin also like the movie", return_tensors="pt")
     written = model.generate(**prompt, max_new_tokens=4, do_sample=False)[0, prompt.input_ids.shape[1] :]
@@ -41,7 +41,7 @@ def test_it_knows_films(self, base):
 
 
 @needs_package
-def test_it_is_frozen_and_its_tokenizer_agrees_with_it(self, base):
+def test_it_is_frozen_and_its_tokenizer_agrees_with_it(base):
     model, tokenizer = base
     assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}  # on the CPU
