@@ -77,7 +77,7 @@ class PerExpert(ILoraVariant):
     """Eq. 12 as it stands, and as the released code computes it: every expert's output, weighted and summed."""
 
     def forward(self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **_: object) -> Tensor:
-        w = self.tuner.weights_of(module, active_adapter)  # (b, K)
+        w = module.conditioning.weights_of(module, active_adapter)  # (b, K)
         K = w.shape[1]
         factor = K * module.scaling[active_adapter] * w[:, :, None, None]
         x = module.lora_dropout[active_adapter](x)
@@ -115,7 +115,7 @@ class Bench:
         if written_out:
             for layer in model.modules():
                 if isinstance(layer, LoraLayer):
-                    layer.lora_variant["default"] = PerExpert(model.base_model)
+                    layer.lora_variant["default"] = PerExpert()
         if checkpointed:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if compiled:

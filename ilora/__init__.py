@@ -2,7 +2,17 @@
 
 __version__ = "0.1.0"
 
+from typing import Any
+
 from ilora.adapter import ILoraConfig, export_lora, gate_weights
-from ilora.model import LanguageRecommender
 
 __all__ = ["ILoraConfig", "LanguageRecommender", "export_lora", "gate_weights"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the recommender when it is used, so that the adapter alone needs no pandas."""
+    if name != "LanguageRecommender":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from ilora.model import LanguageRecommender
+
+    return LanguageRecommender

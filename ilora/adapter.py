@@ -22,12 +22,10 @@ gate (w = 1 / K) is LoRA of rank r with scale alpha / r, and num_experts=1 is Lo
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -38,21 +36,40 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.lora.layer import LoraVariant
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
-from ilora.gates import Gate, make_gate
-from ilora.runs import UserError
+from ilora.conditioning import Condition, Conditioning
+from ilora.errors import UserError
+from ilora.gates import Gate, check_representations, make_gate
 
 # PEFT's LoRA layers that ask their variant; others (AWQ, EETQ, AQLM, embeddings, ...) would ignore the gate.
 _LAYERS = {"Linear", "Linear8bitLt", "Linear4bit", "HqqLoraLinear", "GPTQLoraLinear", "TorchaoLoraLinear"}
 
+# PEFT's task types of models that do not generate, by the end of their class's name
+_TASKS = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+
 
 class _TypeName(str):
-    """PEFT's `PeftType` is a closed enum; this string answers like a member of it."""
+    """PEFT's `PeftType` is a closed enum; this string compares and prints like a member of it."""
 
     @property
     def value(self) -> str:
-        return str(self)
+        return str.__str__(self)
+
+    name = value
+
+    def __str__(self) -> str:
+        return f"PeftType.{self.value}"
+
+    def __repr__(self) -> str:
+        return f"<{self}: {self.value!r}>"
+
+    def __format__(self, specification: str) -> str:
+        return format(str(self), specification)
 
 
 ILORA = _TypeName("ILORA")
@@ -63,7 +80,7 @@ class ILoraConfig(LoraConfig):
     """LoRA's configuration plus the gate's.
 
     Attributes:
-        task_type: None for a model that does not generate text.
+        task_type: PEFT's, such as SEQ_CLS for a classifier; None for a module outside transformers.
         num_experts: K, the experts that the rank is split into; divides r.
         gate_dim: d, the width of the sequence representations.
         gate: kind of gate, see gates.py: "linear" (Eq. 11), "convolutional" (the released code's) or your own.
@@ -115,54 +132,16 @@ class ILoraConfig(LoraConfig):
             )
 
 
-@dataclass(eq=False)
-class _Condition:
-    """What running code is conditioned on: z, and the w of the shared gates by adapter once computed."""
-
-    z: Tensor | None
-    weights: dict[str, Tensor]
-    outer: "_Condition | None"
-    of_forward: bool = False
-    factors: dict[tuple, list[Tensor]] = field(default_factory=dict)  # those not handed out yet, see `factor_of`
-
-
-# id of a tuner -> its condition. A context variable, so that threads that serve different users stay apart.
-_RUNNING: ContextVar[MappingProxyType] = ContextVar("ilora_running", default=MappingProxyType({}))
-
-
-class _CarryingCheckpoint:
-    """A checkpoint function that takes along the z and w of *its* forward.
-
-    The recomputation runs in the backward pass, when that forward is gone, perhaps in another thread. z and w
-    enter as arguments, so that the gate is neither recomputed nor run backward more than once.
-    """
-
-    def __init__(self, tuner: "ILoraModel", checkpoint: Callable) -> None:
-        self.tuner, self.checkpoint = tuner, checkpoint
-
-    def __call__(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
-        if self.tuner.current_z() is None or torch.compiler.is_compiling():
-            return self.checkpoint(function, *args, **kwargs)
-        condition = self.tuner.condition()
-        adapters = tuple(condition.weights)
-
-        def run(z: Tensor, *rest: Any) -> Any:
-            weights = dict(zip(adapters, rest, strict=False))
-            with self.tuner.conditioned(z, weights):
-                return function(*rest[len(adapters) :])
-
-        return self.checkpoint(run, condition.z, *condition.weights.values(), *args, **kwargs)
-
-
 class ILoraVariant(LoraVariant):
     """The mathematics of one adapted layer (PEFT asks one such object per layer and adapter)."""
 
-    def __init__(self, tuner: "ILoraModel") -> None:
-        self.tuner = tuner
-        self.merged: Tensor | None = None  # w (1, K) of the user that is merged into the base weight
+    merged: Tensor | None = None  # w (1, K) of the user that is merged into the base weight
 
     def supports_lora_conversion(self) -> bool:
         return False
+
+    def init(self, module: LoraLayer, adapter_name: str, **_: Any) -> None:
+        """Nothing to do when the layer is wrapped again: a new variant follows."""
 
     def forward(self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
         """x (b, s, d_in), result (b, s, d_out) -> result + K alpha/r B diag(w) A dropout(x), Eq. 12."""
@@ -170,10 +149,12 @@ class ILoraVariant(LoraVariant):
         if module.cast_input_dtype_enabled is None and not _autocast_takes(x):
             x = x.to(A.weight.dtype)
         middle = A(module.lora_dropout[active_adapter](x))  # (b, s, r)
-        return result + module.lora_B[active_adapter](middle * self.tuner.factor_of(module, active_adapter, middle))
+        return result + module.lora_B[active_adapter](
+            middle * module.conditioning.factor(module, active_adapter, middle)
+        )
 
     def merge_safe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        self.merged = self.tuner.weights_of_one_user(module, active_adapter)
+        self.merged = module.conditioning.weights_of_one_user(module, active_adapter)
         return orig_weight + self._delta(module, active_adapter).to(orig_weight)
 
     def merge_unsafe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
@@ -195,13 +176,6 @@ def _autocast_takes(x: Tensor) -> bool:
     return torch.is_autocast_enabled(kind) and x.dtype == torch.get_autocast_dtype(kind)
 
 
-def _factor(w: Tensor, scale: float, like: Tensor) -> Tensor:
-    """w (b, K) -> scale K w, each repeated p times: (b, 1.., r), with the dimensions, type and place of `like`."""
-    K, rank = w.shape[1], like.shape[-1]
-    factor = (K * scale * w).repeat_interleave(rank // K, dim=1, output_size=rank).to(like)
-    return factor.view(len(factor), *(1,) * (like.dim() - 2), rank)
-
-
 def _mixed(A: Tensor, w: Tensor) -> Tensor:
     """A (r, d_in), w (1, K) -> diag(K w, each repeated p times) A, in float32 or better."""
     K = w.shape[1]
@@ -213,134 +187,28 @@ class ILoraModel(LoraModel):
 
     uses_shared_state = True
 
-    # ---- the representations that the running forward is conditioned on
-
-    def condition(self) -> _Condition | None:
-        if torch.compiler.is_compiling():  # which cannot read a context variable
-            return self._traced
-        return _RUNNING.get().get(id(self))
-
-    def _set_condition(self, condition: _Condition | None) -> None:
-        self._traced = condition
-        if not torch.compiler.is_compiling():
-            _RUNNING.set(MappingProxyType({**_RUNNING.get(), id(self): condition}))
-
-    def current_z(self) -> Tensor | None:
-        condition = self.condition()
-        return None if condition is None else condition.z
-
-    def _enclosing(self) -> _Condition | None:
-        """The context around a starting call; a condition of a forward is left from an interrupted one."""
-        condition = self.condition()
-        return condition.outer if condition is not None and condition.of_forward else condition
-
-    def _given_or_enclosing(self, z: Tensor | None) -> Tensor | None:
-        outer = self._enclosing()
-        return outer.z if z is None and outer is not None else z
-
-    @contextmanager
-    def conditioned(self, z: Tensor, weights: dict[str, Tensor]) -> Iterator[None]:
-        before = self.condition()
-        self._set_condition(_Condition(z, weights, outer=before))
-        try:
-            yield
-        finally:
-            self._set_condition(before)
+    # ---- conditioned calls
 
     def sequence_embeds(self, z: Tensor) -> AbstractContextManager[None]:
         """Condition every forward in the context on z (b, d), for callers that cannot pass the keyword."""
-        return self.conditioned(z, {})
-
-    def _before_forward(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        given = kwargs.pop("sequence_embeds", None)
-        if given is not None and next(self._layers()).merged:
-            raise UserError("the adapter is merged for one user: unmerge it before passing sequence_embeds.")
-        z = self._given_or_enclosing(given)
-        condition = _Condition(z, {}, self._enclosing(), of_forward=True)
-        self._set_condition(condition)
-        if z is not None:
-            active = [name for name in self.active_adapters if name in self.lora_gate]
-            condition.weights = {name: self.lora_gate[name](z) for name in active}
-        if not torch.compiler.is_compiling():
-            self._carry_through_checkpoints()
-        return args, kwargs
-
-    def _after_forward(self, model: nn.Module, args: tuple, output: Any) -> None:
-        condition = self.condition()
-        if condition is not None and condition.of_forward:
-            self._set_condition(condition.outer)
-
-    def _carry_through_checkpoints(self) -> None:
-        for module in self._checkpointed:
-            function = module.__dict__.get("_gradient_checkpointing_func")
-            if function is not None and not isinstance(function, _CarryingCheckpoint):
-                module._gradient_checkpointing_func = _CarryingCheckpoint(self, function)
-
-    def weights_of(self, layer: LoraLayer, adapter: str) -> Tensor:
-        """w (b, K) of an adapted layer in the running forward."""
-        if (z := self.current_z()) is None:
-            raise UserError(
-                "iLoRA got no sequence representations: pass sequence_embeds=z of shape (batch, gate_dim) or "
-                "call inside `with model.sequence_embeds(z):` (and give transformers.Trainer "
-                "remove_unused_columns=False, or it drops the column)."
-            )
-        if adapter in (weights := self.condition().weights):
-            return weights[adapter]
-        return self.gate_of(layer, adapter)(z)  # a layer's own gate, or a call below the whole model
-
-    def factor_of(self, layer: LoraLayer, adapter: str, middle: Tensor) -> Tensor:
-        """What the middle (b, .., r) of a layer is multiplied by: K alpha/r w, (b, 1.., r).
-
-        Under a shared gate all layers multiply by the same. It is made once a forward and handed out as slices of one
-        tensor, whose gradients are summed at once: on a GPU each small kernel more costs eager code a launch a layer.
-        """
-        condition = None if torch.compiler.is_compiling() else self.condition()
-        if condition is None or not condition.of_forward or adapter not in condition.weights:
-            return self._new_factor(layer, adapter, middle)
-        like = middle.shape, middle.dtype, middle.device, torch.is_grad_enabled()
-        left = condition.factors.get(key := (adapter, layer.scaling[adapter], *like))
-        if not left:
-            factor = self._new_factor(layer, adapter, middle)
-            left = condition.factors[key] = list(factor.expand(self._number, *factor.shape).unbind())
-        return left.pop()
-
-    def _new_factor(self, layer: LoraLayer, adapter: str, middle: Tensor) -> Tensor:
-        w, shape = self.weights_of(layer, adapter), middle.shape
-        if shape[0] != w.shape[0] or len(shape) < self.least_dim:
-            raise UserError(
-                f"sequence_embeds has {w.shape[0]} rows but an adapted layer got {(*shape[:-1], layer.in_features)}: "
-                "pass one representation per row of the batch (a layer that sees loose tokens, such as OPT's fc1 or a "
-                "routed expert, cannot be adapted)."
-            )
-        return _factor(w, layer.scaling[adapter], middle)
-
-    def weights_of_one_user(self, layer: LoraLayer, adapter: str) -> Tensor:
-        """w (1, K) of the only row that the context has."""
-        if (z := self.current_z()) is None or z.shape[0] != 1:
-            raise UserError(
-                "merging and exporting are for exactly one user: give z of shape (1, gate_dim), such as a "
-                "group's mean, and merge inside `with model.sequence_embeds(z):`."
-            )
-        return self.gate_of(layer, adapter)(z).detach()
-
-    def gate_of(self, layer: LoraLayer, adapter: str) -> Gate:
-        return self.lora_gate[adapter] if adapter in self.lora_gate else layer.lora_gate[adapter]
+        return self.conditioning.context(z)
 
     def generate(self, *args: Any, sequence_embeds: Tensor | None = None, **kwargs: Any) -> Any:
         """The model's `generate`; a row of sequence_embeds serves all beams or samples of its prompt."""
-        if (z := self._given_or_enclosing(sequence_embeds)) is None:
-            return self.model.generate(*args, **kwargs)
-        with self.sequence_embeds(z.repeat_interleave(self._rows_per_prompt(args, kwargs), dim=0)):
-            return self.model.generate(*args, **kwargs)
-
-    def _rows_per_prompt(self, args: tuple, kwargs: dict) -> int:
-        given = [value for value in (*args, *kwargs.values()) if isinstance(value, GenerationConfig)]
-
-        def setting(name: str) -> int:
-            sources = (getattr(config, name, None) for config in (*given, self.model.generation_config))
-            return next(value for value in (kwargs.get(name), *sources, 1) if value is not None)
-
-        return max(setting("num_beams"), setting("num_return_sequences"))
+        base, z = self.model, self.conditioning.given_or_enclosing(sequence_embeds)
+        while isinstance(base, PeftModel):  # a model that was wrapped again
+            base = base.get_base_model()
+        if z is None:
+            return base.generate(*args, **kwargs)
+        check_representations(z, finite=True)
+        repeats = _rows_per_prompt(base, args, kwargs)
+        if repeats > 1 and getattr(base.config, "is_encoder_decoder", False):
+            raise UserError(
+                "an encoder-decoder model generates one sequence per prompt under sequence_embeds: "
+                "leave num_beams and num_return_sequences at 1."
+            )
+        with self.sequence_embeds(z.repeat_interleave(repeats, dim=0)):
+            return base.generate(*args, **kwargs)
 
     # ---- the adapter's life: injection, trainability, merging, saving
 
@@ -348,29 +216,27 @@ class ILoraModel(LoraModel):
         return (module for module in self.model.modules() if isinstance(module, LoraLayer))
 
     def _pre_injection_hook(self, model: nn.Module, config: ILoraConfig, adapter_name: str) -> None:
-        generates = hasattr(model, "prepare_inputs_for_generation")
-        if config.task_type == "CAUSAL_LM" and not generates:
-            raise UserError(f"{type(model).__name__} does not generate: use ILoraConfig(task_type=None).")
-        if config.task_type is None and generates:
-            raise UserError("PEFT hands sequence_embeds to generate only with task_type='CAUSAL_LM': set it.")
-        self.least_dim = 3 if generates else 2  # of what a layer may get: (b, s, d_in) or (b, d_in)
-        self.lora_gate = nn.ModuleDict()
-        self._traced: _Condition | None = None
-        self._checkpointed = [part for part in model.modules() if hasattr(part, "gradient_checkpointing")]
-        self._hooks = (
-            model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-            model.register_forward_hook(self._after_forward, always_call=True),
-        )
+        _check_task(model, config)
+        shared = (layer.conditioning for layer in self._layers() if hasattr(layer, "conditioning"))
+        if (conditioning := next(shared, None)) is None:
+            conditioning = Conditioning(model, least_dim=3 if _generates(model) else 2)
+        if any(conditioning.merged):
+            raise UserError("the base model has a merged adapter: call unmerge_adapter() before you wrap it again.")
+        self.conditioning, self.lora_gate = conditioning, conditioning.gates
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        if adapter_name in self.lora_gate:  # of an earlier wrapper
+            del self.lora_gate[adapter_name]
+        trainable = [(parameter, parameter.requires_grad) for parameter in self.lora_gate.parameters()]
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        config = self.peft_config[adapter_name]
-        self._number = sum(1 for _ in self._layers())
+        config, layers = self.peft_config[adapter_name], list(self._layers())
         if not config.gate_per_layer:
-            first = next(layer for layer in self._layers() if adapter_name in layer.lora_A)
+            matrix = next(layer for layer in layers if adapter_name in layer.lora_A).lora_A[adapter_name].weight
             with init_empty_weights() if kwargs.get("low_cpu_mem_usage") else nullcontext():
-                self.lora_gate[adapter_name] = make_gate(config, like=first.lora_A[adapter_name].weight)
-        self._gates_follow_adapters()
+                self.lora_gate[adapter_name] = make_gate(config, like=matrix).requires_grad_(matrix.requires_grad)
+        for parameter, flag in trainable:  # another adapter changes nothing here, as PEFT has it for the layers
+            parameter.requires_grad_(flag)
+        self.conditioning.merged = [layer.merged_adapters for layer in layers]
 
     @staticmethod
     def _create_new_module(config: ILoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> Any:
@@ -387,38 +253,50 @@ class ILoraModel(LoraModel):
     ) -> None:
         super()._create_and_replace(config, adapter_name, *args, current_key=current_key, **kwargs)
         layer = self.model.get_submodule(current_key)
-        layer.lora_variant[adapter_name] = ILoraVariant(self)
+        layer.conditioning, layer.lora_variant[adapter_name] = self.conditioning, ILoraVariant()
         layer.cast_input_dtype_enabled = None  # PEFT does not cast, the variant does; False: nobody does
         if config.gate_per_layer:
             if not hasattr(layer, "lora_gate"):
                 layer.lora_gate = nn.ModuleDict()
                 layer.adapter_layer_names = (*layer.adapter_layer_names, "lora_gate")
             layer.lora_gate[adapter_name] = make_gate(config, like=layer.lora_A[adapter_name].weight)
+        elif adapter_name in getattr(layer, "lora_gate", ()):  # of an earlier wrapper
+            del layer.lora_gate[adapter_name]
 
-    def _gates_follow_adapters(self) -> None:
-        """A shared gate lives and is trainable as its adapter is; PEFT itself looks after layers only."""
-        for name in list(self.lora_gate):
-            matrices = [layer.lora_A[name].weight for layer in self._layers() if name in layer.lora_A]
-            if matrices:
-                self.lora_gate[name].requires_grad_(any(matrix.requires_grad for matrix in matrices))
-            else:
-                del self.lora_gate[name]
+    # PEFT itself looks after the layers only; a shared gate is cast and trainable as its adapter is, and goes with it.
 
-    def set_adapter(self, *args: Any, **kwargs: Any) -> None:
-        super().set_adapter(*args, **kwargs)
-        self._gates_follow_adapters()
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for layer in self._layers():
+            if adapter_name in layer.lora_variant:
+                self.conditioning.gate_of(layer, adapter_name).to(layer.lora_A[adapter_name].weight.dtype)
 
-    def set_requires_grad(self, *args: Any, **kwargs: Any) -> None:
-        super().set_requires_grad(*args, **kwargs)
-        self._gates_follow_adapters()
+    def _train_active_gates(self, trainable: bool) -> None:
+        for name, gate in self.lora_gate.items():
+            gate.requires_grad_(trainable and name in self.conditioning.active)
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        super().delete_adapter(adapter_name)
-        self._gates_follow_adapters()
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_name, inference_mode)
+        self.conditioning.active = self.active_adapters
+        self._train_active_gates(not inference_mode)
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         super()._enable_adapter_layers(enabled)
-        self._gates_follow_adapters()
+        self._train_active_gates(enabled)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        super().set_requires_grad(adapter_names, requires_grad)
+        for name in {adapter_names} if isinstance(adapter_names, str) else set(adapter_names):
+            if name in self.lora_gate:
+                self.lora_gate[name].requires_grad_(requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        if adapter_name in self.lora_gate:
+            del self.lora_gate[adapter_name]
+        if self.active_adapters != self.conditioning.active:  # PEFT activates another one
+            self.conditioning.active = self.active_adapters
+            self._train_active_gates(True)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -436,12 +314,7 @@ class ILoraModel(LoraModel):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
-        for hook in self._hooks:
-            hook.remove()
-        for module in self._checkpointed:
-            function = module.__dict__.get("_gradient_checkpointing_func")
-            if isinstance(function, _CarryingCheckpoint):
-                module._gradient_checkpointing_func = function.checkpoint
+        self.conditioning.disconnect(model)
         return model
 
     @classmethod
@@ -451,12 +324,55 @@ class ILoraModel(LoraModel):
         return super()._remove_adapter_name_from_key(key, adapter_name)
 
 
+def _generates(model: nn.Module) -> bool:
+    return hasattr(model, "prepare_inputs_for_generation")
+
+
+def _check_task(model: nn.Module, config: ILoraConfig) -> None:
+    """Refuse a task type under which PEFT would not hand on sequence_embeds, or would not wrap the model."""
+    name, generates = type(model).__name__, _generates(model)
+    if config.task_type == "CAUSAL_LM" and not generates:
+        bare = "FEATURE_EXTRACTION" if isinstance(model, PreTrainedModel) else None
+        task = next((task for ending, task in _TASKS.items() if name.endswith(ending)), bare)
+        raise UserError(f"{name} does not generate text: use ILoraConfig(task_type={task!r}).")
+    if config.task_type is None and generates:
+        task = "SEQ_2_SEQ_LM" if getattr(model.config, "is_encoder_decoder", False) else "CAUSAL_LM"
+        raise UserError(f"PEFT hands sequence_embeds to generate only under a task type: use task_type={task!r}.")
+
+
+def _rows_per_prompt(model: nn.Module, args: tuple, kwargs: dict) -> int:
+    """The rows that `generate` makes of each prompt: its beams or the sequences it returns."""
+    given = [value for value in (*args, *kwargs.values()) if isinstance(value, GenerationConfig)]
+
+    def setting(name: str) -> int:
+        sources = (getattr(config, name, None) for config in (*given, model.generation_config))
+        return next(value for value in (kwargs.get(name), *sources, 1) if value is not None)
+
+    return max(setting("num_beams"), setting("num_return_sequences"))
+
+
+def _tuner_and_name(model: PeftModel, adapter_name: str | None) -> tuple[ILoraModel, str]:
+    """The tuner of the model and the named adapter, the only active one if None.  Raises UserError."""
+    tuner = getattr(model, "base_model", None)
+    if not isinstance(tuner, ILoraModel):
+        raise UserError(
+            f"{type(model).__name__} has no iLoRA adapter: pass what get_peft_model(base, ILoraConfig()) made."
+        )
+    names = tuner.active_adapters if adapter_name is None else [adapter_name]
+    known = [name for name, config in tuner.peft_config.items() if isinstance(config, ILoraConfig)]
+    if len(names) != 1 or names[0] not in known:
+        raise UserError(
+            f"adapter {adapter_name!r} of active {names} is not one iLoRA adapter: name one of {', '.join(known)}."
+        )
+    return tuner, names[0]
+
+
 def gate_weights(model: PeftModel, z: Tensor, adapter_name: str | None = None) -> Tensor:
     """w of the sequences z (b, d) under the active or named adapter: (b, K), or (layers, b, K) per layer."""
-    tuner, name = model.base_model, adapter_name or model.active_adapter
+    tuner, name = _tuner_and_name(model, adapter_name)
     if name in tuner.lora_gate:
         return tuner.lora_gate[name](z)
-    return torch.stack([tuner.gate_of(layer, name)(z) for layer in tuner._layers() if name in layer.lora_A])
+    return torch.stack([layer.lora_gate[name](z) for layer in tuner._layers() if name in layer.lora_A])
 
 
 def export_lora(model: PeftModel, z: Tensor, folder: str | Path, adapter_name: str | None = None) -> Path:
@@ -467,14 +383,15 @@ def export_lora(model: PeftModel, z: Tensor, folder: str | Path, adapter_name: s
         folder: gets adapter_config.json and adapter_model.safetensors.
         adapter_name: the adapter to export; the active one if None.
     """
-    tuner, name = model.base_model, adapter_name or model.active_adapter
+    tuner, name = _tuner_and_name(model, adapter_name)
+    check_representations(z, finite=True)
     config = tuner.peft_config[name]
     tensors = {}
-    with torch.no_grad(), tuner.sequence_embeds(z):
+    with torch.no_grad(), tuner.conditioning.under(Condition(z, {})):
         for key, tensor in get_peft_model_state_dict(model, adapter_name=name).items():
             if ".lora_A." in key:
                 layer = tuner.get_submodule(key.removeprefix("base_model.").rsplit(".lora_A.", 1)[0])
-                tensor = _mixed(tensor, tuner.weights_of_one_user(layer, name)).to(tensor.dtype)
+                tensor = _mixed(tensor, layer.conditioning.weights_of_one_user(layer, name)).to(tensor.dtype)
             if ".lora_gate." not in key:
                 tensors[key] = tensor.clone(memory_format=torch.contiguous_format)
     Path(folder).mkdir(parents=True, exist_ok=True)

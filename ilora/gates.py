@@ -13,7 +13,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ilora.runs import UserError
+from ilora.errors import UserError
+
+
+def check_representations(z: Tensor, width: int | None = None, finite: bool = False) -> None:
+    """Raise UserError unless z is a floating-point tensor (batch, width), with `finite` one without NaN."""
+    wanted = f"(batch, {width or 'gate_dim'})"
+    if not isinstance(z, Tensor) or not z.is_floating_point():
+        kind = z.dtype if isinstance(z, Tensor) else type(z).__name__
+        raise UserError(
+            f"sequence_embeds must be a floating-point tensor of shape {wanted}, not {kind}: convert it by "
+            "torch.as_tensor(z, dtype=torch.float32)."
+        )
+    if z.dim() != 2 or (width is not None and z.shape[1] != width):
+        raise UserError(
+            f"sequence_embeds must have shape {wanted}, not {tuple(z.shape)}: "
+            "pass one representation of gate_dim values per row."
+        )
+    if finite and not z.isfinite().all():
+        raise UserError("sequence_embeds has values that are not finite: correct the encoder that computes them.")
 
 
 class GateSettings(Protocol):
@@ -26,10 +44,10 @@ class GateSettings(Protocol):
 
 
 class Gate(nn.Module):
-    """softmax(logits(z)), in float32 (float64 for a float64 gate) whatever the autocast.
+    """softmax(logits(z)): logits in the type of the gate's parameters, the softmax in float32 or better.
 
-    With gate_top_k the softmax is over the k largest logits, and the other experts get 0. Raises UserError for
-    z of another shape than (b, gate_dim).
+    Autocast changes neither. With gate_top_k the softmax is over the k largest logits, and the other experts get 0.
+    Raises UserError if z is not a floating-point tensor of shape (b, gate_dim).
     """
 
     kind: ClassVar[str]
@@ -47,14 +65,11 @@ class Gate(nn.Module):
         raise NotImplementedError
 
     def forward(self, z: Tensor) -> Tensor:
-        if z.dim() != 2 or z.shape[1] != self.gate_dim:
-            raise UserError(
-                f"sequence_embeds has shape {tuple(z.shape)} but the gate wants (batch, {self.gate_dim}): "
-                "pass one representation of gate_dim values per row."
-            )
+        check_representations(z, self.gate_dim)
         parameter = next(self.parameters(), z)
-        with torch.autocast(parameter.device.type, enabled=False):
-            logits = self.logits(z.to(parameter))
+        z = z.to(parameter.dtype if parameter.is_meta else parameter)  # accelerate brings z to an offloaded gate
+        with torch.autocast(z.device.type, enabled=False):
+            logits = self.logits(z)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.top_k is not None:
             kept = logits.topk(self.top_k, dim=-1)
@@ -116,8 +131,8 @@ class ConvolutionalGate(Gate):
 
 
 def make_gate(config: GateSettings, like: Tensor) -> Gate:
-    """A gate beside the tensor `like`, in float32 or better (on meta while PEFT builds an empty model)."""
+    """A gate on the device and in the type of the tensor `like` (on meta while PEFT builds an empty model)."""
     gate = Gate.kinds[config.gate](config)
     if any(parameter.is_meta for parameter in gate.parameters()):
         return gate
-    return gate.to(like.device, torch.promote_types(like.dtype, torch.float32))
+    return gate.to(like.device, like.dtype)

@@ -23,15 +23,9 @@ import numpy as np
 import torch
 from filelock import FileLock
 
+from ilora.errors import UserError
+
 log = logging.getLogger(__name__)
-
-
-class UserError(ValueError):
-    """Something the user can mend; the message is one sentence that says what is wrong and what to do."""
-
-    def _render_traceback_(self) -> list[str]:
-        """What IPython and papermill show: the sentence alone, no stack."""
-        return [f"{type(self).__name__}: {self}"]
 
 
 def command(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[str] | None], int]:

@@ -31,8 +31,8 @@ from transformers import (
 )
 
 from ilora.adapter import ILoraConfig, export_lora, gate_weights
+from ilora.errors import UserError
 from ilora.gates import Gate, LinearGate
-from ilora.runs import UserError
 
 D, K, R, ALPHA = 6, 4, 8, 32  # gate_dim, experts, rank, alpha
 VOCABULARY, BATCH = 50, 3
@@ -229,7 +229,7 @@ def test_layers_that_run_often_share_one_gate(per_layer):
     layers = [model.base_model.model.first, model.base_model.model.second]
 
     def written_out(layer, x):
-        w = model.base_model.gate_of(layer, "default")(z)
+        w = layer.conditioning.gate_of(layer, "default")(z)
         parts = zip(
             layer.lora_A["default"].weight.chunk(K), layer.lora_B["default"].weight.chunk(K, 1), w.T, strict=True
         )
@@ -675,9 +675,9 @@ def test_forward_refuses_wrong_representations():
         model(ids)
     with pytest.raises(UserError, match="pass sequence_embeds=z"):
         model.generate(ids, max_new_tokens=1)
-    with pytest.raises(UserError, match=r"shape \(3, 5\) but the gate wants \(batch, 6\)"):
+    with pytest.raises(UserError, match=r"shape \(batch, 6\), not \(3, 5\)"):
         model(ids, sequence_embeds=users()[:, :5])
-    with pytest.raises(UserError, match=r"shape \(6,\)"):
+    with pytest.raises(UserError, match=r"not \(6,\)"):
         model(ids, sequence_embeds=users()[0])
     for rows in (1, 2, 4):
         with pytest.raises(UserError, match=f"{rows} rows but an adapted layer got \\(3, 7, 32\\)"):
