@@ -273,6 +273,16 @@ def test_an_adapter_comes_back_around_a_base_without_the_item_token(tokenizer, t
     assert again.generate(rows) == model.generate(rows)
 
 
+def test_an_adapter_of_another_base_is_refused(tokenizer, tmp_path):
+    for family, changes in (("GPT2", {}), ("Llama", {}), ("Qwen3", {"hidden_size": 64})):
+        base(family, tokenizer, **changes).save_pretrained(tmp_path / family)
+        tokenizer.save_pretrained(tmp_path / family)
+    recommender("GPT2", tokenizer).save_pretrained(tmp_path / "kept", str(tmp_path / "GPT2"))
+    for other in ("Llama", "Qwen3"):
+        with pytest.raises(UserError, match=rf"does not fit .*{other}.*: name the base model .*GPT2"):
+            LanguageRecommender.from_pretrained(tmp_path / "kept", str(tmp_path / other), device="cpu")
+
+
 # ---------------------------------------------------------------- what is refused before any work
 
 
