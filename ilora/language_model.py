@@ -22,7 +22,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import ModelOutput
 
-from ilora import runs
+from ilora import runs, smollm2
 from ilora.data import Dataset
 from ilora.pretraining import EMBEDDED, RECIPES, base_for
 from ilora.prompts import Prompts
@@ -37,7 +37,8 @@ def load_language_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal LM, frozen and in eval mode, and its tokenizer.
 
-    base_model: a name on the Hugging Face hub, a folder, "embedded", or "embedded-large", which is grown from it; for a
+    base_model: a name on the Hugging Face hub, a folder, "smollm2", see smollm2.py, "embedded", or "embedded-large",
+        which is grown from it; for a
         `dataset` other than the world the embedded model is first trained on the titles and the training users'
         histories, once, and kept; the large one for the world, too.
     """
@@ -48,6 +49,8 @@ def load_language_model(
         if dataset is None:
             raise runs.UserError(f"base_model {base_model!r} is made for a data set: name the data set")
         folder = base_for(dataset, device=device, recipe=RECIPES[base_model])
+    elif base_model == "smollm2":
+        folder = smollm2.folder()
     elif not Path(base_model).is_dir() and base_model.count("/") != 1:
         raise runs.UserError(f"base_model {base_model!r} is no folder and no name of the form owner/model")
     place = runs.pick_device(device)
@@ -133,6 +136,26 @@ def greedy(model: nn.Module, end: int) -> Iterator[None]:
         yield
     finally:
         model.generation_config = before
+
+
+@contextmanager
+def only_at(head: nn.Module, places: Tensor) -> Iterator[None]:
+    """Inside this context the output layer computes the logits of each row's places (batch, n), and of no others."""
+
+    def take(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        return (inputs[0].take_along_dim(places[..., None], dim=1),)  # (batch, tokens, hidden) -> (batch, n, hidden)
+
+    hook = head.register_forward_pre_hook(take)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The layers that the model runs one after the other: its list of modules with most parameters."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()), default=nn.ModuleList())
 
 
 # ---------------------------------------------------------------- the adapter

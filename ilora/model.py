@@ -11,7 +11,8 @@ does both at once.
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from functools import cached_property, partial
 from pathlib import Path
@@ -26,7 +27,16 @@ from torch.nn import functional as F
 from ilora import data, runs
 from ilora.adapter import ILoraConfig, gate_weights
 from ilora.guidance import GUIDANCE
-from ilora.language_model import Projector, adapted, check_causal, greedy, load_language_model, position_limit
+from ilora.language_model import (
+    Projector,
+    adapted,
+    check_causal,
+    decoder_layers,
+    greedy,
+    load_language_model,
+    only_at,
+    position_limit,
+)
 from ilora.morec import MoRec  # noqa: F401, one of those that SequenceModel.from_pretrained finds
 from ilora.prompts import NO_ITEM, NO_LABEL, PROMPT, Prompts, read_answer
 from ilora.recommenders import SequenceModel
@@ -110,6 +120,7 @@ class LanguageRecommender(nn.Module):
         if self.gated and encoder is None:
             raise runs.UserError("iLoRA's gate reads the recommender's representation: give an encoder")
         self.encoder, self.projector = encoder, None
+        self._layers: tuple = ([], [])  # of the language model, and compiled ones
         check_causal(language_model, prompts)
         self.positions = position_limit(language_model.config)
         self.register_buffer("placeholder", self._placeholder(language_model.get_input_embeddings()), persistent=False)
@@ -184,7 +195,28 @@ class LanguageRecommender(nn.Module):
         Padding is on the right, where causal attention needs no mask.
         """
         hybrid = np.random.default_rng(step_seed).random() < progress
-        return -_log_likelihood(self._logits(batch, hybrid), batch["labels"]).sum() / len(batch["labels"])
+        with self._compiled() if self.training else nullcontext():
+            logits = self._logits(batch, hybrid)
+        return -_log_likelihood(logits, batch["labels"]).sum() / len(batch["labels"])
+
+    def compile_layers(self) -> None:
+        """Compile the language model's layers for training; each padded length is compiled once, in seconds."""
+        self.prompts.pad_to_multiple_of = 64  # tokens
+        layers = decoder_layers(self.language_model)
+        self._layers = layers, [torch.compile(layer, dynamic=False) for layer in layers]
+
+    @contextmanager
+    def _compiled(self) -> Iterator[None]:
+        """Inside this context the language model runs the layers that `compile_layers` compiled, if it did."""
+        layers, compiled = self._layers
+        plain = list(layers)
+        for place, layer in enumerate(compiled):
+            layers[place] = layer
+        try:
+            yield
+        finally:
+            for place, layer in enumerate(plain):
+                layers[place] = layer
 
     # ---------------------------------------------------------------- answers
 
@@ -319,6 +351,7 @@ class LanguageRecommender(nn.Module):
         """Prompts.batch of the rows, and the padded histories for the gate."""
         histories, candidates, _ = zip(*rows, strict=True)
         batch = self.prompts.batch(histories, candidates, answers, self.encoder is not None)
+        batch["behaviour"] = (batch["owners"].flatten() != NO_ITEM).nonzero()[:, 0]  # places in the flattened batch
         self._fits(int(batch["prompt"].sum(1).max()) + self.prompts.longest)
         if self.encoder is not None:
             batch["history"] = self.encoder.pad(histories)
@@ -336,8 +369,9 @@ class LanguageRecommender(nn.Module):
         embeds = self._embedding()(batch["input_ids"].masked_fill(owned, 0))
         if self.encoder is None or not hybrid:
             return embeds.where(~owned[..., None], self.placeholder)
-        behaviour = self.projector(self.encoder.item_embeddings[batch["owners"][owned]])
-        return embeds.masked_scatter(owned[..., None], behaviour.to(embeds.dtype))
+        places = batch["behaviour"]
+        behaviour = self.projector(self.encoder.item_embeddings[batch["owners"].flatten()[places]]).to(embeds.dtype)
+        return embeds.flatten(0, 1).index_copy(0, places, behaviour).view_as(embeds)
 
     def _guidance(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The gate's input z (batch, gate_dim), see guidance.py; empty without a gate."""
@@ -350,9 +384,10 @@ class LanguageRecommender(nn.Module):
     def _logits(self, batch: dict[str, Tensor], hybrid: bool, **inputs: Tensor | dict) -> Tensor:
         """(batch, answer tokens, vocabulary): what the model expects at the places of `labels`."""
         embeds, guidance = self._embeds(batch, hybrid), self._guidance(batch)
-        return self.language_model(
-            inputs_embeds=embeds, logits_to_keep=batch["at"], use_cache=False, **inputs, **guidance
-        ).logits
+        if self.training and self._layers[1]:
+            embeds.requires_grad_()  # in text-only prompts too, so that compiled layers meet one kind of input
+        with only_at(self.language_model.get_output_embeddings(), batch["at"]):
+            return self.language_model(inputs_embeds=embeds, use_cache=False, **inputs, **guidance).logits
 
     # ---------------------------------------------------------------- files
 

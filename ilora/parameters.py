@@ -56,9 +56,9 @@ PARAMETERS: dict[str, Parameter] = {
     "window": _at_least(3, "longest history, items"),
     "base_model": Parameter(
         str,
-        "'embedded', 'embedded-large', or a Hugging Face causal LM by name or folder",
+        "'embedded', 'embedded-large', 'smollm2', or a Hugging Face causal LM by name or folder",
         lambda value: bool(value.strip()),
-        "'embedded', 'embedded-large' or the name or folder of a causal language model",
+        "'embedded', 'embedded-large', 'smollm2' or the name or folder of a causal language model",
     ),
     "rank": _at_least(1, "LoRA rank r, all experts together"),
     "alpha": Parameter(float, "LoRA alpha", lambda value: 0 < value < float("inf"), "above 0"),

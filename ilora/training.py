@@ -14,13 +14,14 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import safetensors.torch
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import DistributedType, broadcast_object_list, send_to_device
+from accelerate.utils import DistributedType, broadcast_object_list, recursively_apply, send_to_device
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LinearLR, LRScheduler
 from tqdm import tqdm
@@ -29,11 +30,12 @@ from transformers import get_scheduler
 from ilora import runs
 
 log = logging.getLogger(__name__)
+KNOWN = {"schedule": ("cosine", "constant"), "precision": ("no", "bf16"), "compile": ("auto", "yes", "no")}
 
 
 @dataclass(frozen=True)
 class TrainingArguments:
-    """How to train. A resumed run may change the last three, which change the result by rounding alone."""
+    """How to train. A resumed run may change the last four, which change the result by rounding alone."""
 
     epochs: int
     batch_size: int  # rows of one optimiser step, over all processes and micro-batches
@@ -49,12 +51,13 @@ class TrainingArguments:
     micro_batch_size: int | None = None  # rows at once in one process; None: its whole share
     save_every: int = 200  # steps between checkpoints
     device: str = "auto"  # of a single process; several get theirs from `accelerate launch`
+    compile: str = "auto"  # "yes" or "no": a model's `compile_layers`; auto: on a GPU
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "learning_rate", "floor", "clip", "save_every"):
             if not 0 < getattr(self, name) < math.inf:
                 raise runs.UserError(f"training argument {name} must be above 0, not {getattr(self, name)!r}")
-        for name, known in (("schedule", ("cosine", "constant")), ("precision", ("no", "bf16"))):
+        for name, known in KNOWN.items():
             if getattr(self, name) not in known:
                 raise runs.UserError(f"training argument {name} must be one of {known}")
         if self.snapshots < 0:
@@ -62,7 +65,7 @@ class TrainingArguments:
 
     def identity(self) -> dict:
         """The fields that decide the result: a checkpoint is continued only under the same ones."""
-        return asdict(replace(self, micro_batch_size=None, save_every=1, device=""))
+        return asdict(replace(self, micro_batch_size=None, save_every=1, device="", compile="auto"))
 
     def snapshot_steps(self, total: int) -> set[int]:
         """The steps, of `total`, after which a snapshot is kept; fewer where there are fewer steps."""
@@ -83,7 +86,7 @@ def fit(
         rows' mean loss; `progress` is step / all steps, `step_seed` one for all micro-batches of a step.
         Optional: `parameter_groups(weight_decay)`, each may have "lr_scale"; `length(row)`, sorts a batch,
         so that micro-batches hold rows of like length; `trainable_state()`, the tensors to keep (default:
-        parameters that train, and buffers).
+        parameters that train, and buffers); `compile_layers()`, called before training, see `arguments.compile`.
     train: anything with `len(train)` and `train[i]`; `train.set_epoch(epoch)` is called if there.
     folder: gets checkpoints/step-*.pt, best.safetensors and history.csv, and with `arguments.snapshots` also
         snapshots/step-*.safetensors, see `load_snapshot`. A run found here is continued.
@@ -113,8 +116,11 @@ def fit(
     history, best = checkpoints.load(live)
     last = history[-1] if history else {"step": 0, "examples": 0, "seconds": 0.0}
     seen, began = last["examples"], time.monotonic() - last["seconds"]
+    if arguments.compile == "yes" or (arguments.compile == "auto" and next(inner.parameters()).is_cuda):
+        getattr(inner, "compile_layers", lambda: None)()
     inner.eval()  # until a step trains
     bar = tqdm(total=arguments.epochs * len(train), initial=seen, unit="row", mininterval=1, disable=not main)
+    unread = []  # the last step's numbers are read when the next one runs, so that a GPU need not wait for Python
     for step in range(last["step"], total):
         rows, rate = batches.of(step), schedule.get_last_lr()[0]
         content = [train[i] for i in rows]
@@ -123,28 +129,28 @@ def fit(
         if not inner.training:  # train() walks over all modules: a good part of a small model's step
             model.train()
         loss = _backward(accelerator, model, content, arguments, step, total)
-        norm = float(accelerator.clip_grad_norm_(trained, arguments.clip))
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            raise runs.UserError(
-                f"loss {loss}, gradient norm {norm} at step {step + 1}, learning rate {rate:.3g}: lower it "
-                f"or mend training rows {rows.tolist()}; checkpoints stay in {folder}"
-            )
+        norm = accelerator.clip_grad_norm_(trained, arguments.clip)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         done, seen = step + 1, seen + len(rows)
         record = {"step": done, "epoch": step // batches.per_epoch + 1, "loss": loss, "learning_rate": rate}
-        record |= {"gradient_norm": norm, "seconds": time.monotonic() - began, "examples": seen}
+        record |= {"gradient_norm": norm, "seconds": 0.0, "examples": seen}
         history.append(record)
-        bar.set_postfix(loss=f"{loss:.3f}", rate=f"{rate:.1e}", refresh=False)
+        unread.append((record, rows))
+        save = done == total or done % arguments.save_every == 0
+        snapshot = done in arguments.snapshot_steps(total)
+        while len(unread) > (not (save or snapshot or done % batches.per_epoch == 0)):
+            read = _read(*unread.pop(0), began, folder)
+            bar.set_postfix(loss=f"{read['loss']:.3f}", rate=f"{read['learning_rate']:.1e}", refresh=False)
         bar.update(len(rows))
         if validate and done % batches.per_epoch == 0:
             history[-1] |= _validated(inner, validate, monitor)
             if best is None or history[-1][monitor] > best[0]:
                 best = history[-1][monitor], _copy(live["model"])
-        if main and done in arguments.snapshot_steps(total):  # before a checkpoint from which it would be passed over
+        if main and snapshot:  # before a checkpoint from which it would be passed over
             _write(folder / "snapshots" / f"step-{done:08d}.safetensors", safetensors.torch.save(_copy(live["model"])))
-        if done == total or done % arguments.save_every == 0:
+        if save:
             if main:
                 checkpoints.save(done, live, history, best)
             accelerator.wait_for_everyone()
@@ -158,8 +164,20 @@ def fit(
     return pd.DataFrame(history)
 
 
+def _read(record: dict, rows: np.ndarray, began: float, folder: Path) -> dict:
+    """A step's record, with loss and gradient norm copied from the GPU.  Raises UserError if they are not finite."""
+    record |= {name: float(record[name]) for name in ("loss", "gradient_norm")} | {"seconds": time.monotonic() - began}
+    if not math.isfinite(record["loss"]) or not math.isfinite(record["gradient_norm"]):
+        raise runs.UserError(
+            f"loss {record['loss']}, gradient norm {record['gradient_norm']} at step {record['step']}, learning rate "
+            f"{record['learning_rate']:.3g}: lower it or correct training rows {rows.tolist()}; checkpoints stay in "
+            f"{folder}"
+        )
+    return record
+
+
 def _backward(accelerator: Accelerator, model: nn.Module, rows: list, arguments: TrainingArguments,
-              step: int, total: int) -> float:  # fmt: skip
+              step: int, total: int) -> Tensor:  # fmt: skip
     """Add the gradient of the mean loss over a global batch; return that loss, the same in every process."""
     world = accelerator.num_processes
     inner = model.module if world > 1 else model
@@ -173,13 +191,20 @@ def _backward(accelerator: Accelerator, model: nn.Module, rows: list, arguments:
         share = len(own) / len(rows)
         runs.seed_all(_mix(arguments.seed, step, part))
         # A small last batch can leave a part empty: one row runs with weight 0, to keep processes in step.
-        batch = send_to_device(inner.collate(own or rows[:1]), device)
+        batch = _move(inner.collate(own or rows[:1]), device)
         with accelerator.no_sync(model) if part != mine[-1] else nullcontext():
             with torch.autocast(device.type, torch.bfloat16, enabled=arguments.precision == "bf16"):
                 loss = model(batch, progress=step / total, step_seed=_mix(arguments.seed, step))
             accelerator.backward(loss * (share * world))  # DDP divides by `world` again
         losses += loss.detach() * share
-    return accelerator.reduce(losses, reduction="sum").item()
+    return accelerator.reduce(losses, reduction="sum")
+
+
+def _move(batch: Any, device: torch.device) -> Any:
+    """A batch of tensors on the device; a GPU copies it while the CPU goes on."""
+    if device.type == "cuda":
+        batch = recursively_apply(Tensor.pin_memory, batch)
+    return send_to_device(batch, device, non_blocking=True)
 
 
 def _mix(*numbers: int) -> int:
