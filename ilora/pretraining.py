@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ilora import runs
+from ilora import runs, smollm2
 from ilora.data import Dataset
 from ilora.prompts import ITEM_TOKEN, NO_LABEL, Prompts, wording
 from ilora.training import TrainingArguments, fit
@@ -80,6 +80,8 @@ def base_content(base_model: str) -> str:
 
     The names in RECIPES stand for the embedded model, from which their bases are made.
     """
+    if base_model == "smollm2":
+        return smollm2.content()
     return f"{base_model} {runs.content(EMBEDDED)}" if base_model in RECIPES else runs.model_content(base_model)
 
 

