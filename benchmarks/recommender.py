@@ -5,8 +5,8 @@
 
 `fit_recommender` has its default recipe, with the dropout and L2 given; RecBole has its defaults, batches of 256 and
 --recbole-epochs. Both train on every window of the training users, choose the epoch by validation HitRatio@1 over all
-draws of candidates, and are compared on all test windows. On a CPU they train at the same time, each on one core. Seconds
-are those of training with its validation.
+draws of candidates, and are compared on all test windows. On a CPU they train at the same time, each on one core.
+Seconds are those of training with its validation.
 """
 
 import os
