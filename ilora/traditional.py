@@ -19,7 +19,7 @@ from ilora.training import TrainingArguments, fit
 
 KINDS = {kind.__name__: kind for kind in (GRU4Rec, Caser, SASRec, MoRec)}
 GRID = tuple({"dropout": dropout, "l2": l2} for dropout in (0.2, 0.3, 0.5) for l2 in (0.0, 1e-4))
-EPOCHS = {"GRU4Rec": 20, "Caser": 20, "SASRec": 30, "MoRec": 5}  # on real data; MoRec: what a CPU can afford
+EPOCHS = {"GRU4Rec": 20, "Caser": 20, "SASRec": 25, "MoRec": 5}  # on real data; MoRec: what a CPU can afford
 
 
 class Windows:
