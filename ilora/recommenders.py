@@ -238,8 +238,10 @@ class GRU4Rec(SequenceModel):
 
     def __init__(self, n_items: int, dim: int = 64, window: int = 10, hidden: int = 128, dropout: float = 0.3) -> None:
         super().__init__(n_items, dim, window, dropout, hidden=hidden)
-        self.gru = nn.GRU(dim, hidden, batch_first=True)
+        self.gru = nn.GRU(dim, hidden, bias=False, batch_first=True)  # biases would hide small embeddings at first
         self.last = nn.Linear(hidden, dim)
+        for weight in self.gru.parameters():
+            nn.init.xavier_uniform_(weight)
         self._start_small()
 
     def read(self, items: Tensor, real: Tensor) -> Tensor:

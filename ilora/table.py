@@ -29,7 +29,7 @@ from ilora.draws import hit_ratios
 from ilora.parameters import inputs, parse_parameters
 from ilora.recommenders import Popularity, Recommender
 from ilora.study.chat import ChatRec
-from ilora.traditional import GRID, choose_regularisation, fit_recommender
+from ilora.traditional import EPOCHS, GRID, choose_regularisation, fit_recommender
 
 SETTINGS = {  # the notebooks' parameters that a table has, and their values unless -p says otherwise
     "conflict": 0.5, "users": 2000, "window": 10, "base_model": "embedded", "rank": 8, "alpha": 32.0, "dropout": 0.0,
@@ -64,11 +64,11 @@ class System:
 def trained(dataset: data.Dataset, kind: str, seed: int, settings: Mapping[str, Any]) -> Recommender:
     """A recommender without language, with dropout and L2 chosen on validation with seed 0."""
     where = {"window": settings["window"], "device": settings["device"]}
-    if kind == "MoRec":  # its text encoder is too large to be trained for a grid, or for more epochs on a CPU
-        chosen = {"text_encoder": settings["text_encoder"], "epochs": 5}
+    if kind == "MoRec":  # its text encoder is too large to be trained for a grid
+        chosen = {"text_encoder": settings["text_encoder"]}
     else:
         chosen = choose_regularisation(dataset, kind, **where)[0]
-    return fit_recommender(dataset, seed, kind=kind, **where, **chosen)[0]
+    return fit_recommender(dataset, seed, kind=kind, epochs=EPOCHS[kind], **where, **chosen)[0]
 
 
 def _recommender(kind: str) -> System:
@@ -236,7 +236,7 @@ def search(cell: Cell) -> Path:
     validation = data.sequences(dataset, "validation", about["window"])
     grid = table[["dropout", "l2", "epoch"]].to_dict("records")
     for row, values in zip(grid, about["grid"], strict=True):
-        model, _ = fit_recommender(dataset, about["seed"], **values, **settings)
+        model, _ = fit_recommender(dataset, about["seed"], epochs=EPOCHS[about["system"]], **values, **settings)
         row |= evaluation.interval(hit_ratios(model, validation), validation.user)
     return timed.save({"chosen": chosen, "grid": grid}, path=cell.searched)
 

@@ -164,8 +164,8 @@ def test_gru4rec_is_a_gated_recurrent_unit_from_item_to_item():
         state = torch.zeros(gru.hidden_size)
         for place in range(2, 6):
             item = model.items.weight[history[row, place]]
-            reset_i, update_i, new_i = (gru.weight_ih_l0 @ item + gru.bias_ih_l0).chunk(3)
-            reset_h, update_h, new_h = (gru.weight_hh_l0 @ state + gru.bias_hh_l0).chunk(3)
+            reset_i, update_i, new_i = (gru.weight_ih_l0 @ item).chunk(3)
+            reset_h, update_h, new_h = (gru.weight_hh_l0 @ state).chunk(3)
             update = torch.sigmoid(update_i + update_h)
             new = torch.tanh(new_i + torch.sigmoid(reset_i + reset_h) * new_h)
             state = (1 - update) * new + update * state

@@ -1,6 +1,5 @@
 """Cells on the small world, run for real: asked alike, resumed, failed and shown as failed, read as a table."""
 
-import functools
 import json
 from pathlib import Path
 
@@ -179,9 +178,7 @@ def test_several_processes_give_the_same_answers(home):
 
 def test_how_dropout_and_l2_were_chosen_is_a_result_made_of_what_is_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("ILORA_HOME", str(tmp_path))
-    few_epochs = functools.partial(traditional.fit_recommender, epochs=1)
-    monkeypatch.setattr(traditional, "fit_recommender", few_epochs)
-    monkeypatch.setattr(table, "fit_recommender", few_epochs)
+    monkeypatch.setitem(traditional.EPOCHS, "GRU4Rec", 1)
     command = ["--systems", "Popularity", "GRU4Rec", "--seeds", "0", "--draws", "1", "--to", str(tmp_path / "to")]
     few = [text for name in ("users", "test_limit", "device") for text in ("-p", name, str(FEW[name]))]
     assert table.main([*command, *few]) == 0
