@@ -386,7 +386,11 @@ class LanguageRecommender(nn.Module):
         embeds, guidance = self._embeds(batch, hybrid), self._guidance(batch)
         if self.training and self._layers[1]:
             embeds.requires_grad_()  # in text-only prompts too, so that compiled layers meet one kind of input
-        with only_at(self.language_model.get_output_embeddings(), batch["at"]):
+        low = self._embedding().weight.dtype == torch.bfloat16  # so is the adapter's arithmetic, as in training
+        with (
+            torch.autocast(embeds.device.type, torch.bfloat16) if low else nullcontext(),
+            only_at(self.language_model.get_output_embeddings(), batch["at"]),
+        ):
             return self.language_model(inputs_embeds=embeds, use_cache=False, **inputs, **guidance).logits
 
     # ---------------------------------------------------------------- files

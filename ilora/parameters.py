@@ -76,6 +76,7 @@ PARAMETERS: dict[str, Parameter] = {
     "learning_rate": Parameter(float, "peak learning rate", lambda value: 0 < value < 1, "above 0 and below 1"),
     "batch_size": _at_least(1, "sequences per optimiser step"),
     "micro_batch_size": _at_least(1, "sequences at once on a device; changes a result by rounding alone"),
+    "compile": _one_of(("auto", "yes", "no"), "compile layers for training; auto: on a GPU"),
     "train_limit": _at_least(0, "training sequences used; 0: all"),
     "test_limit": _at_least(0, "test sequences used; 0: all"),
     "gradient_limit": _at_least(0, "training sequences whose gradients are compared; 0: all"),

@@ -119,6 +119,7 @@ def _tune(
     device: str = "auto",
     micro_batch_size: int = 32,
     window: int = 0,
+    compile: str = "auto",
     target_modules: str | list[str] = "all-linear",
 ) -> tuple[Path, LanguageRecommender | None]:
     """See `tuned_folder`; and the model, if this process has just trained it."""
@@ -130,6 +131,7 @@ def _tune(
     arguments = TrainingArguments(
         epochs, batch_size, learning_rate, weight_decay=1e-5, seed=seed, precision="bf16" if on_gpu else "no",
         snapshots=SNAPSHOTS, micro_batch_size=micro_batch_size, save_every=100, device=device,
+        compile=compile,
     )  # fmt: skip
     adapter = {"rank": rank, "alpha": alpha, "dropout": dropout, "experts": experts}
     gates = {"gate": gate, "gate_per_layer": gate_per_layer, "gate_top_k": gate_top_k}

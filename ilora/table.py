@@ -10,18 +10,23 @@ time. How validation chose the recommenders' L2 is a result beside them. A row i
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from ilora import data, evaluation, pipeline, runs
@@ -34,13 +39,17 @@ from ilora.traditional import EPOCHS, GRID, choose_regularisation, fit_recommend
 SETTINGS = {  # the notebooks' parameters that a table has, and their values unless -p says otherwise
     "conflict": 0.5, "users": 2000, "window": 10, "base_model": "embedded", "rank": 8, "alpha": 32.0, "dropout": 0.0,
     "experts": 4, "epochs": 1, "learning_rate": 3e-3, "batch_size": 32, "train_limit": 20000, "test_limit": 1000,
-    "micro_batch_size": 32,
+    "micro_batch_size": 32, "compile": "auto",
     "text_encoder": "sentence-transformers/all-MiniLM-L6-v2", "chat_url": "", "chat_model": "", "chat_limit": 100,
     "device": "auto",
 }  # fmt: skip
 WORLD = ("conflict", "users")
 ADAPTER = ("base_model", "rank", "alpha", "dropout", "epochs", "learning_rate", "batch_size", "train_limit")
-FREE = ("device", "micro_batch_size")  # what changes a result by rounding: on a GPU, in bfloat16, by more of it
+FREE = (
+    "device",
+    "micro_batch_size",
+    "compile",
+)  # what changes a result by rounding: on a GPU, in bfloat16, by more of it
 KINDS_OF_WINDOWS = ("last", "all")
 
 
@@ -83,7 +92,9 @@ def _tuned(encoder: str = "", experts: bool = False) -> System:
         chosen = {name: settings[name] for name in (*ADAPTER, *FREE)} | (
             {"experts": settings["experts"]} if experts else {}
         )
-        return pipeline.tuned(dataset, items, seed=seed, window=settings["window"], **chosen)[0]
+        model, history = pipeline.tuned(dataset, items, seed=seed, window=settings["window"], **chosen)
+        model.validation = history["hit_ratio"].dropna().tolist()
+        return model
 
     return System(make, (*ADAPTER, "experts") if experts else ADAPTER, searched=encoder)
 
@@ -194,6 +205,8 @@ def run(cell: Cell) -> Path:
     metrics = {windows: {"hit_ratio": _share(own["hit"]), "valid_ratio": _share(own["valid"])}
                for windows, own in found.items()}  # fmt: skip
     metrics["notes"] = list(dataset.notes)
+    if hasattr(system, "validation"):
+        metrics["validation"] = system.validation  # HitRatio@1 after each epoch
     return timed.save(
         metrics, {f"{windows} {n}": v for windows, own in found.items() for n, v in own.items()}, cell.result
     )
@@ -274,12 +287,16 @@ def attempt(cell: Cell) -> str:
     return ""
 
 
-def run_all(table: Sequence[Cell], jobs: int = 1) -> list[tuple[Cell, str]]:
-    """Run the cells that have no result yet, `jobs` at once; those that failed, each with its reason."""
+def run_all(table: Sequence[Cell], jobs: int = 1, minutes: float = 0) -> list[tuple[Cell, str]]:
+    """Run the cells that have no result yet, `jobs` at once; those that failed, each with its reason.
+
+    minutes: when to stop, 0 for never; what then runs is stopped, and training goes on from its last checkpoint when
+        the table is started again.
+    """
     waiting = [cell for cell in table if not cell.result.is_file()]
     failed = []
     with tqdm(total=len(table), initial=len(table) - len(waiting), unit="cell", smoothing=0) as bar:
-        for cell, reason in _attempts(waiting, jobs):
+        for cell, reason in _attempts(waiting, jobs, minutes):
             bar.set_postfix_str(str(cell), refresh=False)
             bar.update()
             if reason:
@@ -288,23 +305,67 @@ def run_all(table: Sequence[Cell], jobs: int = 1) -> list[tuple[Cell, str]]:
     return failed
 
 
-def _attempts(waiting: Sequence[Cell], jobs: int) -> Iterator[tuple[Cell, str]]:
-    if jobs == 1:
+def _attempts(waiting: Sequence[Cell], jobs: int, minutes: float) -> Iterator[tuple[Cell, str]]:
+    if jobs == 1 and not minutes:
         yield from ((cell, attempt(cell)) for cell in waiting)
         return
-    os.environ["TQDM_DISABLE"] = "1"  # of the processes, whose bars would write over each other
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        running = {pool.submit(attempt, cell): cell for cell in waiting}
-        try:
-            yield from ((running[future], future.result()) for future in as_completed(running))
-        except BrokenProcessPool as error:
-            raise runs.UserError(
-                "a process of the table died, as it does when memory runs out: start again with fewer --jobs; "
-                "finished cells are kept"
-            ) from error
-        except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    deadline = time.monotonic() + 60 * minutes if minutes else math.inf
+    left, running = list(reversed(waiting)), {}  # running: connection -> its process and cell
+    free = [_start(number) for number in range(min(jobs, len(waiting)))]
+    try:
+        while left or running:
+            while left and free and time.monotonic() < deadline:
+                connection, process = free.pop(0)
+                running[connection] = process, left.pop()
+                connection.send(running[connection][1])
+            ready = wait(running, None if math.isinf(deadline) else max(deadline - time.monotonic(), 0))
+            if not ready:  # the time is up
+                return
+            for connection in ready:
+                process, cell = running[connection]
+                yield cell, connection.recv()
+                free.append((connection, running.pop(connection)[0]))
+    except EOFError as error:
+        raise runs.UserError(
+            "a process of the table died, as it does when memory runs out: start again with fewer --jobs; "
+            "finished cells are kept"
+        ) from error
+    finally:
+        processes = [process for process, _ in running.values()] + [process for _, process in free]
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.join(30)
+            process.kill()
+
+
+def _start(number: int) -> tuple[Connection, BaseProcess]:
+    """A process that attempts the cells sent to it; of several GPUs it sees one."""
+    here, there = (context := multiprocessing.get_context("spawn")).Pipe()
+    process = context.Process(target=_work, args=(there,))
+    before = dict(os.environ)
+    os.environ.update(_environment(number))  # which the new process inherits before it imports torch
+    try:
+        process.start()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    there.close()  # so that the process's end is noticed here
+    return here, process
+
+
+def _environment(number: int) -> dict[str, str]:
+    """Variables of the process with a number: no bars, which would write over each other, and a GPU of several."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else [str(gpu) for gpu in range(torch.cuda.device_count())]
+    return {"TQDM_DISABLE": "1"} | ({"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if len(gpus) > 1 else {})
+
+
+def _work(connection: Connection) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # an exit like others, which removes unfinished files
+    with suppress(EOFError):  # the table's process has gone
+        while True:
+            connection.send(attempt(connection.recv()))
 
 
 def search_all(table: Sequence[Cell]) -> None:
@@ -322,7 +383,7 @@ def publish(table: Sequence[Cell], folder: Path) -> None:
 
 @runs.command
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line `arguments`; return the exit code: 1 if a cell failed."""
+    """Run the command line `arguments`; return the exit code: 1 if a cell failed or is left."""
     parser = argparse.ArgumentParser(
         "python -m ilora table", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -333,7 +394,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help=f"{', '.join(SYSTEMS)} (all but ChatRec, which asks an endpoint chat_limit of the questions)")  # fmt: skip
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="of training (0 1 2)")
     add("--draws", type=int, default=5, metavar="N", help="of candidates for the last windows (5)")
-    add("--jobs", type=int, default=1, metavar="N", help="cells at once (1); set OMP_NUM_THREADS to share the cores")
+    add(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="cells at once (1), shared out among the GPUs; set OMP_NUM_THREADS to share the cores",
+    )
+    add("--minutes", type=float, default=0, metavar="N",
+        help="stop after N minutes; started again, the table goes on from the last checkpoints (no limit)")  # fmt: skip
     add("--to", type=Path, metavar="DIR", help="copy the results there, as the book's pages read them")
     add("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="parameters",
         help=f"a parameter of the notebooks: {', '.join(SETTINGS)}")  # fmt: skip
@@ -341,12 +410,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parse_parameters(options.parameters)
     if unused := sorted(given.keys() - SETTINGS):
         raise runs.UserError(f"a table has no parameter {unused[0]!r}: the ones it has are {', '.join(SETTINGS)}")
-    if options.jobs < 1:
-        raise runs.UserError(f"--jobs must be at least 1, not {options.jobs}")
+    if options.jobs < 1 or not 0 <= options.minutes < math.inf:
+        raise runs.UserError(f"--jobs must be at least 1 and --minutes 0 or more: {options.jobs}, {options.minutes}")
     table = cells(options.datasets, options.systems, options.seeds, options.draws, options.data_dir, SETTINGS | given)
-    failed = run_all(table, options.jobs)
-    search_all(table)
+    failed = run_all(table, options.jobs, options.minutes)
+    missing = [cell for cell in table if not cell.result.is_file()]
+    if len(missing) == len(failed):  # else the time is up
+        search_all(table)
     if options.to:
         publish(table, options.to)
-    print(f"{len(table) - len(failed)} of {len(table)} cells are in {runs.home() / 'results'}")
-    return 1 if failed else 0
+    print(f"{len(table) - len(missing)} of {len(table)} cells are in {runs.home() / 'results'}")
+    return 1 if missing else 0

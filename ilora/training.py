@@ -35,7 +35,7 @@ KNOWN = {"schedule": ("cosine", "constant"), "precision": ("no", "bf16"), "compi
 
 @dataclass(frozen=True)
 class TrainingArguments:
-    """How to train. A resumed run may change the last four, which change the result by rounding alone."""
+    """How to train. A resumed run may change the last four, which change the result by rounding and dropout alone."""
 
     epochs: int
     batch_size: int  # rows of one optimiser step, over all processes and micro-batches
@@ -120,7 +120,7 @@ def fit(
         getattr(inner, "compile_layers", lambda: None)()
     inner.eval()  # until a step trains
     bar = tqdm(total=arguments.epochs * len(train), initial=seen, unit="row", mininterval=1, disable=not main)
-    unread = []  # the last step's numbers are read when the next one runs, so that a GPU need not wait for Python
+    unread = []  # a GPU's loss is read in the next step, or before anything is kept: it need not wait for Python
     for step in range(last["step"], total):
         rows, rate = batches.of(step), schedule.get_last_lr()[0]
         content = [train[i] for i in rows]
@@ -130,19 +130,18 @@ def fit(
             model.train()
         loss = _backward(accelerator, model, content, arguments, step, total)
         norm = accelerator.clip_grad_norm_(trained, arguments.clip)
+        done, seen = step + 1, seen + len(rows)
+        record = {"step": done, "epoch": step // batches.per_epoch + 1, "loss": loss, "learning_rate": rate}
+        history.append(record | {"gradient_norm": norm, "seconds": 0.0, "examples": seen})
+        unread.append((history[-1], rows))
+        save, snapshot = done == total or done % arguments.save_every == 0, done in arguments.snapshot_steps(total)
+        now = save or snapshot or done % batches.per_epoch == 0 or not norm.is_cuda
+        while len(unread) > (not now):
+            read = _read(*unread.pop(0), began, folder)
+            bar.set_postfix(loss=f"{read['loss']:.3f}", rate=f"{read['learning_rate']:.1e}", refresh=False)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        done, seen = step + 1, seen + len(rows)
-        record = {"step": done, "epoch": step // batches.per_epoch + 1, "loss": loss, "learning_rate": rate}
-        record |= {"gradient_norm": norm, "seconds": 0.0, "examples": seen}
-        history.append(record)
-        unread.append((record, rows))
-        save = done == total or done % arguments.save_every == 0
-        snapshot = done in arguments.snapshot_steps(total)
-        while len(unread) > (not (save or snapshot or done % batches.per_epoch == 0)):
-            read = _read(*unread.pop(0), began, folder)
-            bar.set_postfix(loss=f"{read['loss']:.3f}", rate=f"{read['learning_rate']:.1e}", refresh=False)
         bar.update(len(rows))
         if validate and done % batches.per_epoch == 0:
             history[-1] |= _validated(inner, validate, monitor)

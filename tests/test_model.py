@@ -11,6 +11,7 @@ from ilora.language_model import load_language_model
 from ilora.model import LanguageRecommender, Questions, adapter_config
 from ilora.prompts import NO_ITEM, PROMPT, Prompts, read_answer
 from ilora.recommenders import Caser, GRU4Rec, SASRec
+from ilora.training import TrainingArguments, fit
 from ilora.world import titles
 
 WORDS = " ".join(titles()["title"]).split()
@@ -563,3 +564,30 @@ def test_some_of_the_questions_are_the_same_questions():
     some.set_epoch(0)
     questions.set_epoch(0)
     np.testing.assert_array_equal(some.candidates, questions.candidates[[7, 2]])
+
+
+@pytest.mark.parametrize("kind", ["lora", "ilora"])
+def test_compiled_layers_train_alike_and_only_in_training(tmp_path, monkeypatch, kind):
+    """One compilation serves all layers and later steps, hybrid and text-only ones."""
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(len(inputs))
+        return graph.forward
+
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda layer, **options: original(layer, backend=backend, **options))
+    monkeypatch.setitem(KINDS, kind, (True, KINDS[kind][1] | {"dropout": 0.0}))
+    losses = []
+    for choice in ("no", "yes"):
+        torch._dynamo.reset()
+        model, train = make(kind), question_rows(lengths=(6,) * 24)
+        arguments = TrainingArguments(3, 8, 1e-3, device="cpu", compile=choice)
+        losses.append(fit(model, train, arguments, tmp_path / choice)["loss"])
+        before = len(compiled)
+        model.rank(train[:3])
+        model(model.collate(train[:3]))
+        assert len(compiled) == before
+        assert not any("_orig_mod" in name for name in model.state_dict())
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+    assert 1 <= len(compiled) <= 2  # at most two lengths, padded to 64

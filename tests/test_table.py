@@ -1,11 +1,13 @@
 """Cells on the small world, run for real: asked alike, resumed, failed and shown as failed, read as a table."""
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from ilora import data, table, traditional, uncertainty
 from ilora.recommenders import Popularity
@@ -173,6 +175,28 @@ def test_several_processes_give_the_same_answers(home):
     assert together == [json.loads(cell.result.read_text())["outcomes"] for cell in cells]
 
 
+def test_a_table_stops_in_time_and_goes_on_when_started_again(home):
+    cells = some(["Popularity", "Language model"], seeds=(0, 1))
+    began = time.monotonic()
+    assert table.run_all(cells, jobs=2, minutes=1e-3) == []
+    assert time.monotonic() - began < 30 and not any(cell.result.is_file() or cell.failure.is_file() for cell in cells)
+    assert table.run_all(cells, jobs=1, minutes=9) == []
+    assert all(cell.result.is_file() for cell in cells)
+
+
+@pytest.mark.parametrize(
+    ("visible", "count", "expected"),
+    [(None, 4, ["0", "1", "2", "3", "0"]), ("5,2", 2, ["5", "2", "5", "2", "5"]), (None, 1, [None] * 5),
+     (None, 0, [None] * 5), ("3", 1, [None] * 5), ("GPU-1,GPU-2", 2, ["GPU-1", "GPU-2", "GPU-1", "GPU-2", "GPU-1"])],
+)  # fmt: skip
+def test_processes_share_out_the_gpus(monkeypatch, visible, count, expected):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    assert [table._environment(number).get("CUDA_VISIBLE_DEVICES") for number in range(5)] == expected
+
+
 # ---------------------------------------------------------------- the search for L2
 
 
@@ -205,6 +229,8 @@ def test_how_dropout_and_l2_were_chosen_is_a_result_made_of_what_is_kept(tmp_pat
         (["--draws", "0"], "--draws must be at least 1"),
         (["--seeds", "-1"], "whole numbers from 0 on"),
         (["--jobs", "0"], "--jobs must be at least 1"),
+        (["--minutes", "-1"], "--minutes 0 or more"),
+        (["--minutes", "nan"], "--minutes 0 or more"),
         (["-p", "guidance", "random"], "a table has no parameter 'guidance'"),
         (["-p", "rank", "six"], "parameter 'rank' must be a whole number"),
     ],
