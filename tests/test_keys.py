@@ -15,10 +15,11 @@ from huggingface_hub import hf_hub_download
 
 import ilora
 from ilora import __main__ as runner
-from ilora import chat, data, parameters, pipeline, pretraining, runs, sweep, table, traditional
+from ilora import data, parameters, pipeline, pretraining, runs, sweep, table, traditional
 from ilora.language_model import load_language_model
 from ilora.pretraining import EMBEDDED, OTHER_DATA
 from ilora.recommenders import SASRec
+from ilora.study import chat
 
 COMMITS = {"ada/small": "a" * 40, "ada/other": "b" * 40}
 
@@ -165,8 +166,8 @@ RECIPE = dataclasses.replace(OTHER_DATA, spotted=0.5)
 CHANGES = {
     "world": {"conflict": 0.1, "users": 41, "seed": 1},
     "recommender": {
-        "key": "data-2", "kind": "GRU4Rec", "seed": 1, "epochs": 2, "window": 5, "learning_rate": 1e-3,
-        "batch_size": 64, "l2": 0.1, "dropout": 0.1, "negatives": 5, "recency": 1.0,
+        "key": "data-2", "kind": "GRU4Rec", "seed": 1, "epochs": 2, "window": 5, "learning_rate": 2e-3,
+        "batch_size": 64, "l2": 0.1, "dropout": 0.1,
     },
     "MoRec": {"key": "data-2", "text_encoder": "ada/other", "seed": 1},
     "base": {"key": "data-2", "seed": 1, "recipe": RECIPE},

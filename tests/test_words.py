@@ -9,7 +9,8 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from peft import get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from ilora import data, parameters, pipeline
 from ilora.pretraining import EMBEDDED
@@ -38,7 +39,7 @@ def test_the_code_on_the_page_of_the_adapter_runs(somewhere, monkeypatch):
     )
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda _, **given: tokenizer_of(EMBEDDED, **given))
     here, (first, *code) = {}, blocks("adapter", "python")
-    assert len(code) == 8
+    assert len(code) == 9
     exec(first, here)
     for name, matrix in here["model"].named_parameters():
         if "lora_B" in name:  # zero, so that nothing below would differ from the base
@@ -55,6 +56,21 @@ def test_the_code_on_the_page_of_the_adapter_runs(somewhere, monkeypatch):
         torch.testing.assert_close(here["plain"](**batch).logits, one_user, atol=1e-3, rtol=1e-3)
         torch.testing.assert_close(model(**batch, sequence_embeds=z).logits, here["logits"], atol=1e-3, rtol=1e-3)
     assert here["own"].gate == "mlp" and here["sparse"].gate_top_k == 2
+    fresh = get_peft_model(AutoModelForCausalLM.from_pretrained(), here["config"])
+    train_with_trainer(fresh, here["collate"], somewhere)
+
+
+def train_with_trainer(model, collate, folder):
+    """Three steps of transformers' Trainer with the page's collator moves the adapter and its gate."""
+    rows = [
+        {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids, "sequence_embeds": torch.randn(64).tolist()}
+        for ids in ([5, 6, 7], [8, 9])
+    ]
+    before = {name: value.clone() for name, value in model.named_parameters() if value.requires_grad}
+    arguments = TrainingArguments(folder, max_steps=3, remove_unused_columns=False, use_cpu=True, report_to="none")
+    Trainer(model, arguments, train_dataset=rows, data_collator=collate).train()
+    moved = {name for name, value in model.named_parameters() if name in before and not value.equal(before[name])}
+    assert any("lora_B" in name for name in moved) and any("lora_gate" in name for name in moved)
 
 
 def test_the_code_on_the_page_of_own_data_runs_and_its_folder_is_read(somewhere):
