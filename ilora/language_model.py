@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.tuners_utils import check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -93,6 +93,8 @@ def position_limit(config: PretrainedConfig) -> int | None:
 def check_causal(model: nn.Module, prompts: Prompts) -> None:
     """Raise UserError for a model that does not predict the next token of what the tokenizer of `prompts` writes."""
     name, rows = type(model).__name__, model.get_input_embeddings().weight.shape[0]
+    if any(isinstance(part, BaseTunerLayer) for part in model.modules()):
+        raise UserError(f"this {name} carries an adapter already: load the base model again, or call unload() first")
     used = {prompts.end, *prompts.opening, *prompts.offer, *prompts.question}.union(*prompts.answers)
     if max(used) >= rows:
         raise UserError(

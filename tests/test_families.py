@@ -217,6 +217,18 @@ def test_target_modules_are_a_setting(family, asked, adapted, tokenizer):
     assert adapter.target_modules == (asked if isinstance(asked, str) else set(asked))  # the caller's own, unchanged
 
 
+@pytest.mark.parametrize("family", ["Llama", "GPT2"])
+@pytest.mark.parametrize("experts", [1, 4])
+def test_a_base_that_carries_an_adapter_is_refused_until_it_is_unloaded(family, experts, tokenizer):
+    prompts, encoder = Prompts(tokenizer, TITLES, "story", "read"), SASRec(len(TITLES), dim=64)
+    shared = base(family, tokenizer)
+    first = LanguageRecommender(shared, prompts, encoder, adapter_config(experts=experts))
+    with pytest.raises(UserError, match="carries an adapter already: load the base model again"):
+        LanguageRecommender(shared, prompts, encoder, adapter_config(experts=4))
+    again = LanguageRecommender(first.language_model.unload(), prompts, encoder, adapter_config(experts=4))
+    assert again(again.collate(some_rows())).isfinite()
+
+
 @pytest.mark.parametrize("experts", [1, 4])
 @pytest.mark.parametrize(
     ("family", "asked", "message"),

