@@ -120,7 +120,7 @@ def test_while_b_is_zero_only_b_has_a_gradient():
 
 
 def test_memory_grows_with_groups_and_not_with_sequences(monkeypatch):
-    """Bytes of tensors before a batch: of 9, 18 and 36 sequences in three groups, then of 36 in six groups."""
+    """Bytes of tensors before a batch: of 9 and 18 sequences in three groups, then of 18 in six groups."""
     model, held = make(ADAPTERS["iLoRA"]), []
     loss = gradients.summed_loss
 
@@ -135,7 +135,7 @@ def test_memory_grows_with_groups_and_not_with_sequences(monkeypatch):
         return loss(model, rows)
 
     monkeypatch.setattr(gradients, "summed_loss", watched)
-    for n, groups in ((9, 3), (18, 3), (36, 3), (36, 6)):
+    for n, groups in ((9, 3), (18, 3), (18, 6)):
         held.append([])
         gc.collect()
         result = gradients.group_gradients(model, questions(n), np.arange(n) % groups, batch_size=3)
@@ -145,7 +145,7 @@ def test_memory_grows_with_groups_and_not_with_sequences(monkeypatch):
     of_nine, *others, six_groups = (
         max(values[1:]) for values in held
     )  # the first loss is computed before any gradient
-    assert others == [of_nine, of_nine]
+    assert others == [of_nine]
     assert six_groups - of_nine == 3 * vector
 
 

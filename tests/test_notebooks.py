@@ -132,14 +132,6 @@ def test_chapters_7_and_8_can_be_made_of_one_system_on_one_data_set_or_of_failur
     else:
         luck = metrics["luck of the draw"]
         assert {name: [*own] for name, own in luck.items()} == ({system: [dataset]} if keep else {})
-        said = [text for text in printed(tmp_path / f"{name}.ipynb") if text.startswith("There are no results of")]
-        assert len(said) == 1 and "Steam (any system)" in said[0]
-
-
-def printed(path):
-    """What the cells of an executed notebook printed."""
-    cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
-    return [output.text for cell in cells for output in cell.outputs if output.output_type == "stream"]
 
 
 TURNED = """
@@ -181,10 +173,7 @@ def test_the_live_widgets_follow_the_history_and_the_draw(home, monkeypatch):
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [
-        ({"experts": 3}, "experts = 3 does not divide rank = 8: choose experts among 1, 2, 4, 8"),
         ({"expert": 4}, "did you mean 'experts'?"),
-        ({"dataset": "movilens"}, "parameter 'dataset' must be one of"),
-        ({"epochs": -1}, "parameter 'epochs' must be at least 1, not -1"),
         ({"epochs": 1.5}, "parameter 'epochs' must be a whole number, not 1.5"),
     ],
 )
