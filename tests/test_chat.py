@@ -343,7 +343,7 @@ def test_the_request_limit_stops_before_the_next_request_and_the_next_run_goes_o
     server = serve()
     said = message(make(server.url, request_limit=3), rows(5))
     assert len(server.questions) == len(answers(home)) == 3
-    assert "stopped at request_limit = 3: give a higher one; 3 requests were spent, 3 of 5 answers are kept in" in said
+    assert "stopped at request_limit = 3: give a higher one; 3 requests were sent, 3 of 5 answers are kept in" in said
     assert str(home) in said and "the same call goes on from there" in said
     assert make(server.url, request_limit=2).generate(rows(5)) == [1, 2, 3, 4, 5]
     assert len(server.questions) == 5
@@ -356,18 +356,6 @@ def test_retries_count_towards_the_request_limit(serve):
     assert "stopped at request_limit = 2" in said and "0 of 1 answers are kept" in said
 
 
-def test_the_spend_limit_counts_the_usage_of_the_answers_at_the_prices_given(serve):
-    server = serve()
-    priced = {"price_in": 2.0, "price_out": 8.0}  # 100 and 10 tokens: 0.00028 dollars an answer
-    found = make(server.url, spend_limit=0.0005, **priced)
-    said = message(found, rows(5))
-    assert len(server.questions) == 2  # 0.00028 is below the limit, 0.00056 is not
-    assert found.spent == pytest.approx(0.00056)
-    assert "stopped at spend_limit = 0.0005" in said and "2 requests and 0.000560 US dollars were spent, 2 of 5" in said
-    assert "stopped at spend_limit" in message(found, rows(5))  # the limit is of the object, whatever the call
-    assert len(server.questions) == 2
-
-
 def test_requests_under_way_at_a_limit_are_kept(serve, home):
     together = threading.Barrier(3, timeout=30)
 
@@ -376,16 +364,9 @@ def test_requests_under_way_at_a_limit_are_kept(serve, home):
         return answer(number, question)
 
     server = serve(reply)
-    said = message(make(server.url, concurrency=3, spend_limit=0.0001, price_in=2.0), rows(5))
+    said = message(make(server.url, concurrency=3, request_limit=3), rows(5))
     assert len(server.questions) == len(answers(home)) == 3
-    assert "3 requests and 0.000600 US dollars were spent, 3 of 5" in said
-
-
-def test_without_usage_there_is_no_spend_limit(serve):
-    server = serve(lambda *_: completion(TITLES[1], usage=None))
-    said = message(make(server.url, spend_limit=1.0, price_in=1.0), rows(5))
-    assert "does not send usage" in said and "1 of 5 answers are kept" in said
-    assert len(server.questions) == 1
+    assert "3 requests were sent, 3 of 5" in said
 
 
 # ---------------------------------------------------------------- failures
@@ -402,7 +383,7 @@ def test_a_server_error_is_tried_again_after_twice_as_long_each_time(serve):
     said = message(make(server.url), rows(1))
     first, second = np.diff(server.times)
     assert first >= 0.375 and second >= 0.75  # 0.5 and 1, less up to a random quarter
-    assert "cannot answer (Error code: 500" in said and "try again later; 3 requests were spent, 0 of 1" in said
+    assert "cannot answer (Error code: 500" in said and "try again later; 3 requests were sent, 0 of 1" in said
 
 
 def test_a_server_that_asks_for_hours_is_quoted_and_not_waited_for(serve):
@@ -538,8 +519,6 @@ def test_a_key_with_a_line_break_is_mended_and_a_strange_one_refused_unseen(serv
         ({"concurrency": 0}, "concurrency must be at least 1"),
         ({"timeout": 0}, "timeout above 0"),
         ({"retries": -1}, "retries at least 0"),
-        ({"spend_limit": 1.0}, "spend_limit needs price_in and price_out"),
-        ({"price_in": -1.0}, "price_in"),
     ],
 )
 def test_what_cannot_work_is_said_when_the_class_is_made(options, said, home):

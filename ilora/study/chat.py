@@ -44,16 +44,14 @@ class ChatRec:
     base_url: of the endpoint, as http://localhost:8000/v1; model: its name there. The key comes from the environment,
         OPENAI_API_KEY, and is written nowhere; a server of your own may do without.
     titles, noun, verb: as for Prompts.
-    request_limit: requests of this object, each retry counted.
-    spend_limit: US dollars of this object, by the `usage` that comes with answers; price_in, price_out: US dollars
-        per million tokens of prompts and of answers. At a limit no further request is sent; those under way, at most
-        `concurrency`, are waited for, kept and paid.
+    request_limit: requests of this object, each retry counted. At the limit no further request is sent; those under
+        way, at most `concurrency`, are waited for and kept.
     concurrency: requests at a time.
     timeout: seconds without a sign from the server.
     retries: of one request, after a timeout, a broken connection or the status 408, 409, 429 or 5xx. The openai
         package waits 0.5 s and twice as long each time, up to 8 s, or what Retry-After says, up to 120 s.
 
-    `requests` and `spent` (US dollars) count what this object did.  Raises UserError for what cannot work.
+    `requests` counts what this object sent.  Raises UserError for what cannot work.
     """
 
     def __init__(
@@ -64,9 +62,6 @@ class ChatRec:
         noun: str,
         verb: str,
         request_limit: int | None = None,
-        spend_limit: float | None = None,
-        price_in: float = 0.0,
-        price_out: float = 0.0,
         concurrency: int = 4,
         timeout: float = 60.0,
         retries: int = 10,
@@ -77,16 +72,13 @@ class ChatRec:
             raise runs.UserError("base_url must be of the form https://host/v1, without user, password and query")
         if concurrency < 1 or timeout <= 0 or retries < 0:
             raise runs.UserError("concurrency must be at least 1, timeout above 0 and retries at least 0")
-        if min(price_in, price_out) < 0 or (spend_limit is not None and price_in + price_out == 0):
-            raise runs.UserError("spend_limit needs price_in and price_out, in US dollars per million tokens")
         key = os.environ.get("OPENAI_API_KEY", "").strip() or NO_KEY
         if not (key.isascii() and key.isprintable()):
             raise runs.UserError("OPENAI_API_KEY holds a sign that no key has: copy it again")
         self.base_url, self.model = base_url.rstrip("/"), model
         self.titles, self.words = list(titles), (noun, verb)
-        self.request_limit, self.spend_limit = request_limit, spend_limit
-        self.price_in, self.price_out, self.concurrency = price_in, price_out, concurrency
-        self.requests, self.spent, self._counting = 0, 0.0, threading.Lock()
+        self.request_limit, self.concurrency = request_limit, concurrency
+        self.requests, self._counting = 0, threading.Lock()
         self._stopped = ""  # why no further request is sent
         self._client = openai.OpenAI(
             api_key=key,
@@ -119,9 +111,8 @@ class ChatRec:
                 self._ask_all(missing)
             except runs.UserError as error:
                 kept = sum(self._kept(digest) is not None for digest in set(digests))
-                dollars = f" and {self.spent:.6f} US dollars" if self.price_in + self.price_out else ""
                 raise runs.UserError(
-                    f"{error}; {self.requests} requests{dollars} were spent, {kept} of {len(set(digests))} answers are "
+                    f"{error}; {self.requests} requests were sent, {kept} of {len(set(digests))} answers are "
                     f"kept in {self.folder}, and the same call goes on from there"
                 ) from None
             texts = [self._kept(digest)["text"] for digest in digests]
@@ -156,7 +147,6 @@ class ChatRec:
             answer = self._request(messages)
             answer |= {"prompt": digest, "date": datetime.now(UTC).isoformat(timespec="seconds")}
             runs.write_json(self.folder / f"{digest}.json", answer)
-            self._pay(**answer["usage"])
         except runs.UserError as error:
             self._stopped = self._stopped or str(error)
             raise
@@ -181,16 +171,7 @@ class ChatRec:
                 raise openai.OpenAIError(self._stopped)
             if self.request_limit is not None and self.requests >= self.request_limit:
                 raise openai.OpenAIError(f"stopped at request_limit = {self.request_limit}: give a higher one")
-            if self.spend_limit is not None and self.spent >= self.spend_limit:
-                raise openai.OpenAIError(f"stopped at spend_limit = {self.spend_limit}: give a higher one")
             self.requests += 1
-
-    def _pay(self, prompt_tokens: int | None = None, completion_tokens: int | None = None) -> None:
-        if prompt_tokens is not None and completion_tokens is not None:
-            with self._counting:
-                self.spent += (prompt_tokens * self.price_in + completion_tokens * self.price_out) / 1e6
-        elif self.spend_limit is not None:
-            raise runs.UserError(f"{self.base_url} does not send usage, which spend_limit needs: give request_limit")
 
     def _explain(self, error: Exception) -> str:
         """One sentence for an error of the client."""
