@@ -37,19 +37,16 @@ from ilora.study.chat import ChatRec
 from ilora.traditional import EPOCHS, GRID, choose_regularisation, fit_recommender
 
 SETTINGS = {  # the notebooks' parameters that a table has, and their values unless -p says otherwise
-    "conflict": 0.5, "users": 2000, "window": 10, "base_model": "embedded", "rank": 8, "alpha": 32.0, "dropout": 0.0,
-    "experts": 4, "epochs": 1, "learning_rate": 3e-3, "batch_size": 32, "train_limit": 20000, "test_limit": 1000,
+    "conflict": 0.5, "users": 2000, "repeats": "keep", "window": 10,
+    "base_model": "embedded", "rank": 8, "alpha": 32.0, "dropout": 0.0, "experts": 4,
+    "epochs": 1, "learning_rate": 3e-3, "batch_size": 32, "train_limit": 20000, "test_limit": 1000,
     "micro_batch_size": 32, "compile": "auto",
     "text_encoder": "sentence-transformers/all-MiniLM-L6-v2", "chat_url": "", "chat_model": "", "chat_limit": 100,
     "device": "auto",
 }  # fmt: skip
 WORLD = ("conflict", "users")
 ADAPTER = ("base_model", "rank", "alpha", "dropout", "epochs", "learning_rate", "batch_size", "train_limit")
-FREE = (
-    "device",
-    "micro_batch_size",
-    "compile",
-)  # what changes a result by rounding: on a GPU, in bfloat16, by more of it
+FREE = ("device", "micro_batch_size", "compile")  # what changes a result by rounding alone
 KINDS_OF_WINDOWS = ("last", "all")
 
 
@@ -145,6 +142,7 @@ class Cell:
         """What decides the result beside `inputs`, and no more: a setting of other systems does not run it again."""
         world = WORLD if self.dataset == "world" else ()
         uses = {"window", "test_limit", *world, *SYSTEMS[self.system].uses}.difference(FREE)
+        uses |= {"repeats"} if self.settings["repeats"] != "keep" else set()
         own = {"system": self.system, "dataset": self.dataset, "seed": self.seed, "draws": self.draws}
         if SYSTEMS[self.system].sample:  # results without the word are of questions that no other system was asked
             own["sample"] = "of the others' questions"
@@ -154,7 +152,8 @@ class Cell:
     def source(self) -> dict[str, Any]:
         """Arguments of `data.load`."""
         world = {"conflict": self.settings["conflict"], "users": self.settings["users"], "seed": self.seed}
-        return {"dataset": self.dataset, "data_dir": self.data_dir} | (world if self.dataset == "world" else {})
+        files = {"dataset": self.dataset, "data_dir": self.data_dir, "repeats": self.settings["repeats"]}
+        return files | (world if self.dataset == "world" else {})
 
     @cached_property
     def inputs(self) -> dict[str, str]:

@@ -178,7 +178,8 @@ CHANGES = {
     },
     "adapter on text": {"key": "data-2", "window": 5, "base_model": "embedded-large"},
     "cell": {
-        "system": "LLaRA", "seed": 1, "draws": 3, "conflict": 0.1, "users": 41, "window": 5, "base_model": "ada/small",
+        "system": "LLaRA", "seed": 1, "draws": 3, "conflict": 0.1, "users": 41, "repeats": "drop", "window": 5,
+        "base_model": "ada/small",
         "rank": 16, "alpha": 16.0, "dropout": 0.1, "experts": 2, "epochs": 2, "learning_rate": 1e-3, "batch_size": 16,
         "train_limit": 10, "test_limit": 10,
     },
