@@ -38,7 +38,7 @@ def test_the_code_on_the_page_of_the_adapter_runs(somewhere, monkeypatch):
     )
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda _, **given: tokenizer_of(EMBEDDED, **given))
     here, (first, *code) = {}, blocks("adapter", "python")
-    assert len(code) == 8
+    assert len(code) == 9
     exec(first, here)
     for name, matrix in here["model"].named_parameters():
         if "lora_B" in name:  # zero, so that nothing below would differ from the base
