@@ -141,12 +141,13 @@ class ILoraVariant(LoraVariant):
         return False
 
     def init(self, module: LoraLayer, adapter_name: str, **_: Any) -> None:
-        """Nothing to do when the layer is wrapped again: a new variant follows."""
+        """The layer is wrapped again under this name: iLoRA sets a new variant, and plain LoRA has none."""
+        del module.lora_variant[adapter_name]
 
     def forward(self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
         """x (b, s, d_in), result (b, s, d_out) -> result + K alpha/r B diag(w) A dropout(x), Eq. 12."""
         A = module.lora_A[active_adapter]
-        if module.cast_input_dtype_enabled is None and not _autocast_takes(x):
+        if module.cast_input_dtype_enabled is not False and not _autocast_takes(x):
             x = x.to(A.weight.dtype)
         middle = A(module.lora_dropout[active_adapter](x))  # (b, s, r)
         return result + module.lora_B[active_adapter](
@@ -168,6 +169,16 @@ class ILoraVariant(LoraVariant):
         A = _mixed(module.lora_A[adapter].weight, self.merged)
         delta = module.scaling[adapter] * module.lora_B[adapter].weight.to(A.dtype) @ A
         return (delta.T if module.fan_in_fan_out else delta).detach()
+
+
+class _LoraCasts:
+    """A layer's `cast_input_dtype_enabled`: true, and PEFT casts x, if the layer has a plain LoRA adapter too."""
+
+    def __init__(self, layer: LoraLayer) -> None:
+        self.adapters, self.variants = layer.lora_A, layer.lora_variant
+
+    def __bool__(self) -> bool:
+        return len(self.adapters) > len(self.variants)
 
 
 def _autocast_takes(x: Tensor) -> bool:
@@ -254,7 +265,7 @@ class ILoraModel(LoraModel):
         super()._create_and_replace(config, adapter_name, *args, current_key=current_key, **kwargs)
         layer = self.model.get_submodule(current_key)
         layer.conditioning, layer.lora_variant[adapter_name] = self.conditioning, ILoraVariant()
-        layer.cast_input_dtype_enabled = None  # PEFT does not cast, the variant does; False: nobody does
+        layer.cast_input_dtype_enabled = _LoraCasts(layer)  # the variant casts for itself; False: nobody casts
         if config.gate_per_layer:
             if not hasattr(layer, "lora_gate"):
                 layer.lora_gate = nn.ModuleDict()
@@ -361,9 +372,8 @@ def _tuner_and_name(model: PeftModel, adapter_name: str | None) -> tuple[ILoraMo
     names = tuner.active_adapters if adapter_name is None else [adapter_name]
     known = [name for name, config in tuner.peft_config.items() if isinstance(config, ILoraConfig)]
     if len(names) != 1 or names[0] not in known:
-        raise UserError(
-            f"adapter {adapter_name!r} of active {names} is not one iLoRA adapter: name one of {', '.join(known)}."
-        )
+        wrong = f"{names[0]!r} is not an iLoRA adapter" if len(names) == 1 else f"several adapters are active, {names}"
+        raise UserError(f"{wrong}: set adapter_name and name one of {', '.join(known)}.")
     return tuner, names[0]
 
 

@@ -170,6 +170,8 @@ def adapted(model: nn.Module, adapter: LoraConfig) -> PeftModel:
     that the model does not call as layers, because iLoRA then does not know a token's row; stacked experts; and
     Mamba's out_proj, which PEFT excludes. Raises UserError if nothing is left, or if `target_modules` names one.
     """
+    if model.config.model_type == "mpt":
+        raise UserError(f"PEFT passes no embeddings to {type(model).__name__}: choose another base model")
     fits, others = _linear_layers(model)
     names, adapter = adapter.target_modules, copy.deepcopy(adapter)
     everything = isinstance(names, str) and names.lower() == "all-linear"

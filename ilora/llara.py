@@ -64,6 +64,7 @@ def _texts(parts: tuple) -> list[str]:
 
 _ADMITTED = {  # all that such files name, and nothing in it runs anything
     "builtins.slice": slice,
+    "_codecs.encode": lambda text, _: text.encode("latin-1"),  # bytes, in protocols 0 to 2
     "numpy.dtype": _Part,
     "numpy.ndarray": _Part,
     "numpy.core.multiarray._reconstruct": _Part,
@@ -96,6 +97,7 @@ class _Unpickler(pickle.Unpickler):
     """Admits what a table of numbers, lists and text needs; refuses all else by name, before anything is called."""
 
     def find_class(self, module: str, name: str) -> object:
+        module = module.replace("__builtin__", "builtins")  # as protocols 0 to 2 call it
         wanted = f"{module}.{name}".replace("numpy._core.", "numpy.core.")
         if wanted not in _ADMITTED:
             raise UserError(f"calls {wanted}, which no table of numbers, lists and text needs and which may run code")

@@ -129,7 +129,7 @@ def _decode(file: Path, *encodings: str) -> str:
         else:
             break
     else:
-        raise UserError(f"{file}, line {line}: not {encoding} text; save the file in that encoding")
+        raise UserError(f"{file}, line {line}: not text in UTF-8; export the file again as UTF-8 text")
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
         raise UserError(f"{file}, line {line}: a NUL byte, so this is no text file; export it again as UTF-8 text")
@@ -183,6 +183,8 @@ def _read_u_item(file: Path) -> pd.DataFrame:
     """
     titles, years, text = [], [], []
     records = _records(file, _decode(file, "utf-8-sig", "latin-1"), delimiter="|", quoting=csv.QUOTE_NONE)
+    mixed = records.map(lambda row: bool(re.search("[\x80-\x9f]|\xc3[\x80-\xbf]", row[1] if len(row) > 1 else "")))
+    refuse_rows(file, mixed, lambda line: "a title in another encoding than the rest; fetch the file again")
     for number, (line, row) in enumerate(records.items(), start=1):
         if len(row) != 5 + len(_GENRES) or row[0] != str(number) or not row[1].strip():
             raise UserError(
@@ -251,6 +253,9 @@ def _read_hetrec(files: list[Path]) -> Tables:
     table = table.groupby(["user", "artist"], as_index=False)["time"].min()
     records = _records(names, _decode(names), **_TABS)[1:]
     _check_widths(names, records, range(2, 5), "not id, name, url and picture separated by tabs; fetch the file again")
+    refuse_rows(names, records.map(lambda fields: not fields[1].strip()), lambda line: "no name; fetch the file again")
+    ids = records.map(lambda fields: fields[0])
+    _refuse_twice(names, ids, lambda line, first: f"id {ids[line]!r} is on line {first} too; keep one of them")
     titles = dict(fields[:2] for fields in records)
     table = table[table["artist"].astype(str).isin(titles.keys())]  # a few tagged artists have no name
     before = None
@@ -300,7 +305,7 @@ def _read_table(file: Path, columns: Sequence[str]) -> pd.DataFrame:
     header = [name.strip() for name in records.iloc[0]] if len(records) else []
     for column in columns:
         if column not in header:
-            separator = next((mark for mark in ";\t|" if len(header) == 1 and mark in header[0]), None)
+            separator = next((mark for mark in ("::", *";\t|") if len(header) == 1 and mark in header[0]), None)
             remedy = f"export it with commas, not {separator!r}" if separator else "name its columns in line 1"
             raise UserError(f"{file} has no column {column!r} but {', '.join(header) or 'no text'}: {remedy}")
     twice = [name for name in header if name and header.count(name) > 1]
@@ -359,11 +364,12 @@ def _read_csv(files: list[Path]) -> Tables:
     return assemble(item_table(titles, items.get("text", ""), ids), user, item.to_numpy(), time, source_users)
 
 
+_NUMBER = r"[+-]?(?:0|[1-9]\d{0,18})"  # a zero at the front is for a day or an hour, as in 01022024
 _DATE = r"\d{4}-\d\d-\d\d"
 _CLOCK = r"[T ]\d\d:\d\d(?::\d\d(?:[.]\d{1,6})?)?"
-_ZONE = r"(?:Z|[+-]\d\d:?\d\d)"
+_ZONE = r"(?:Z|[+-]\d\d(?::?\d\d)?)"
 _FORMS = re.compile(
-    rf"(?P<number>[+-]?\d{{1,19}})|(?P<date>{_DATE})|(?P<time>{_DATE}{_CLOCK})|(?P<zone>{_DATE}{_CLOCK}{_ZONE})",
+    rf"(?P<number>{_NUMBER})|(?P<date>{_DATE})|(?P<time>{_DATE}{_CLOCK})|(?P<zone>{_DATE}{_CLOCK}{_ZONE})",
     re.ASCII,
 )
 _UNITS = {9: "s", 10: "s", 12: "ms", 13: "ms", 15: "us", 16: "us", 18: "ns", 19: "ns"}  # since 1970, by digits

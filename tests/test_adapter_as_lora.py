@@ -134,6 +134,23 @@ def test_wrapping_again_gives_the_second_adapter(kind, name, again):
     assert any("lora_gate" in key for key in trained) == (kind != "lora")
 
 
+@gated
+@second_names
+@pytest.mark.parametrize("lora_first", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lora_and_ilora_on_one_base(kind, name, lora_first, dtype):
+    """The adapter put on last computes as if alone; a base in bfloat16 needs its inputs cast, as PEFT does it."""
+    kinds = ("lora", kind) if lora_first else (kind, "lora")
+    shared = base().to(dtype)
+    first = wrapped(kinds[0], shared)
+    second = wrapped(kinds[1], shared, name, seed=5)
+    expected = logits(kinds[1], wrapped(kinds[1], base().to(dtype), seed=5))
+    assert_close(logits(kinds[1], second), expected)
+    if name == "second":
+        second.set_adapter("default")
+        assert_close(logits(kinds[0], first), logits(kinds[0], wrapped(kinds[0], base().to(dtype))))
+
+
 @kinds
 @second_names
 def test_loading_twice_on_one_base(kind, name, tmp_path):

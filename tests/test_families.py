@@ -247,6 +247,17 @@ def test_layers_that_cannot_be_adapted_are_refused_by_name(family, asked, messag
         )
 
 
+@pytest.mark.parametrize("experts", [1, 4])
+def test_a_model_that_peft_gives_no_embeddings_is_refused(experts, tokenizer):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        transformers.MptConfig(vocab_size=len(tokenizer), d_model=32, n_layers=1, n_heads=4)
+    )
+    prompts, encoder = Prompts(tokenizer, TITLES, "story", "read"), SASRec(len(TITLES), dim=64)
+    with pytest.raises(UserError, match="PEFT passes no embeddings to MptForCausalLM"):
+        LanguageRecommender(model, prompts, encoder, adapter_config(experts=experts))
+
+
 # ---------------------------------------------------------------- the placeholder
 
 

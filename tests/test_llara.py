@@ -157,7 +157,7 @@ ROWS = pd.DataFrame({"seq": [[1, 2, 3, 30], [4, 5, 6, 7], [2, 3, 30, 30]], "len_
         ROWS.assign(seq=[[(item, 5) for item in row] for row in ROWS["seq"]], next=[(4, 1), (5, 2), (6, 3)]),
     ],
 )
-@pytest.mark.parametrize("protocol", [3, 4, 5])
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_what_pandas_pickles_today_is_read(tmp_path, frame, protocol):
     frame.to_pickle(tmp_path / "rows.df", protocol=protocol)
     history, target = llara.read_windows(tmp_path / "rows.df", 30)

@@ -68,11 +68,12 @@ def test_ids_are_text(tmp_path):
 
 def test_iso_dates_order_events(tmp_path):
     dates = ["2024-01-03T00:00Z", "2024-01-01T12:00:00Z", "2024-01-01T12:00:00.5+02:00", "2024-01-02 08:00+0000"]
+    dates.append("2024-01-02 10:30+02")
     events = "user,item,time\n" + "".join(
         f"u{user},i{n},{date}\n" for user in range(12) for n, date in enumerate(dates)
     )
     dataset = load("csv", str(write_csv(tmp_path / "csv", events=events)))
-    assert list(dataset.events["item"][:4]) == [2, 1, 3, 0]
+    assert list(dataset.events["item"][:5]) == [2, 1, 3, 4, 0]
     assert dataset.events["time"][1] - dataset.events["time"][0] == 7_200_000_000 - 500_000  # microseconds
 
 
@@ -171,6 +172,7 @@ def test_bad_csv_is_refused_with_line_and_remedy(tmp_path, home, items, events, 
             r"items.csv has no column 'id' but id;title: export it with commas, not ';'",
         ),
         (None, EVENTS.replace(",", "\t"), r"export it with commas, not '\\t'"),
+        (None, EVENTS.replace(",", "::"), r"export it with commas, not '::'"),
         # line numbers are those of the file
         (HEAD + "\n\n  \ni99,\n", None, r"items.csv, line 35: the title of item 'i99' is empty"),
         ("id,title\n" + 'a,"Alien\nResurrection"\n\nb,"A\r\n\r\nB"\n,C\n', None, r"items.csv, line 8: the id is empty"),
@@ -190,6 +192,7 @@ def test_bad_csv_is_refused_with_line_and_remedy(tmp_path, home, items, events, 
             r"line 74: '9223372036854775808' is not a whole number of at most 64",
         ),
         (None, EVENTS + f"u1,i7,{10**30}\n", r"line 74: time '10{30}' is neither"),
+        (None, re.sub(r",(\d)\n", r",0\g<1>022024\n", EVENTS), r"line 2: time '00022024' is neither"),
         (None, EVENTS + "u1,i7,\u0661\n", r"line 74: time '\u0661' is neither"),
         (
             None,
@@ -319,7 +322,7 @@ def test_an_empty_folder_says_what_is_missing(tmp_path, name):
 def test_text_in_another_encoding(tmp_path):
     folder = write_csv(tmp_path / "csv")
     (folder / "items.csv").write_bytes(HEAD.encode() + "i99,Café\n".encode("latin-1"))
-    with pytest.raises(UserError, match=r"items.csv, line 32: not utf-8-sig text; save the file in that encoding"):
+    with pytest.raises(UserError, match=r"items.csv, line 32: not text in UTF-8; export the file again as UTF-8 text"):
         load("csv", str(folder))
 
 
@@ -390,6 +393,8 @@ def test_movielens_keeps_ratings_of_three_and_more(tmp_path):
             r"u.data, line 121: no film 31 in u.item; use one archive",
         ),
         ("u.item", lambda text: text.replace("\n7|", "\n8|"), r"u.item, line 7: not film 7 in 24 fields"),
+        ("u.item", lambda text: text.replace("Film 5", "Caf\xc3\xa9") + "\xe9", r"u.item, line 5: .* another encoding"),
+        ("u.item", lambda text: text.replace("Film 5", "Star \x96 Trek"), r"u.item, line 5: a title in another"),
         ("u.item", lambda text: text[:-30], r"u.item, line 30: not film 30 in 24 fields"),
     ],
 )
@@ -421,6 +426,8 @@ def test_hetrec_orders_artists_by_first_tagging(tmp_path):
     [
         ("id\tname\n1\tA\n\n\n2\n", r"artists.dat, line 5: 1 fields, not id, name, url and picture separated by tabs"),
         ("id\tname\turl\tpicture\n1\tA\tB\tu\tp\n", r"artists.dat, line 2: 5 fields"),
+        ("id\tname\n\n1\t \n", r"artists.dat, line 3: no name"),
+        ("id\tname\n1\tA\n2\tB\n1\tC\n", r"artists.dat, line 4: id '1' is on line 2 too; keep one of them"),
     ],
 )
 def test_damaged_hetrec(tmp_path, artists, says):
