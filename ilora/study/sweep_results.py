@@ -18,7 +18,8 @@ from ilora.runs import UserError
 from ilora.study.results import load_results
 
 ADAPTER = ("rank", "alpha", "dropout", "experts", "gate", "guidance", "gate_per_layer", "gate_top_k")
-NEVER_COMPARED = ("seed", "data_dir", "device", "results")  # change a result only by chance
+# They change a result only by chance; encoder_epochs is a limit, validation chooses the epoch.
+NEVER_COMPARED = ("seed", "data_dir", "device", "results", "encoder_epochs")
 SETTING = tuple(name for name in PARAMETERS if name not in (*ADAPTER, *NEVER_COMPARED))  # data, training, base model
 NO_GATE = "LoRA, no gate"
 
