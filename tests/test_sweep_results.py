@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import ROOT
 from scipy import stats
 
 from ilora import runs
@@ -178,3 +179,10 @@ def test_records_can_be_written_as_json():
     rows = records(pd.DataFrame([sweep_results.student_interval([0.5]) | {"p": np.nan}]))
     expected = {"value": 0.5, "low": None, "high": None, "n": 1, "runs": [0.5], "p": None}
     assert json.loads(json.dumps(rows, allow_nan=False)) == [expected]
+
+
+def test_the_sweeps_of_the_book_are_still_of_the_notebooks_default_parameters():
+    """A default that changes must not empty chapters 5 and 11 without a word."""
+    published = sweep_results.load_runs(ROOT / "book" / "results" / "sweeps", "04")
+    assert len(sweep_results.default_runs(published, "experts")["experts"].unique()) > 1
+    assert len(sweep_results.default_runs(published, "conflict")["conflict"].unique()) > 2
