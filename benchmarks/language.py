@@ -191,6 +191,7 @@ def collate_text(model: LanguageRecommender, rows: Sequence[Row]) -> dict[str, T
     batch["owners"] = torch.full_like(ids, NO_ITEM)
     items = [int(item) for history, candidates, _ in rows for item in (*history, *candidates)]
     batch["owners"][batch["prompt"] & (ids == prompts.item_token)] = torch.tensor(items)
+    batch["behaviour"] = (batch["owners"].flatten() != NO_ITEM).nonzero()[:, 0]
     padding = [len(prompts.titles)]
     histories = [padding * (model.encoder.window - len(history)) + list(history) for history, *_ in rows]
     return batch | {"history": torch.tensor(np.array(histories))}

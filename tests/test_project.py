@@ -76,8 +76,9 @@ def test_conda_installs_the_lock():
 
 
 def test_the_package_alone_needs_no_notebook_or_book_tools():
-    package = {Requirement(line).name for line in project()["dependencies"]}
-    tools = {Requirement(line).name for group in project()["optional-dependencies"].values() for line in group}
+    groups = {"package": project()["dependencies"], **project()["optional-dependencies"]}
+    names = {group: {Requirement(line).name.replace("-", "_") for line in lines} for group, lines in groups.items()}
+    package, tools = names.pop("package"), set().union(*names.values())
     assert not package & tools
     assert imported_packages() - set(sys.stdlib_module_names) - {"ilora", "IPython"} <= package | tools
 
