@@ -43,9 +43,9 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from ilora import runs
+from ilora import devices
 from ilora.adapter import ILoraVariant
-from ilora.model import adapter_config
+from ilora.language import adapter_config
 
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 SHAPES = {  # the sizes of the model, and the side of the matrix product
@@ -92,7 +92,7 @@ class Bench:
     """The frozen model, a batch for it, and the steps over it that the parts compare."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.device = runs.pick_device(options.device)
+        self.device = devices.pick_device(options.device)
         self.rows, self.tokens, self.answer, self.rounds = options.rows, options.tokens, options.answer, options.rounds
         self.rows_of = {"experts": max(1, self.rows // 2)}  # every expert's output takes the most memory
         self.rows_of |= {part: options.more_rows for part in PARTS if part.endswith("more rows")}
@@ -101,7 +101,7 @@ class Bench:
         self.dtype = torch.bfloat16 if own in ("cuda", "calls") else torch.float32
         shape, self.side = SHAPES[own]
         config = LlamaConfig(**dict(zip(SIZES, shape, strict=True)), max_position_embeddings=4096, use_cache=False)
-        runs.seed_all(0)
+        devices.seed_all(0)
         with torch.device(self.device):
             self.base = AutoModelForCausalLM.from_config(config, dtype=self.dtype).requires_grad_(False)
             self.ids = torch.randint(1, config.vocab_size, (self.rows, self.tokens))

@@ -19,8 +19,9 @@ import torch
 from language import collate_text, full_loss
 from torch import Tensor
 
-from ilora import data, pipeline, runs
-from ilora.model import LanguageRecommender, Questions, adapter_config
+from ilora import data, devices, language
+from ilora.data import Questions
+from ilora.language import LanguageRecommender, adapter_config
 from ilora.recommenders import SASRec
 from ilora.study import gradients
 
@@ -29,16 +30,16 @@ GOALS = {"usual loop": {"at_least": 5}, "pass": {"at_least": 0.83}}  # at most 1
 
 def prepare(options: Namespace) -> tuple[LanguageRecommender, Questions]:
     """An untrained iLoRA on the world, whose A and B both have gradients, and the sequences."""
-    runs.seed_all(0)
+    devices.seed_all(0)
     source = data.load("world", users=options.users)
-    plain = pipeline.untuned(source, device=options.device)
+    plain = language.untuned(source, device=options.device)
     encoder = SASRec(len(source.items)).eval()
     model = LanguageRecommender(plain.language_model, plain.prompts, encoder, adapter_config(experts=4))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter += 0.01 * torch.randn_like(parameter)
-    return model.eval(), pipeline.questions(source, "train", limit=options.sequences)
+    return model.eval(), data.questions(source, "train", limit=options.sequences)
 
 
 def usual_loop(model: LanguageRecommender, asked: Questions, labels: np.ndarray) -> dict[str, Tensor]:

@@ -29,11 +29,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache
 
-from ilora import data, evaluation, pipeline, runs
-from ilora.model import LanguageRecommender, Questions, adapter_config
-from ilora.prompts import ITEM_TOKEN, NO_ITEM, NO_LABEL, wording
+from ilora import data, devices, evaluation, language
+from ilora.data import Questions
+from ilora.evaluation import evaluate
+from ilora.language import ITEM_TOKEN, NO_ITEM, NO_LABEL, LanguageRecommender, adapter_config, wording
 from ilora.recommenders import SASRec
-from ilora.training import TrainingArguments, _mix, fit
+from ilora.training import TrainingArguments, fit
+from ilora.training.loop import _mix
 
 Row = tuple[np.ndarray, np.ndarray, int]
 Ways = dict[str, Callable]
@@ -52,9 +54,9 @@ class Bench:
     """A model, sequences to train on, questions of the test split, and for each part its ways and how they agree."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        runs.seed_all(0)
+        devices.seed_all(0)
         source = data.load(options.dataset, options.data_dir, users=options.users)
-        plain = pipeline.untuned(source, device=options.device)
+        plain = language.untuned(source, device=options.device)
         config = adapter_config(experts=4, dropout=0.0)
         self.model = LanguageRecommender(plain.language_model, plain.prompts, SASRec(len(source.items)), config).eval()
         with torch.no_grad():
@@ -62,8 +64,8 @@ class Bench:
                 if "lora_B" in name:
                     parameter += 1e-3 * torch.randn_like(parameter)
         self.batch_size = options.batch_size
-        self.train = pipeline.questions(source, "train", limit=options.examples)
-        self.asked = pipeline.questions(source, "test", limit=options.questions)
+        self.train = data.questions(source, "train", limit=options.examples)
+        self.asked = data.questions(source, "test", limit=options.questions)
         self.rows = [self.asked[row] for row in range(len(self.asked))]
         self.clients = self.rows[: options.clients]
         self.together = evaluation.at_once(self.model)
@@ -237,7 +239,7 @@ def train_by_fit(model: LanguageRecommender, train: Questions, batch_size: int, 
 def answer_by_length(model: LanguageRecommender, asked: Questions, together: int) -> list[int | None]:
     """Greedy answers in the batches of evaluation."""
     answers: list[int | None] = [None] * len(asked)
-    for index, rows in evaluation._batches(model, asked, together):
+    for index, rows in evaluate._batches(model, asked, together):
         for place, column in zip(index, model.generate(rows), strict=True):
             answers[place] = column
     return answers

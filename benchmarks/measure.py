@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ilora import runs
+from ilora import artifacts
 
 Ways = Mapping[str, Callable[[], Any]]
 Goals = Mapping[str, Mapping[str, float]]  # way -> its ratio's goal, {"at_least": number} or {"at_most": number}
@@ -32,10 +32,10 @@ def parser(description: str, **numbers: int) -> argparse.ArgumentParser:
     return parser
 
 
-def start(name: str, options: argparse.Namespace, *unnamed: str) -> tuple[runs.Run, Path]:
+def start(name: str, options: argparse.Namespace, *unnamed: str) -> tuple[artifacts.Run, Path]:
     """The run, with all options but the `unnamed` as its parameters, and where its JSON goes."""
     given = {option: value for option, value in vars(options).items() if option not in ("out", *unnamed)}
-    run = runs.Run(f"benchmark_{name}", given)
+    run = artifacts.Run(f"benchmark_{name}", given)
     return run, options.out or RESULTS / f"{name}_{run.device.type}.json"
 
 

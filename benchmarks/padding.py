@@ -15,9 +15,10 @@ import measure
 import numpy as np
 from transformers import AutoTokenizer
 
-from ilora import data, evaluation, pipeline
-from ilora.language_model import EMBEDDED
-from ilora.prompts import Prompts
+from ilora import data
+from ilora.evaluation import evaluate
+from ilora.language import Prompts
+from ilora.language.pretraining import EMBEDDED
 
 
 def batches(length: np.ndarray, together: int, size: int) -> Iterator[np.ndarray]:
@@ -45,13 +46,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     prompts = Prompts(
         AutoTokenizer.from_pretrained(options.base_model), source.items["title"], source.noun, source.verb
     )
-    asked = pipeline.questions(source, "train", limit=options.examples)
+    asked = data.questions(source, "train", limit=options.examples)
     rows = (asked[row] for row in np.random.default_rng(0).permutation(len(asked)))
     length = np.array([prompts.length(row[0], row[1], behaviour=True) + prompts.size[row[2]] for row in rows])
     shares = {
         "as they come": share(length, options.micro_batch_size, options.micro_batch_size),
         "training": share(length, options.batch_size, options.micro_batch_size),
-        "evaluation": share(length, evaluation.SORTED, options.micro_batch_size),
+        "evaluation": share(length, evaluate.SORTED, options.micro_batch_size),
     }
     tokens = {"shortest": length.min(), "mean": length.mean(), "longest": length.max()}
     for name, value in shares.items():

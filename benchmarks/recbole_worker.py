@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ilora.draws import expected_hit_ratio
+from ilora.evaluation import expected_hit_ratio
 
 ALIASES = {"float": float, "int": int, "bool": bool, "object": object, "str": str, "float_": np.float64,
            "complex_": np.complex128, "unicode_": np.str_, "string_": np.bytes_}  # fmt: skip

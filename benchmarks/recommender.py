@@ -21,8 +21,8 @@ import measure
 import numpy as np
 
 from ilora import data, evaluation
-from ilora.draws import hit_ratios
-from ilora.traditional import EPOCHS, fit_recommender
+from ilora.evaluation import hit_ratios
+from ilora.recommenders import EPOCHS, fit_recommender
 
 WORKER = Path(__file__).with_name("recbole_worker.py")
 SPLITS = {"train": 1, "validation": data.MIN_HISTORY, "test": data.MIN_HISTORY}  # the shortest history of a target

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import measure
 
-from ilora import data, evaluation, pipeline, runs
-from ilora.model import LanguageRecommender, Questions, adapter_config
+from ilora import data, devices, evaluation, language
+from ilora.data import Questions
+from ilora.language import LanguageRecommender, adapter_config
 from ilora.recommenders import SASRec
 from ilora.training import TrainingArguments, fit
 
@@ -36,12 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, default in (("steps", 20), ("batch-size", 128), ("micro-batch-size", 128), ("questions", 512)):
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args(arguments)
-    device, source = runs.pick_device(options.device), data.load(options.dataset, options.data_dir)
-    rows = pipeline.questions(source, "train", limit=options.steps * options.batch_size)
-    questions = pipeline.questions(source, "test", limit=options.questions)
+    device, source = devices.pick_device(options.device), data.load(options.dataset, options.data_dir)
+    rows = data.questions(source, "train", limit=options.steps * options.batch_size)
+    questions = data.questions(source, "test", limit=options.questions)
     for name, experts in (("LoRA", 1), ("iLoRA", 4)):
         for compiled in ("yes", "no"):
-            plain = pipeline.untuned(source, options.base_model, device=options.device)
+            plain = language.untuned(source, options.base_model, device=options.device)
             config = adapter_config(experts=experts, dropout=0.0)
             model = LanguageRecommender(plain.language_model, plain.prompts, SASRec(len(source.items)), config)
             training = partial(train, model, rows, options, compiled)

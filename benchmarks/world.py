@@ -15,8 +15,8 @@ from functools import partial
 import measure
 import torch
 
-from ilora import data, tables
-from ilora.world import World, make_world
+from ilora import data
+from ilora.data import World, make_world, tables
 
 AT_ONCE = 2**20  # windows
 LIMITS = {"seconds": {"at_most": 120}, "peak_gib": {"at_most": 6}}

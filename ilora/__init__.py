@@ -13,6 +13,6 @@ def __getattr__(name: str) -> Any:
     """Import the recommender when it is used, so that the adapter alone needs no pandas."""
     if name != "LanguageRecommender":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from ilora.model import LanguageRecommender
+    from ilora.language.recommender import LanguageRecommender
 
     return LanguageRecommender

@@ -30,9 +30,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from ilora.adapter import ILoraConfig, export_lora, gate_weights
+from ilora.adapter import Gate, ILoraConfig, LinearGate, export_lora, gate_weights
 from ilora.errors import UserError
-from ilora.gates import Gate, LinearGate
 
 D, K, R, ALPHA = 6, 4, 8, 32  # gate_dim, experts, rank, alpha
 VOCABULARY, BATCH = 50, 3

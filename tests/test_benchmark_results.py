@@ -2,7 +2,7 @@
 
 import pytest
 
-from ilora.runs import UserError
+from ilora.errors import UserError
 from ilora.study import benchmark_results
 
 

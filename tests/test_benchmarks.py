@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from ilora.prompts import NO_LABEL
+from ilora.language import NO_LABEL
 from ilora.study import benchmark_results
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))

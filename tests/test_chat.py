@@ -26,9 +26,10 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ilora import runs
-from ilora.pretraining import EMBEDDED
-from ilora.prompts import read_answer
+from ilora import artifacts
+from ilora.errors import UserError
+from ilora.language import read_answer
+from ilora.language.pretraining import EMBEDDED
 from ilora.study import chat
 from ilora.study.chat import ChatRec
 
@@ -187,7 +188,7 @@ def answers(home):
 
 
 def message(found, asked):
-    with pytest.raises(runs.UserError) as caught:
+    with pytest.raises(UserError) as caught:
         found.generate(asked)
     return str(caught.value)
 
@@ -474,7 +475,7 @@ def test_the_key_is_sent_and_written_nowhere(serve, home, caplog, capfd):
     for _ in statuses:
         try:
             make(server.url, retries=0).generate(rows(1))
-        except runs.UserError as caught:
+        except UserError as caught:
             shown += ["".join(traceback.format_exception(caught)), repr(caught)]
     assert len(shown) == 2 * len(statuses)
     working = serve()
@@ -503,7 +504,7 @@ def test_a_key_with_a_line_break_is_mended_and_a_strange_one_refused_unseen(serv
     assert server.authorizations == [f"Bearer {KEY}"]
     for strange in (f"{KEY}\u2026", f"{KEY}\n{KEY}"):
         monkeypatch.setenv("OPENAI_API_KEY", strange)
-        with pytest.raises(runs.UserError, match=r"^OPENAI_API_KEY holds a sign that no key has: copy it again$"):
+        with pytest.raises(UserError, match=r"^OPENAI_API_KEY holds a sign that no key has: copy it again$"):
             make(server.url)
 
 
@@ -522,7 +523,7 @@ def test_a_key_with_a_line_break_is_mended_and_a_strange_one_refused_unseen(serv
     ],
 )
 def test_what_cannot_work_is_said_when_the_class_is_made(options, said, home):
-    with pytest.raises(runs.UserError, match=said) as caught:
+    with pytest.raises(UserError, match=said) as caught:
         make(**{"url": "http://localhost:1/v1"} | options)
     assert KEY not in str(caught.value)
     assert not home.exists()
@@ -533,7 +534,7 @@ def test_without_the_package_openai_the_class_says_what_to_install(monkeypatch):
     spec = importlib.util.spec_from_file_location("chat_alone", chat.__file__)
     alone = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(alone)
-    with pytest.raises(runs.UserError, match=r"pip install -e '.\[chat\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '.\[chat\]'"):
         alone.ChatRec("http://localhost:1/v1", "tiny", TITLES, "story", "read")
 
 
@@ -575,7 +576,7 @@ def test_the_example_of_the_readme_gives_what_the_model_itself_says(served):
     assert len(set(expected) - {None}) > 5  # it names titles, in different places
 
     for (history, candidates, _), (text, read, written) in zip(rows, said, strict=True):
-        kept = found._kept(runs.digest({"messages": found.messages(history, candidates)}))
+        kept = found._kept(artifacts.digest({"messages": found.messages(history, candidates)}))
         assert kept["text"] == text
         assert kept["usage"] == {"prompt_tokens": read, "completion_tokens": written}
         assert kept["model"].startswith(served.model) and kept["date"].startswith("20")

@@ -8,8 +8,9 @@ import pytest
 
 from ilora import data
 from ilora.data import Sequences, candidates, load, load_dataset, sequences
-from ilora.runs import UserError
-from ilora.tables import item_table, unique_titles, user_table
+from ilora.data.tables import item_table, unique_titles, user_table
+from ilora.data.windows import _GOLDEN, _mix
+from ilora.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -204,8 +205,8 @@ def test_candidates_are_uniform_in_place_and_item(windows):
 def test_splitmix_agrees_with_published_values():
     state = np.full(1, 1234567, dtype=np.uint64)  # the reference sequence for seed 1234567
     expected = (6457827717110365317, 3203168211198807973, 9817491932198370423)
-    states = [state + np.array([n], np.uint64) * data._GOLDEN for n in range(3)]
-    assert tuple(int(data._mix(state)[0]) for state in states) == expected
+    states = [state + np.array([n], np.uint64) * _GOLDEN for n in range(3)]
+    assert tuple(int(_mix(state)[0]) for state in states) == expected
 
 
 def test_too_few_items_for_candidates(windows):

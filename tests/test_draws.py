@@ -6,9 +6,9 @@ import torch
 from test_recommenders import ITEMS, dataset, make
 
 from ilora.data import candidates, sequences
-from ilora.draws import expected_hit_ratio, hit_ratios
+from ilora.errors import UserError
+from ilora.evaluation import expected_hit_ratio, hit_ratios
 from ilora.recommenders import GRU4Rec, SASRec
-from ilora.runs import UserError
 
 
 def test_expected_hit_ratio_equals_all_draws_written_out():

@@ -8,11 +8,10 @@ import torch
 from scipy import stats
 
 from ilora import evaluation
-from ilora.data import Sequences
-from ilora.evaluation import NO_ANSWER, ask, choose, difference, interval, metrics
-from ilora.model import Questions
+from ilora.data import Questions, Sequences
+from ilora.errors import UserError
+from ilora.evaluation import NO_ANSWER, ask, choose, difference, evaluate, interval, intervals, metrics
 from ilora.recommenders import Popularity
-from ilora.runs import UserError
 
 ITEMS = 50
 
@@ -110,7 +109,7 @@ def test_the_cluster_bootstrap_is_as_wide_as_the_means_scatter():
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says(monkeypatch):
-    monkeypatch.setattr(evaluation, "RESAMPLES", 400)
+    monkeypatch.setattr(intervals, "RESAMPLES", 400)
     rng = np.random.default_rng(1)
     found = [interval(*clustered(rng, users=60, windows=5)) for _ in range(200)]
     covered = sum(one["low"] <= 0.4 <= one["high"] for one in found)
@@ -238,7 +237,7 @@ def test_rank_counts_the_better_and_the_earlier_of_the_equal():
     scores = np.array([[3.0, 1, 2, 1], [1, 1, 1, 1], [1, 1, 1, 1], [0, 5, 5, 4]])
     target = np.array([3, 0, 3, 2])
     is_target = np.arange(4)[None] == target[:, None]
-    rank = evaluation._rank(scores, is_target)
+    rank = evaluate._rank(scores, is_target)
     assert rank.tolist() == [4, 1, 4, 2]
     np.testing.assert_array_equal(rank == 1, scores.argmax(1) == target)
 
@@ -321,7 +320,7 @@ def test_ask_without_writing_answers_with_the_first_ranked():
 
 
 def test_questions_of_like_length_are_asked_together(monkeypatch):
-    monkeypatch.setattr(evaluation, "SORTED", 24)
+    monkeypatch.setattr(evaluate, "SORTED", 24)
     asked, oracle, seen = questions(), Oracle(), []
     plain = oracle.rank
     oracle.rank = lambda rows: seen.append([oracle.length(row) for row in rows]) or plain(rows)
@@ -336,9 +335,9 @@ def test_questions_of_like_length_are_asked_together(monkeypatch):
 
 def test_memory_of_asking_does_not_grow_with_the_questions(monkeypatch):
     """But for an answer and a rank each; a question's own row takes some hundred bytes."""
-    monkeypatch.setattr(evaluation, "SORTED", 100)
+    monkeypatch.setattr(evaluate, "SORTED", 100)
     peaks = []
-    monkeypatch.setattr(evaluation, "_outcomes", lambda *_: peaks.append(tracemalloc.get_traced_memory()[1]))
+    monkeypatch.setattr(evaluate, "_outcomes", lambda *_: peaks.append(tracemalloc.get_traced_memory()[1]))
     for rows in (200, 200, 2200):  # the first makes what is made once
         asked, oracle = questions(rows), Oracle()
         oracle.sizes = deque(maxlen=1)

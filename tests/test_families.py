@@ -11,12 +11,10 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from ilora.language_model import load_language_model
-from ilora.model import LanguageRecommender, adapter_config
-from ilora.prompts import NO_ITEM, Prompts, wording
+from ilora.data.world import titles
+from ilora.errors import UserError
+from ilora.language import NO_ITEM, LanguageRecommender, Prompts, adapter_config, load_language_model, wording
 from ilora.recommenders import SASRec
-from ilora.runs import UserError
-from ilora.world import titles
 
 TITLES = list(titles()["title"][:40])
 WIDE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -147,7 +145,7 @@ def test_a_family_trains_ranks_and_writes_as_its_forward_pass_says(family, exper
     assert adapted == names
     assert all(name in caplog.text for name in names)
     left = {"OPT": "fc1, fc2", "Mixtral": "down_proj, gate, gate_up_proj", "Mamba": "dt_proj, out_proj"}.get(family, "")
-    (record,) = (record for record in caplog.records if record.name == "ilora.language_model")
+    (record,) = (record for record in caplog.records if record.name == "ilora.language.base_models")
     assert record.levelname == ("WARNING" if left else "INFO")
     assert record.message.rpartition("; not on ")[2] == left if left else "; not on" not in record.message
 

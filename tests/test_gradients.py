@@ -6,15 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from ilora import runs
-from ilora.data import Sequences
-from ilora.language_model import load_language_model
-from ilora.model import LanguageRecommender, Questions, adapter_config
-from ilora.prompts import Prompts
+from ilora.data import Questions, Sequences
+from ilora.data.world import titles
+from ilora.errors import UserError
+from ilora.language import LanguageRecommender, Prompts, adapter_config, load_language_model
 from ilora.recommenders import SASRec
 from ilora.study import gradients, similarity
 from ilora.training import TrainingArguments, fit, load_snapshot
-from ilora.world import titles
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TITLES = list(titles()["title"][:60])
@@ -156,7 +154,7 @@ def test_labels_that_do_not_fit_are_refused(labels):
 
 
 def test_a_model_without_adapter_is_refused():
-    with pytest.raises(runs.UserError, match="no adapter"):
+    with pytest.raises(UserError, match="no adapter"):
         gradients.group_gradients(make(None), questions(), LABELS)
 
 
@@ -205,14 +203,14 @@ def test_similar_clusters_have_similar_numbers():
 
 
 def test_too_few_distinct_sequences_are_refused():
-    with pytest.raises(runs.UserError, match="8 clusters"):
+    with pytest.raises(UserError, match="8 clusters"):
         gradients.clusters(np.repeat(np.eye(4), 10, axis=0))
 
 
 def test_a_cluster_of_a_single_user_is_refused():
     z, place = blobs()
     gradients.clusters(z, users=np.arange(len(z)))
-    with pytest.raises(runs.UserError, match="8 clusters"):
+    with pytest.raises(UserError, match="8 clusters"):
         gradients.clusters(z, users=place)
 
 

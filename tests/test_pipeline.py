@@ -5,9 +5,10 @@ import gc
 import pytest
 import torch
 
-from ilora import data, evaluation, pipeline, runs
-from ilora.recommenders import GRU4Rec, SASRec
-from ilora.traditional import fit_recommender
+from ilora import artifacts, data, evaluation, language, recommenders
+from ilora.errors import UserError
+from ilora.language import tuning
+from ilora.recommenders import GRU4Rec, SASRec, fit_recommender
 
 
 @pytest.fixture
@@ -19,8 +20,8 @@ def asked(monkeypatch, tmp_path):
 
     def parameters(**settings):
         kept = []
-        monkeypatch.setattr(runs, "cached", lambda kind, settings, *_, **__: kept.append(settings) or tmp_path)
-        pipeline.tuned_folder(source, encoder, **settings)
+        monkeypatch.setattr(artifacts, "cached", lambda kind, settings, *_, **__: kept.append(settings) or tmp_path)
+        language.tuned_folder(source, encoder, **settings)
         return kept[0]
 
     return parameters
@@ -47,15 +48,15 @@ def world(tmp_path, monkeypatch):
 
 
 def test_a_model_without_encoder_is_tuned_on_text_alone(world):
-    model, history = pipeline.tuned(world, None, window=5, **SMALL)
+    model, history = language.tuned(world, None, window=5, **SMALL)
     assert model.encoder is None and model.projector is None
     assert history["hit_ratio"].notna().sum() == 1
-    asked = pipeline.questions(world, "test", 5, limit=8)
+    asked = data.questions(world, "test", 5, limit=8)
     outcomes = evaluation.ask(model, asked)
     assert len(outcomes) == 8 and outcomes["rank"].between(1, 20).all()
-    folder = pipeline.tuned_folder(world, None, window=5, **SMALL)
+    folder = language.tuned_folder(world, None, window=5, **SMALL)
     assert not (folder / "recommender" / "encoder").exists()
-    assert pipeline.tuned_folder(world, None, window=6, **SMALL) != folder
+    assert language.tuned_folder(world, None, window=6, **SMALL) != folder
 
 
 @pytest.mark.parametrize("experts", [1, 2])
@@ -71,13 +72,13 @@ def test_the_trained_model_is_the_reloaded_one_and_is_alone_in_memory(world, exp
     before = bases()
     gc.disable()
     try:
-        model, _ = pipeline.tuned(world, encoder, experts=experts, epochs=2, **SMALL)
+        model, _ = language.tuned(world, encoder, experts=experts, epochs=2, **SMALL)
         assert bases() == before + 1
-        rows = [pipeline.questions(world, "test", 6)[row] for row in range(6)]
+        rows = [data.questions(world, "test", 6)[row] for row in range(6)]
         ranked, written = model.rank(rows), model.generate(rows)
         assert not model.training
         del model
-        again, _ = pipeline.tuned(world, encoder, experts=experts, epochs=2, **SMALL)
+        again, _ = language.tuned(world, encoder, experts=experts, epochs=2, **SMALL)
         assert bases() == before + 1
     finally:
         gc.enable()
@@ -86,25 +87,25 @@ def test_the_trained_model_is_the_reloaded_one_and_is_alone_in_memory(world, exp
 
 
 def test_a_prompt_longer_than_the_base_model_is_refused_before_training(world, monkeypatch):
-    monkeypatch.setattr(pipeline, "fit", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(tuning, "fit", lambda *_: pytest.fail("trained"))
     encoder, _ = fit_recommender(world, epochs=1, window=6, device="cpu")
-    monkeypatch.setattr("ilora.model.position_limit", lambda config: 60)
-    with pytest.raises(runs.UserError, match="tokens, but the base model reads 60"):
-        pipeline.tuned(world, encoder, **SMALL)
-    with pytest.raises(runs.UserError, match="tokens, but the base model reads 60"):
-        evaluation.ask(pipeline.untuned(world), pipeline.questions(world, "test", limit=4))
+    monkeypatch.setattr("ilora.language.recommender.position_limit", lambda config: 60)
+    with pytest.raises(UserError, match="tokens, but the base model reads 60"):
+        language.tuned(world, encoder, **SMALL)
+    with pytest.raises(UserError, match="tokens, but the base model reads 60"):
+        evaluation.ask(language.untuned(world), data.questions(world, "test", limit=4))
 
 
 def test_what_has_no_encoder_needs_a_window_and_no_gate(world):
     for wrong in ({}, {"window": 5, "experts": 4}):
-        with pytest.raises(runs.UserError, match="without an encoder give a window, and one expert"):
-            pipeline.tuned_folder(world, None, **wrong)
+        with pytest.raises(UserError, match="without an encoder give a window, and one expert"):
+            language.tuned_folder(world, None, **wrong)
 
 
 def test_a_model_is_tuned_with_another_encoder_than_sasrec(world):
     encoder, _ = fit_recommender(world, epochs=1, window=6, device="cpu", kind="GRU4Rec")
-    model, _ = pipeline.tuned(world, encoder, experts=2, **SMALL)
+    model, _ = language.tuned(world, encoder, experts=2, **SMALL)
     assert type(model.encoder) is GRU4Rec and model.gated
-    asked = pipeline.questions(world, "test", 6, limit=8)
-    assert list(pipeline.baselines(world, encoder, asked)) == ["popularity", "GRU4Rec"]
+    asked = data.questions(world, "test", 6, limit=8)
+    assert list(recommenders.baselines(world, encoder, asked)) == ["popularity", "GRU4Rec"]
     assert len(evaluation.ask(model, asked)) == 8

@@ -8,10 +8,10 @@ import torch
 from scipy import stats
 from torch.nn import functional
 
-from ilora import pretraining
 from ilora.data import Dataset
-from ilora.language_model import load_language_model
-from ilora.pretraining import (
+from ilora.data.world import titles
+from ilora.language import ITEM_TOKEN, NO_LABEL, Prompts, load_language_model, pretraining, wording
+from ilora.language.pretraining import (
     EMBEDDED,
     LONGEST_LIST,
     OTHER_DATA,
@@ -21,8 +21,6 @@ from ilora.pretraining import (
     Pretraining,
     train_tokenizer,
 )
-from ilora.prompts import ITEM_TOKEN, NO_LABEL, Prompts, wording
-from ilora.world import titles
 
 RECIPES = {"public": PUBLIC, "other data": OTHER_DATA}
 

@@ -14,8 +14,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from ilora import parameters
-from ilora.study import benchmark_results
+from ilora.study import benchmark_results, parameters
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "book" / "results"
@@ -23,10 +22,26 @@ RATES = RESULTS / "table" / "large" / "learning_rate.json"  # histories of six r
 SOURCES = sorted((ROOT / "notebooks").glob("*.ipynb"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TREE = re.search(r"^```\n(ilora/\n.*?)^```", README, re.M | re.S)[1]
-STUDY = TREE.index("\n  study/")  # the files of this folder follow, indented further
-MODULES = re.findall(r"^  (\w+)\.py ", TREE[:STUDY], re.M)  # in the order that imports follow
-MODULES += [f"study.{name}" for name in re.findall(r"^    (\w+)\.py ", TREE[STUDY:], re.M)]
-EXCEPTION = {("table", "study.chat")}  # ChatRec is a row of the table
+ROOMS = [  # folders and files, each of which may import those of earlier lines and itself
+    {"errors"}, {"devices"}, {"artifacts"}, {"adapter", "data"}, {"training", "evaluation"}, {"recommenders"},
+    {"language"}, {"study"},
+]  # fmt: skip
+
+
+def modules():
+    """The package's files in the README's tree, in the order that imports follow: `errors`, `data.tables`, ..."""
+    room = ""
+    for indent, name, kind in re.findall(r"^(  (?:  )?)(\w+)(\.py|/) ", TREE, re.M):
+        room = name + "." if kind == "/" else room if len(indent) == 4 else ""
+        if kind == ".py":
+            yield room + name
+
+
+MODULES = list(modules())
+EXCEPTION = {
+    ("study.running", "study.table_runner"),
+    ("study.running", "study.notebook_sweep"),
+}  # commands that it starts
 
 names = pytest.mark.parametrize("source", SOURCES, ids=[path.stem for path in SOURCES])
 
@@ -104,7 +119,8 @@ def imported_names(tree):
 
 def test_the_tree_in_the_readme_is_the_tree():
     files = [path.relative_to(ROOT / "ilora").with_suffix("") for path in (ROOT / "ilora").rglob("*.py")]
-    assert sorted([*MODULES, "study.__init__"]) == sorted(".".join(file.parts) for file in files)
+    rooms = {module.split(".")[0] for module in MODULES if "." in module}
+    assert sorted([*MODULES, *(f"{room}.__init__" for room in rooms)]) == sorted(".".join(file.parts) for file in files)
     assert re.findall(r"^  (\w+)\.ipynb ", TREE, re.M) == [path.stem for path in SOURCES]
 
 
@@ -116,6 +132,22 @@ def test_each_file_imports_only_files_above_it(module):
         used for importer, used in EXCEPTION if importer == module
     }
     assert not forbidden, f"{module} imports {forbidden}, listed at or below it in the README's tree"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "ilora").rglob("*.py")), ids=lambda path: path.stem)
+def test_each_room_imports_only_rooms_before_it(path):
+    room = path.relative_to(ROOT / "ilora").parts[0].removesuffix(".py")
+    names = set(imported_names(ast.parse(path.read_text(encoding="utf-8"))))
+    used = {name.split(".")[1] for name in names if name.startswith("ilora.")} - {"__version__"}
+    if room == "__init__":
+        assert used <= {"adapter", "language"}  # the latter when it is asked for
+        return
+    if room == "__main__":
+        assert used == {"study"}
+        return
+    at = next(at for at, rooms in enumerate(ROOMS) if room in rooms)
+    before = {"errors"} if room == "adapter" else set().union(*ROOMS[:at])
+    assert used <= before | {room}
 
 
 # ---------------------------------------------------------------- what is tracked

@@ -7,8 +7,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from ilora.prompts import ITEM_TOKEN, NO_ITEM, NO_LABEL, Prompts, prompt_text, read_answer, wording
-from ilora.runs import UserError
+from ilora.errors import UserError
+from ilora.language import ITEM_TOKEN, NO_ITEM, NO_LABEL, Prompts, prompt_text, read_answer, wording
 
 TITLES = ["Mossy Oak", "The Neon Market, part 2", "Ill", "Salted: a tale", "Oak"]
 

@@ -3,9 +3,8 @@ import pandas as pd
 import pytest
 import torch
 
-from ilora import runs
-from ilora.data import Dataset, sequences
-from ilora.model import Questions
+from ilora.data import Dataset, Questions, sequences
+from ilora.errors import UserError
 from ilora.recommenders import Caser, GRU4Rec, Popularity, Recommender, SASRec, SequenceModel
 
 ITEMS = 40
@@ -212,15 +211,15 @@ def test_saved_models_come_back_by_their_own_class_and_by_a_common_one(tmp_path,
 
 
 def test_what_is_not_a_saved_model_is_refused(tmp_path):
-    with pytest.raises(runs.UserError, match=r"cannot read a SASRec.*No such file"):
+    with pytest.raises(UserError, match=r"cannot read a SASRec.*No such file"):
         SASRec.from_pretrained(tmp_path)
     make(SASRec).save_pretrained(tmp_path)
     for other in (Popularity, GRU4Rec):
-        with pytest.raises(runs.UserError, match=rf"cannot read a {other.__name__}.*names SASRec, no {other.__name__}"):
+        with pytest.raises(UserError, match=rf"cannot read a {other.__name__}.*names SASRec, no {other.__name__}"):
             other.from_pretrained(tmp_path)
     weights = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(weights[:-9])
-    with pytest.raises(runs.UserError, match=r"cannot read a SASRec"):
+    with pytest.raises(UserError, match=r"cannot read a SASRec"):
         SASRec.from_pretrained(tmp_path)
 
 

@@ -14,7 +14,9 @@ import pytest
 import torch
 
 import ilora
-from ilora import runs
+from ilora import artifacts, devices
+from ilora.errors import UserError
+from ilora.study import running
 
 
 @pytest.fixture(autouse=True)
@@ -29,41 +31,41 @@ def home(tmp_path, monkeypatch):
 def test_seed_all_repeats_every_generator():
     draws = []
     for _ in range(2):
-        runs.seed_all(7)
+        devices.seed_all(7)
         draws.append((random.random(), np.random.rand(), torch.rand(()).item()))  # noqa: NPY002
     assert draws[0] == draws[1]
 
 
 def test_pick_device():
-    assert runs.pick_device("cpu") == torch.device("cpu")
-    assert runs.pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert devices.pick_device("cpu") == torch.device("cpu")
+    assert devices.pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 # ---------------------------------------------------------------- files
 
 
 def test_home_is_named_by_the_environment_or_lies_in_the_working_directory(home, tmp_path, monkeypatch):
-    assert runs.home() == home
+    assert artifacts.home() == home
     assert home.is_dir()
     monkeypatch.delenv("ILORA_HOME")
     monkeypatch.chdir(tmp_path)
-    assert runs.home() == tmp_path / "artifacts"
+    assert artifacts.home() == tmp_path / "artifacts"
 
 
 def test_key_depends_on_values_alone():
-    assert runs.key({"a": 1, "b": [1.5, None]}, {}) == runs.key({"b": (1.5, None), "a": 1}, {})
-    assert len(runs.key({}, {})) == 12
-    assert runs.key({"a": 1}, {}) != runs.key({"a": 2}, {})
+    assert artifacts.key({"a": 1, "b": [1.5, None]}, {}) == artifacts.key({"b": (1.5, None), "a": 1}, {})
+    assert len(artifacts.key({}, {})) == 12
+    assert artifacts.key({"a": 1}, {}) != artifacts.key({"a": 2}, {})
     for value in ({1, 2}, Path(), np.int64(1)):
         with pytest.raises(TypeError):
-            runs.key({"a": value}, {})
+            artifacts.key({"a": value}, {})
     with pytest.raises(ValueError, match="JSON"):
-        runs.key({"a": float("nan")}, {})
+        artifacts.key({"a": float("nan")}, {})
 
 
 def test_write_atomic_replaces_all_or_nothing(tmp_path, monkeypatch):
     path = tmp_path / "new" / "file.txt"
-    runs.write_atomic(path, "one ü")
+    artifacts.write_atomic(path, "one ü")
     assert path.read_text(encoding="utf-8") == "one ü"
     assert path.stat().st_mode & 0o777 == 0o644
 
@@ -72,32 +74,32 @@ def test_write_atomic_replaces_all_or_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="disk full"):
-        runs.write_atomic(path, b"two")
+        artifacts.write_atomic(path, b"two")
     assert path.read_text(encoding="utf-8") == "one ü"
     assert list(path.parent.iterdir()) == [path]
 
 
 def test_write_json_takes_numpy_and_refuses_nan(tmp_path):
     path = tmp_path / "x.json"
-    runs.write_json(path, {"b": np.arange(2), "a": np.float32(0.5), "c": np.bool_(True)})
+    artifacts.write_json(path, {"b": np.arange(2), "a": np.float32(0.5), "c": np.bool_(True)})
     assert json.loads(path.read_text()) == {"a": 0.5, "b": [0, 1], "c": True}
     assert path.read_text().index('"a"') < path.read_text().index('"b"')
     with pytest.raises(ValueError, match="JSON"):
-        runs.write_json(path, {"a": np.float32("nan")})
+        artifacts.write_json(path, {"a": np.float32("nan")})
     with pytest.raises(TypeError, match="set is not JSON"):
-        runs.write_json(path, {"a": {1}})
+        artifacts.write_json(path, {"a": {1}})
 
 
 def test_atomic_folder_appears_whole_or_not_at_all(tmp_path):
     path = tmp_path / "deep" / "folder"
-    with runs.atomic_folder(path) as folder:
+    with artifacts.atomic_folder(path) as folder:
         (folder / "sub").mkdir()
         (folder / "sub" / "one").write_text("1")
         assert not path.exists()
-    with pytest.raises(FileNotFoundError), runs.atomic_folder(path) as folder:
+    with pytest.raises(FileNotFoundError), artifacts.atomic_folder(path) as folder:
         (folder / "no" / "such").write_text("2")
     assert [file.name for file in path.rglob("*")] == ["sub", "one"]
-    with runs.atomic_folder(path) as folder:
+    with artifacts.atomic_folder(path) as folder:
         (folder / "three").write_text("3")
     assert [file.name for file in path.rglob("*")] == ["three"]
     assert list(path.parent.iterdir()) == [path]
@@ -111,7 +113,7 @@ def test_runs_at_the_same_time_make_it_once(home):
         made.append(folder)
 
     with ThreadPoolExecutor(4) as pool:
-        folders = set(pool.map(lambda _: runs.cached("data", {"seed": 1}, {}, make), range(4)))
+        folders = set(pool.map(lambda _: artifacts.cached("data", {"seed": 1}, {}, make), range(4)))
     assert len(made) == 1 and len(folders) == 1
 
 
@@ -125,10 +127,10 @@ def test_cached_makes_once_and_again_after_a_failure(home):
         (folder / "data.txt").write_text("x")
 
     with pytest.raises(OSError, match="killed"):
-        runs.cached("data", {"seed": 1}, {"file": "a"}, make)
-    first = runs.cached("data", {"seed": 1}, {"file": "a"}, make, note="one line")
-    assert runs.cached("data", {"seed": 1}, {"file": "a"}, make) == first
-    assert first == home / "data" / runs.key({"seed": 1}, {"file": "a"})
+        artifacts.cached("data", {"seed": 1}, {"file": "a"}, make)
+    first = artifacts.cached("data", {"seed": 1}, {"file": "a"}, make, note="one line")
+    assert artifacts.cached("data", {"seed": 1}, {"file": "a"}, make) == first
+    assert first == home / "data" / artifacts.key({"seed": 1}, {"file": "a"})
     assert len(made) == 2
     about = {"version": ilora.__version__, "inputs": {"file": "a"}, "settings": {"seed": 1}}
     assert json.loads((first / "parameters.json").read_text()) == about
@@ -138,12 +140,12 @@ def test_cached_makes_once_and_again_after_a_failure(home):
 
 
 def test_a_result_says_what_was_run_where_and_what_came_out(home):
-    with runs.Run("04_ilora", {"seed": 1, "device": "cpu"}, {"data": "abc"}) as run:
+    with artifacts.Run("04_ilora", {"seed": 1, "device": "cpu"}, {"data": "abc"}) as run:
         pass
     assert run.seconds == run.seconds
     path = run.save({"HitRatio@1": {"value": 0.5, "count": 2}}, pd.DataFrame({"hit": [True, False]}))
     result = json.loads(path.read_text())
-    assert path == home / "results" / f"04_ilora-{runs.key(run.parameters, {'data': 'abc'})}.json"
+    assert path == home / "results" / f"04_ilora-{artifacts.key(run.parameters, {'data': 'abc'})}.json"
     assert result["inputs"] == {"data": "abc"}
     assert result["parameters"] == {"seed": 1, "device": "cpu"}
     assert result["metrics"]["HitRatio@1"]["value"] == 0.5
@@ -164,29 +166,29 @@ def git(folder, *arguments):
 def test_commit_is_that_of_the_packages_checkout(tmp_path, monkeypatch):
     package = tmp_path / "ilora"
     package.mkdir()
-    (package / "runs.py").write_text("# one\n")
-    monkeypatch.setattr(runs, "__file__", str(package / "runs.py"))
-    assert runs.commit() == "unknown (not a checkout)"
+    (package / "artifacts.py").write_text("# one\n")
+    monkeypatch.setattr(artifacts, "__file__", str(package / "artifacts.py"))
+    assert artifacts.commit() == "unknown (not a checkout)"
     git(tmp_path, "init", "--quiet")
-    assert runs.commit() == "unknown (not a checkout)"  # a package that lies in somebody else's checkout
+    assert artifacts.commit() == "unknown (not a checkout)"  # a package that lies in somebody else's checkout
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "--quiet", "--message", "one")
-    assert runs.commit() == git(tmp_path, "rev-parse", "HEAD")
-    (package / "runs.py").write_text("# two\n")
-    assert runs.commit() == git(tmp_path, "rev-parse", "HEAD") + "+dirty"
+    assert artifacts.commit() == git(tmp_path, "rev-parse", "HEAD")
+    (package / "artifacts.py").write_text("# two\n")
+    assert artifacts.commit() == git(tmp_path, "rev-parse", "HEAD") + "+dirty"
 
 
 @pytest.mark.parametrize(
     ("error", "code", "told"),
     [
-        (runs.UserError("x is wrong: mend it"), 1, "ilora: x is wrong: mend it\n"),
+        (UserError("x is wrong: mend it"), 1, "ilora: x is wrong: mend it\n"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )
 def test_a_command_line_tells_in_one_sentence_what_ended_it(error, code, told, capsys):
-    @runs.command
+    @running.command
     def main(arguments=None):
         raise error
 
     assert main([]) == code and told in capsys.readouterr().err
-    assert runs.command(lambda arguments=None: len(arguments))(["a"]) == 1
+    assert running.command(lambda arguments=None: len(arguments))(["a"]) == 1

@@ -5,9 +5,8 @@ import pytest
 import torch
 from scipy.spatial.distance import pdist, squareform
 
-from ilora import runs
-from ilora.data import Sequences
-from ilora.model import Questions
+from ilora.data import Questions, Sequences
+from ilora.errors import UserError
 from ilora.study import gradients, similarity
 
 LABELS = np.array([2, 0, 2, 1, 2, 0, 2, 2, 1, 2, 2])  # groups of 2, 2 and 7
@@ -29,7 +28,7 @@ def test_cosines_of_known_vectors():
 
 
 def test_a_zero_gradient_has_no_direction():
-    with pytest.raises(runs.UserError, match="zero"):
+    with pytest.raises(UserError, match="zero"):
         similarity.cosines(gradients.inner_products({"one": torch.tensor([[1.0, 0], [0, 0]])}))
 
 

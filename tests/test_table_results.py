@@ -4,7 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ilora import runs, uncertainty
+from ilora import artifacts, evaluation
+from ilora.errors import UserError
 from ilora.study import table_results
 
 
@@ -13,7 +14,7 @@ def write_search(folder, number, system, chosen, grid):
     trial = {"value": 0.25, "low": 0.2, "high": 0.3, "n": 10, "epoch": 1}
     about = {"dataset": "movielens", "system": system}
     metrics = {"chosen": chosen, "grid": [trial | values for values in grid]}
-    runs.write_json(folder / f"{name}-{number}.json", {"parameters": about, "metrics": metrics})
+    artifacts.write_json(folder / f"{name}-{number}.json", {"parameters": about, "metrics": metrics})
 
 
 def test_a_choice_at_the_end_of_its_grid_is_marked(tmp_path):
@@ -49,13 +50,13 @@ def test_mixed_settings_are_refused_and_other_questions_not_compared():
         [[False, True]],
         [[False, True]],
     ]
-    with pytest.raises(runs.UserError, match="iLoRA on movielens differ in rank"):
+    with pytest.raises(UserError, match="iLoRA on movielens differ in rank"):
         table_results.answers_by_system(
             [result("iLoRA", 0, "a", rank=8), result("iLoRA", 1, "a", rank=16)], "movielens"
         )
-    with pytest.raises(runs.UserError, match="two results of iLoRA on movielens with one seed"):
+    with pytest.raises(UserError, match="two results of iLoRA on movielens with one seed"):
         table_results.answers_by_system([*same, result("iLoRA", 1, "a")], "movielens")
-    with pytest.raises(runs.UserError, match="different questions"):
+    with pytest.raises(UserError, match="different questions"):
         table_results.answers_by_system([result("iLoRA", 0, "a"), result("iLoRA", 1, "b")], "movielens")
     answers = table_results.answers_by_system([*same, result("SASRec", 0, "b"), result("GRU4Rec", 2, "a")], "movielens")
     assert list(table_results.compare_systems(answers).index) == [
@@ -82,7 +83,7 @@ def test_a_larger_base_is_compared_with_the_same_seeds_of_the_small_one():
     small = {"iLoRA": of((0, 1, 2), 3), "LLaRA": of((2,), 5), "TALLRec": of((0,), 5), "SASRec": of((0,), 9)}
     table = table_results.compare_bases(large, small)
     assert list(table.index) == ["iLoRA"]  # others: no seed in common, other questions, or over one base alone
-    expected = uncertainty.paired_comparison(large["iLoRA"].hit, small["iLoRA"].hit[1:], np.arange(40))
+    expected = evaluation.paired_comparison(large["iLoRA"].hit, small["iLoRA"].hit[1:], np.arange(40))
     assert table.loc["iLoRA", [*expected]].to_dict() == expected and expected["value"] > 0.2
     assert table_results.compare_bases(large, {}).empty and table_results.compare_bases({}, small).empty
 
@@ -93,7 +94,7 @@ def test_a_sample_is_compared_on_its_rows_alone():
     whole = table_results.Answers((0, 1, 2), ours, ours, users, ("a", "b"), np.arange(30))
     part = table_results.Answers((0,), theirs[..., rows], theirs[..., rows], users[rows], ("a", "b"), rows)
     row = table_results.compare_systems({"iLoRA": whole, "ChatRec": part}).loc["ChatRec"]
-    expected = uncertainty.paired_comparison(ours[..., rows], theirs[..., rows], users[rows])
+    expected = evaluation.paired_comparison(ours[..., rows], theirs[..., rows], users[rows])
     assert {name: row[name] for name in expected} == expected
     assert (row["n"], row["users"]) == (6, 5)
     back = table_results.compare_systems({"iLoRA": whole, "ChatRec": part}, "ChatRec").loc["iLoRA"]

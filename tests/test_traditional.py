@@ -4,11 +4,10 @@ import pytest
 import torch
 from test_recommenders import dataset
 
-from ilora import runs, traditional
 from ilora.data import sequences
-from ilora.draws import hit_ratios
-from ilora.recommenders import Popularity
-from ilora.traditional import Windows, choose_regularisation, fit_recommender
+from ilora.errors import UserError
+from ilora.evaluation import hit_ratios
+from ilora.recommenders import Popularity, Windows, choose_regularisation, fit_recommender, training
 
 FAST = {"epochs": 8, "window": 6, "device": "cpu", "learning_rate": 0.005, "batch_size": 32, "dropout": 0.1}
 
@@ -67,7 +66,7 @@ def test_a_recommender_is_made_once_and_kept(home, monkeypatch):
     model, history = fit_recommender(data, **settings)
     other, _ = fit_recommender(data, l2=0.1, **settings)
     assert not torch.equal(other.item_embeddings, model.item_embeddings)
-    monkeypatch.setattr(traditional, "fit", None)  # not called again
+    monkeypatch.setattr(training, "fit", None)  # not called again
     again, same = fit_recommender(data, **settings)
     torch.testing.assert_close(again.item_embeddings, model.item_embeddings, rtol=0, atol=0)
     pd.testing.assert_frame_equal(same, history)
@@ -75,11 +74,11 @@ def test_a_recommender_is_made_once_and_kept(home, monkeypatch):
 
 
 def test_what_cannot_be_trained_is_refused_before_any_work(home):
-    with pytest.raises(runs.UserError, match=r"no recommender 'BERT4Rec'.*GRU4Rec, Caser, SASRec, MoRec"):
+    with pytest.raises(UserError, match=r"no recommender 'BERT4Rec'.*GRU4Rec, Caser, SASRec, MoRec"):
         fit_recommender(dataset(), kind="BERT4Rec")
-    with pytest.raises(runs.UserError, match="MoRec needs a text encoder"):
+    with pytest.raises(UserError, match="MoRec needs a text encoder"):
         fit_recommender(dataset(), kind="MoRec")
-    with pytest.raises(runs.UserError, match="Caser with text_encoder 'x'"):
+    with pytest.raises(UserError, match="Caser with text_encoder 'x'"):
         fit_recommender(dataset(), kind="Caser", text_encoder="x")
     assert not list(home.iterdir())
 
@@ -88,7 +87,7 @@ def test_small_models_train_on_one_thread_without_subnormal_numbers():
     small, threads = torch.tensor(1e-30), torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        with traditional._for_small_models():
+        with training._for_small_models():
             assert torch.get_num_threads() == 1
             assert (small * 1e-10).item() == 0
         assert torch.get_num_threads() == 2
@@ -107,7 +106,7 @@ def test_dropout_and_l2_are_chosen_by_validation(monkeypatch):
         calls.append((seed, settings))
         return None, pd.DataFrame({"epoch": [1, 2, 3], "hit_ratio": [0.1, values[dropout, l2], np.nan]})
 
-    monkeypatch.setattr(traditional, "fit_recommender", trained)
+    monkeypatch.setattr(training, "fit_recommender", trained)
     grid = [{"dropout": dropout, "l2": l2} for dropout, l2 in values]
     chosen, table = choose_regularisation(dataset(), "GRU4Rec", grid, seed=3, epochs=2)
     assert chosen == {"dropout": 0.2, "l2": 1e-5}  # the first of two equals

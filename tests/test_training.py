@@ -15,8 +15,9 @@ import pytest
 import torch
 from torch import nn
 
-from ilora import runs, training
-from ilora.training import Batches, TrainingArguments, fit
+from ilora import training
+from ilora.errors import UserError
+from ilora.training import Batches, TrainingArguments, fit, loop
 
 ARGUMENTS = TrainingArguments(epochs=3, batch_size=16, learning_rate=1e-2, weight_decay=0.1, save_every=3)
 ROWS = list(range(90))  # 6 batches an epoch, the last one of 10 rows
@@ -58,7 +59,7 @@ def weights(model):
 
 def trained(folder, dropout=0.1, **changes):
     model = Toy(dropout)
-    history = fit(model, ROWS, training.replace(ARGUMENTS, **changes), folder)
+    history = fit(model, ROWS, loop.replace(ARGUMENTS, **changes), folder)
     return model, history
 
 
@@ -78,7 +79,7 @@ def test_fit_equals_a_plain_loop(tmp_path, micro_batch_size):
     batches = Batches(ROWS, ARGUMENTS)
     for step, rate in enumerate(history["learning_rate"]):
         optimizer.param_groups[0]["lr"] = rate
-        loss = other(other.collate(batches.of(step)), step / 18, training._mix(0, step))
+        loss = other(other.collate(batches.of(step)), step / 18, loop._mix(0, step))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(learned, 1.0)
@@ -99,9 +100,9 @@ def test_history_has_one_row_a_step(tmp_path):
 
 def test_schedule_warms_up_then_falls():
     for name, end in (("cosine", 0.01), ("constant", 1.0)):
-        arguments = training.replace(ARGUMENTS, schedule=name, warmup=0.2)
+        arguments = loop.replace(ARGUMENTS, schedule=name, warmup=0.2)
         optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=1.0)
-        schedule, rates = training._schedule(optimizer, arguments, 100), []
+        schedule, rates = loop._schedule(optimizer, arguments, 100), []
         for _ in range(100):
             rates.append(schedule.get_last_lr()[0])
             optimizer.step()
@@ -136,7 +137,7 @@ def test_micro_batches_hold_rows_of_like_length(tmp_path):
     model, seen = Toy(), []
     model.length = lambda row: row % 10
     model.collate = lambda rows: seen.append([row % 10 for row in rows]) or Toy.collate(model, rows)
-    fit(model, ROWS, training.replace(ARGUMENTS, micro_batch_size=4), tmp_path)
+    fit(model, ROWS, loop.replace(ARGUMENTS, micro_batch_size=4), tmp_path)
     for step in range(0, len(seen), 4):
         batch = np.concatenate(seen[step : step + 4]).tolist()
         assert batch == sorted(batch)
@@ -169,7 +170,7 @@ def test_the_best_state_on_validation_is_the_result(tmp_path):
     again = Toy()
     fit(again, ROWS, ARGUMENTS, tmp_path, validate, "score")  # finished: nothing is trained or validated again
     torch.testing.assert_close(weights(again), states[1], **BITS)
-    saved = training.safetensors.torch.load_file(tmp_path / "best.safetensors")
+    saved = loop.safetensors.torch.load_file(tmp_path / "best.safetensors")
     torch.testing.assert_close(saved["early.weight"], model.early.weight.detach(), **BITS)
     assert not any(name.startswith("frozen") for name in saved)
 
@@ -183,18 +184,18 @@ def test_validation_must_give_what_is_monitored(tmp_path):
     "wrong", [{"epochs": 0}, {"learning_rate": -1.0}, {"schedule": "linear"}, {"precision": "fp16"}]
 )
 def test_impossible_arguments_are_refused(wrong):
-    with pytest.raises(runs.UserError, match=next(iter(wrong))):
-        training.replace(ARGUMENTS, **wrong)
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        loop.replace(ARGUMENTS, **wrong)
 
 
 def test_a_model_in_shards_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(training.Accelerator, "distributed_type", training.DistributedType.FSDP)
-    with pytest.raises(runs.UserError, match="without FSDP"):
+    monkeypatch.setattr(loop.Accelerator, "distributed_type", loop.DistributedType.FSDP)
+    with pytest.raises(UserError, match="without FSDP"):
         fit(Toy(), ROWS, ARGUMENTS, tmp_path)
 
 
 def test_no_rows_are_refused(tmp_path):
-    with pytest.raises(runs.UserError, match="no rows"):
+    with pytest.raises(UserError, match="no rows"):
         fit(Toy(), [], ARGUMENTS, tmp_path)
 
 
@@ -228,7 +229,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, capl
 
 def test_checkpoints_of_other_arguments_are_refused(tmp_path):
     trained(tmp_path)
-    with pytest.raises(runs.UserError, match=r"'learning_rate': 0\.01.*choose another folder"):
+    with pytest.raises(UserError, match=r"'learning_rate': 0\.01.*choose another folder"):
         trained(tmp_path, learning_rate=0.02)
     trained(tmp_path, micro_batch_size=4, save_every=5)  # these may change
 
@@ -239,8 +240,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, value):
     model.x[77] = value
     bad = next(step for step in range(18) if 77 in Batches(ROWS, ARGUMENTS).of(step))
     rows = Batches(ROWS, ARGUMENTS).of(bad).tolist()
-    with pytest.raises(runs.UserError) as error:
-        fit(model, ROWS, training.replace(ARGUMENTS, save_every=1), tmp_path)
+    with pytest.raises(UserError) as error:
+        fit(model, ROWS, loop.replace(ARGUMENTS, save_every=1), tmp_path)
     assert f"at step {bad + 1}, learning rate " in str(error.value)
     assert str(rows) in str(error.value)
     assert torch.isfinite(weights(model)).all()
@@ -258,7 +259,7 @@ def test_a_full_disk_loses_nothing_that_is_written(tmp_path, monkeypatch):
         synchronise(file)
 
     monkeypatch.setattr(os, "fsync", full_at_the_third)
-    with pytest.raises(runs.UserError, match=r"step-00000009.*No space left.*make room"):
+    with pytest.raises(UserError, match=r"step-00000009.*No space left.*make room"):
         trained(tmp_path / "full")
     assert [path.name[:13] for path in checkpoints(tmp_path / "full")] == ["step-00000003", "step-00000006"]
     resumed, _ = trained(tmp_path / "full")
@@ -268,7 +269,7 @@ def test_a_full_disk_loses_nothing_that_is_written(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- snapshots
 
 
-KEPT = training.replace(ARGUMENTS, snapshots=4)  # of 18 steps; checkpoints after every third
+KEPT = loop.replace(ARGUMENTS, snapshots=4)  # of 18 steps; checkpoints after every third
 
 
 class Interrupted(Exception):
@@ -326,8 +327,8 @@ def test_snapshots_change_nothing_and_are_not_kept_unasked(tmp_path):
 def test_few_steps_have_few_snapshots():
     assert KEPT.snapshot_steps(2) == {1, 2}
     assert ARGUMENTS.snapshot_steps(18) == set()
-    with pytest.raises(runs.UserError, match="snapshots"):
-        training.replace(ARGUMENTS, snapshots=-1)
+    with pytest.raises(UserError, match="snapshots"):
+        loop.replace(ARGUMENTS, snapshots=-1)
 
 
 def test_a_snapshot_of_another_model_is_refused(tmp_path):
@@ -335,7 +336,7 @@ def test_a_snapshot_of_another_model_is_refused(tmp_path):
     other = Toy()
     other.late = nn.Linear(8, 9)
     before = weights(other).clone()
-    with pytest.raises(runs.UserError, match="other trained tensors"):
+    with pytest.raises(UserError, match="other trained tensors"):
         training.load_snapshot(other, tmp_path / "snapshots" / f"step-{18:08d}.safetensors")
     torch.testing.assert_close(weights(other), before, **BITS)
 
@@ -351,7 +352,7 @@ def server():
     return context
 
 
-LONG = training.replace(ARGUMENTS, epochs=30, save_every=2)  # 180 steps
+LONG = loop.replace(ARGUMENTS, epochs=30, save_every=2)  # 180 steps
 
 
 def train_slowly(folder, started):

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from ilora.uncertainty import crossed_interval, holm, mcnemar, paired_comparison, sign_flip_test
+from ilora.evaluation import crossed_interval, holm, mcnemar, paired_comparison, sign_flip_test
 
 
 def table(seeds=3, draws=4, users=60, windows=2, sd=(0.0, 0.0, 0.0, 1.0), mean=0.0, seed=0):

@@ -12,8 +12,10 @@ from conftest import ROOT
 from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
-from ilora import data, parameters, pipeline
-from ilora.pretraining import EMBEDDED
+from ilora import data
+from ilora.errors import UserError
+from ilora.language.pretraining import EMBEDDED
+from ilora.study import parameters
 
 PAGES = sorted((ROOT / "book").glob("*.md"))
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -89,7 +91,7 @@ def test_the_files_on_the_page_of_own_data_are_of_the_form_it_describes(somewher
     events, items = blocks("own_data", "text")
     (somewhere / "events.csv").write_text(events)
     (somewhere / "items.csv").write_text(items)
-    with pytest.raises(parameters.UserError, match="csv has 2 items, but each question offers 20"):
+    with pytest.raises(UserError, match="csv has 2 items, but each question offers 20"):
         data.load("csv", str(somewhere))
 
 
@@ -115,7 +117,7 @@ def test_a_command_names_what_is_there(page, command):
         if word.startswith("notebooks/"):
             assert (ROOT / word).is_file()
     if "-m" in command and command[2].startswith("ilora"):
-        about = explained(*command[1 : 4 if "table" in command else 3])
+        about = explained(*command[1 : 4 if {"table", "sweep"} & set(command) else 3])
         assert all(re.search(rf"{word}\b", about) for word in command if word.startswith("--"))
     given = [(command[at + 1], command[at + 2]) for at, word in enumerate(command) if word == "-p"]
     given = [pair for pair in given if pair[0] != "data_dir"]  # a folder of the reader's
@@ -149,7 +151,7 @@ def test_a_quantised_base_becomes_a_recommender_as_the_page_of_gpus_says(somewhe
     monkeypatch.setattr(data, "load", lambda _: world)
     here, (block,) = {}, [block for block in blocks("own_gpus", "python") if "load_in_4bit" in block]
     exec(block, here)
-    model, asked = here["model"], pipeline.questions(world, "train", limit=4)
+    model, asked = here["model"], data.questions(world, "train", limit=4)
     rows = [asked[row] for row in range(4)]
     model(model.collate(rows)).backward()
     assert any(value.grad is not None and value.grad.abs().max() > 0 for value in model.parameters())

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ilora.world import FOLLOW, FOLLOWER_WEIGHTS, GROUPS, THEMES, WINDOW, make_world, titles
+from ilora.data import make_world
+from ilora.data.world import FOLLOW, FOLLOWER_WEIGHTS, GROUPS, THEMES, WINDOW, titles
 
 pytestmark = pytest.mark.filterwarnings("error")  # a RuntimeWarning of numpy fails the test
 

@@ -13,9 +13,8 @@ import torch
 from test_model import make, question_rows
 from test_training import trained, weights
 
-from ilora import data, pipeline
-from ilora.recommenders import SASRec
-from ilora.traditional import fit_recommender
+from ilora import data, language
+from ilora.recommenders import SASRec, fit_recommender
 from ilora.training import TrainingArguments, fit
 
 
@@ -37,7 +36,7 @@ def main(folder):
     fit_recommender(world, epochs=1, device="cpu")  # dropout falls otherwise on two halves: it has to end, no more
     torch.manual_seed(3)
     encoder = SASRec(len(world.items))
-    model, history = pipeline.tuned(world, encoder, "embedded", "cpu", experts=4, train_limit=32, batch_size=8)
+    model, history = language.tuned(world, encoder, "embedded", "cpu", experts=4, train_limit=32, batch_size=8)
     found["pipeline"] = flat(model), torch.tensor(history["loss"])
     group = torch.distributed
     together = group.is_initialized()

@@ -1,1 +1,1 @@
-../../ilora/gates.py
+../../ilora/adapter/gates.py

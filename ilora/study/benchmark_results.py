@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ilora.runs import UserError
+from ilora.errors import UserError
 from ilora.study.results import load_results
 
 Results = Mapping[str, Mapping[str, Any]]  # name of the file, such as "language_cpu" -> its content

@@ -6,8 +6,8 @@
 The paper prints no prompt of its ChatRec row. These words are ours: the question is the text-only prompt of
 prompts.py, as the language models get it, so that rows compare.
 
-An answer is kept under `runs.home()/chat/` the moment it is read: a run that was stopped in whatever way goes on from
-there, and does not pay again for what is kept.
+An answer is kept under `artifacts.home()/chat/` the moment it is read: a run that was stopped in whatever way goes on
+from there, and does not pay again for what is kept.
 """
 
 import json
@@ -23,8 +23,9 @@ import numpy as np
 from filelock import FileLock
 from tqdm import tqdm
 
-from ilora import runs
-from ilora.prompts import read_answer, wording
+from ilora import artifacts
+from ilora.errors import UserError
+from ilora.language.prompts import read_answer, wording
 
 try:
     import openai
@@ -67,14 +68,14 @@ class ChatRec:
         retries: int = 10,
     ):
         if openai is None:
-            raise runs.UserError("ChatRec needs the package openai: pip install -e '.[chat]' in the repository")
+            raise UserError("ChatRec needs the package openai: pip install -e '.[chat]' in the repository")
         if not re.fullmatch(URL, base_url):  # the message does not repeat it: it may hold a password
-            raise runs.UserError("base_url must be of the form https://host/v1, without user, password and query")
+            raise UserError("base_url must be of the form https://host/v1, without user, password and query")
         if concurrency < 1 or timeout <= 0 or retries < 0:
-            raise runs.UserError("concurrency must be at least 1, timeout above 0 and retries at least 0")
+            raise UserError("concurrency must be at least 1, timeout above 0 and retries at least 0")
         key = os.environ.get("OPENAI_API_KEY", "").strip() or NO_KEY
         if not (key.isascii() and key.isprintable()):
-            raise runs.UserError("OPENAI_API_KEY holds a sign that no key has: copy it again")
+            raise UserError("OPENAI_API_KEY holds a sign that no key has: copy it again")
         self.base_url, self.model = base_url.rstrip("/"), model
         self.titles, self.words = list(titles), (noun, verb)
         self.request_limit, self.concurrency = request_limit, concurrency
@@ -88,8 +89,10 @@ class ChatRec:
             http_client=openai.DefaultHttpxClient(event_hooks={"request": [self._count]}),
         )
         about = {"base_url": self.base_url, "model": model, "settings": SETTINGS}
-        self.folder = runs.home() / "chat" / runs.digest(about)  # a request's, whatever version sends it: it was paid
-        runs.write_json(self.folder / "parameters.json", about)
+        self.folder = (
+            artifacts.home() / "chat" / artifacts.digest(about)
+        )  # a request's, whatever version sends it: it was paid
+        artifacts.write_json(self.folder / "parameters.json", about)
 
     def messages(self, history: Sequence[int], candidates: Sequence[int]) -> list[dict[str, str]]:
         """What is sent: history and candidates are item ids, the history oldest first and without padding."""
@@ -104,14 +107,14 @@ class ChatRec:
         Only what is not kept is asked.  Raises UserError at a limit, or if the endpoint does not do its part.
         """
         asked = [self.messages(history, candidates) for history, candidates, _ in rows]
-        digests = [runs.digest({"messages": messages}) for messages in asked]
+        digests = [artifacts.digest({"messages": messages}) for messages in asked]
         with FileLock(self.folder / ".lock"):  # runs at the same time do not pay twice either
             missing = {key: messages for key, messages in zip(digests, asked, strict=True) if not self._kept(key)}
             try:
                 self._ask_all(missing)
-            except runs.UserError as error:
+            except UserError as error:
                 kept = sum(self._kept(digest) is not None for digest in set(digests))
-                raise runs.UserError(
+                raise UserError(
                     f"{error}; {self.requests} requests were sent, {kept} of {len(set(digests))} answers are "
                     f"kept in {self.folder}, and the same call goes on from there"
                 ) from None
@@ -146,8 +149,8 @@ class ChatRec:
         try:
             answer = self._request(messages)
             answer |= {"prompt": digest, "date": datetime.now(UTC).isoformat(timespec="seconds")}
-            runs.write_json(self.folder / f"{digest}.json", answer)
-        except runs.UserError as error:
+            artifacts.write_json(self.folder / f"{digest}.json", answer)
+        except UserError as error:
             self._stopped = self._stopped or str(error)
             raise
 
@@ -156,11 +159,11 @@ class ChatRec:
         try:
             reply = create(model=self.model, messages=messages, **SETTINGS)
         except openai.OpenAIError as error:
-            raise runs.UserError(self._explain(error)) from None  # its own traceback may show the key
+            raise UserError(self._explain(error)) from None  # its own traceback may show the key
         try:
             return _read(json.loads(reply.content))
         except (ValueError, LookupError, TypeError, AttributeError):
-            raise runs.UserError(
+            raise UserError(
                 f"{self.base_url} sends what is no chat completion: check base_url, which ends in /v1 at most servers"
             ) from None
 

@@ -6,7 +6,7 @@ Letters: n sequences, K experts
 import numpy as np
 from scipy import stats
 
-from ilora.evaluation import interval
+from ilora.evaluation.intervals import interval
 
 LEAST_PERSONAL = 0.01  # a gate with a smaller personal share is called constant
 

@@ -15,10 +15,11 @@ from scipy.cluster.vq import ClusterError, kmeans2
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ilora.model import LanguageRecommender, Questions
-from ilora.recommenders import SequenceModel
-from ilora.runs import UserError
-from ilora.training import load_snapshot
+from ilora.data.windows import Questions
+from ilora.errors import UserError
+from ilora.language.recommender import LanguageRecommender
+from ilora.recommenders.base import SequenceModel
+from ilora.training.checkpoints import load_snapshot
 
 RESTARTS = 10  # of k-means
 GATE = "gate"  # the gate's own weights, next to q_proj, ..., down_proj

@@ -7,9 +7,9 @@ import ipywidgets as widgets
 import numpy as np
 import pandas as pd
 
-from ilora.data import CANDIDATES
-from ilora.draws import check_scores
-from ilora.model import LanguageRecommender
+from ilora.data.dataset import CANDIDATES
+from ilora.evaluation.metrics import check_scores
+from ilora.language.recommender import LanguageRecommender
 
 
 class Player(widgets.VBox):

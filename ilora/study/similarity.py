@@ -13,8 +13,8 @@ import pandas as pd
 from scipy import stats
 from scipy.spatial.distance import squareform
 
-from ilora.model import Questions
-from ilora.runs import UserError
+from ilora.data.windows import Questions
+from ilora.errors import UserError
 from ilora.study.gradients import GATE
 
 

@@ -12,7 +12,7 @@ from html import escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ilora.runs import UserError
+from ilora.errors import UserError
 from ilora.study import figures
 
 

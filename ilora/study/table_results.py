@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 
 from ilora import data, evaluation
-from ilora.runs import UserError
+from ilora.errors import UserError
+from ilora.evaluation.intervals import crossed_interval, holm, paired_comparison
 from ilora.study.results import load_results
-from ilora.table import FREE, SYSTEMS
-from ilora.uncertainty import crossed_interval, holm, paired_comparison
+from ilora.study.table_runner import FREE, SYSTEMS
 
 COMPARISON = [
     "n", "value", "low", "high", "p", "p_holm", "bootstrap_low", "bootstrap_high", "mcnemar_median", "mcnemar_least",

@@ -1,1 +1,0 @@
-../../ilora/adapter.py

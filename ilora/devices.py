@@ -1,0 +1,42 @@
+"""Seeds, and the device that a run is on."""
+
+import platform
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+from ilora.errors import UserError
+
+
+def seed_all(seed: int) -> None:
+    """Seed Python's, numpy's and torch's global generators."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002, libraries draw from it
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:  # torch.manual_seed would put a stack trace aside for each kind of device that is missing: 1 ms a step
+        torch.default_generator.manual_seed(seed)
+
+
+def pick_device(device: str = "auto") -> torch.device:
+    """The torch device of that name; `auto` is the GPU if CUDA sees one, else the CPU.  Raises UserError."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, index = device.partition(":")
+    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if kind not in counts or (index and not index.isdigit()):
+        raise UserError(f"device must be auto, cpu, cuda, cuda:N or mps, not {device!r}")
+    if int(index or 0) >= counts[kind]:
+        raise UserError(f"device {device!r} is not on this machine as torch sees it: choose 'auto' or 'cpu'")
+    return torch.device(device)
+
+
+def describe_device(device: torch.device) -> dict[str, Any]:
+    """Type, name and CPU threads of a device, for a result."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    return {"type": device.type, "name": name, "threads": torch.get_num_threads()}

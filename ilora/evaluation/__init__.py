@@ -1,0 +1,55 @@
+"""From a system and its questions to outcomes, metrics and intervals."""
+
+from ilora.evaluation.evaluate import (
+    NO_ANSWER,
+    System,
+    ask,
+    asked,
+    at_once,
+    attainable,
+    choose,
+    metrics,
+    summary,
+    table,
+    verdict,
+    written,
+)
+from ilora.evaluation.intervals import (
+    QUESTION,
+    crossed_interval,
+    difference,
+    holm,
+    interval,
+    mcnemar,
+    paired_comparison,
+    resampled_means,
+    sign_flip_test,
+)
+from ilora.evaluation.metrics import check_scores, expected_hit_ratio, hit_ratios
+
+__all__ = [
+    "NO_ANSWER",
+    "QUESTION",
+    "System",
+    "ask",
+    "asked",
+    "at_once",
+    "attainable",
+    "check_scores",
+    "choose",
+    "crossed_interval",
+    "difference",
+    "expected_hit_ratio",
+    "hit_ratios",
+    "holm",
+    "interval",
+    "mcnemar",
+    "metrics",
+    "paired_comparison",
+    "resampled_means",
+    "sign_flip_test",
+    "summary",
+    "table",
+    "verdict",
+    "written",
+]
