@@ -74,7 +74,7 @@ def test_popularity_is_right_where_a_loop_says_so(home):
     (cell,) = some(["Popularity"], draws=3, users=400)
     table_runner.run_all([cell])
     source = data.load("world", users=400, seed=0)
-    asked = table_runner.pipeline.questions(source, "test", windows="last")
+    asked = data.questions(source, "test", windows="last")
     counts, right = Popularity.from_dataset(source).counts.numpy(), []
     for draw in range(3):
         asked.set_epoch(draw)
@@ -117,7 +117,7 @@ def test_a_sample_is_rows_of_the_questions_that_all_are_asked(home, monkeypatch)
 
 def test_a_sample_that_is_larger_than_the_questions_is_all_of_them(home):
     source = data.load("world", users=60, seed=0)
-    asked = table_runner.pipeline.questions(source, "test", windows="last")
+    asked = data.questions(source, "test", windows="last")
     own = Popularity.from_dataset(source)
     every, most = (table_runner._answers(own, asked, 2, 16, sample) for sample in (0, 1000))
     assert most.pop("rows") == list(range(len(asked)))
