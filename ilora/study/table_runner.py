@@ -78,7 +78,9 @@ def trained(dataset: data.Dataset, kind: str, seed: int, settings: Mapping[str, 
         chosen = {"text_encoder": settings["text_encoder"]}
     else:
         chosen = choose_regularisation(dataset, kind, **where)[0]
-    return fit_recommender(dataset, seed, kind=kind, epochs=EPOCHS[kind], **where, **chosen)[0]
+    model, history = fit_recommender(dataset, seed, kind=kind, epochs=EPOCHS[kind], **where, **chosen)
+    model.validation = history["hit_ratio"].dropna().tolist()
+    return model
 
 
 def _recommender(kind: str) -> System:
