@@ -8,8 +8,8 @@ import pytest
 
 from ilora import data
 from ilora.data import Sequences, candidates, load, load_dataset, sequences
-from ilora.data.tables import item_table, unique_titles, user_table
-from ilora.data.windows import _GOLDEN, _mix
+from ilora.data.dataset import item_table, unique_titles, user_table
+from ilora.data.windows import _GOLDEN, splitmix64
 from ilora.errors import UserError
 
 
@@ -206,7 +206,7 @@ def test_splitmix_agrees_with_published_values():
     state = np.full(1, 1234567, dtype=np.uint64)  # the reference sequence for seed 1234567
     expected = (6457827717110365317, 3203168211198807973, 9817491932198370423)
     states = [state + np.array([n], np.uint64) * _GOLDEN for n in range(3)]
-    assert tuple(int(_mix(state)[0]) for state in states) == expected
+    assert tuple(int(splitmix64(state)[0]) for state in states) == expected
 
 
 def test_too_few_items_for_candidates(windows):

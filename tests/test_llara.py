@@ -129,7 +129,7 @@ def test_every_other_global_is_refused(tmp_path, call):
     file = tmp_path / "bad.df"
     file.write_bytes(f"c{module}\n{name}\n(S'1'\ntR.".encode())
     with pytest.raises(UserError, match=f"bad.df calls {call}, .* use files from a source that you trust"):
-        llara_files._read_table(file)
+        llara_files.read_rows(file, 30)
 
 
 # ---------------------------------------------------------------- files that pandas writes today
@@ -159,8 +159,7 @@ ROWS = pd.DataFrame({"seq": [[1, 2, 3, 30], [4, 5, 6, 7], [2, 3, 30, 30]], "len_
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_what_pandas_pickles_today_is_read(tmp_path, frame, protocol):
     frame.to_pickle(tmp_path / "rows.df", protocol=protocol)
-    history, target = llara_files.read_windows(tmp_path / "rows.df", 30)
-    assert history.tolist() == ROWS["seq"].tolist() and target.tolist() == [4, 5, 6]
+    assert llara_files.read_rows(tmp_path / "rows.df", 30) == ([[1, 2, 3, 4], [4, 5, 6, 7, 5], [2, 3, 6]], 4)
 
 
 def test_column_names_in_arrow_strings_are_read(tmp_path):
@@ -175,7 +174,7 @@ def test_column_names_in_arrow_strings_are_read(tmp_path):
     axes[0].arguments[1]["data"] = names
     with open(tmp_path / "rows.df", "wb") as handle:
         Pickler(handle, 5).dump(frame)
-    assert llara_files.read_windows(tmp_path / "rows.df", 30)[0].tolist() == ROWS["seq"].tolist()
+    assert llara_files.read_rows(tmp_path / "rows.df", 30) == ([[1, 2, 3, 4], [4, 5, 6, 7, 5], [2, 3, 6]], 4)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +194,7 @@ def test_column_names_in_arrow_strings_are_read(tmp_path):
 def test_other_tables_are_refused(tmp_path, frame, says):
     frame.to_pickle(tmp_path / "rows.df")
     with pytest.raises(UserError, match=says):
-        llara_files.read_windows(tmp_path / "rows.df", 30)
+        llara_files.read_rows(tmp_path / "rows.df", 30)
 
 
 class Call:
@@ -248,7 +247,7 @@ def test_an_admitted_name_runs_nothing(tmp_path, monkeypatch, element):
     monkeypatch.chdir(tmp_path)
     with_element(tmp_path / "bad.df", element)
     with pytest.raises(UserError, match=r"bad.df calls .* may run code: use files from a source that you trust"):
-        llara_files.read_windows(tmp_path / "bad.df", 30)
+        llara_files.read_rows(tmp_path / "bad.df", 30)
     assert not (tmp_path / "harm").exists()
 
 
@@ -257,7 +256,7 @@ def test_sizes_that_are_not_true_are_refused_without_the_memory(tmp_path, elemen
     with_element(tmp_path / "bad.df", element)
     tracemalloc.start()
     with pytest.raises(UserError, match=r"bad.df"):
-        llara_files.read_windows(tmp_path / "bad.df", 30)
+        llara_files.read_rows(tmp_path / "bad.df", 30)
     assert tracemalloc.get_traced_memory()[1] < 50e6
     tracemalloc.stop()
 
@@ -277,7 +276,7 @@ def test_a_few_bytes_cannot_claim_much_memory(tmp_path, content):
     (tmp_path / "bad.df").write_bytes(content)
     tracemalloc.start()
     with pytest.raises(UserError, match=r"bad.df is damaged or not a pickled DataFrame"):
-        llara_files.read_windows(tmp_path / "bad.df", 30)
+        llara_files.read_rows(tmp_path / "bad.df", 30)
     assert tracemalloc.get_traced_memory()[1] < 50e6
     tracemalloc.stop()
 
@@ -286,7 +285,7 @@ def test_rows_that_share_one_long_list_cannot_claim_much_memory(tmp_path, monkey
     monkeypatch.setattr(llara_files, "_MOST", 1000)
     write_frame(tmp_path / "bad.df", [[1] * 200] * 6, [1] * 6)
     with pytest.raises(UserError, match=r"6 lists of 200"):
-        llara_files.read_windows(tmp_path / "bad.df", 30)
+        llara_files.read_rows(tmp_path / "bad.df", 30)
 
 
 @pytest.mark.parametrize(

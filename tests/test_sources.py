@@ -490,9 +490,7 @@ def test_no_network(monkeypatch):
 
 def rows(file: Path, padding: int) -> list[tuple]:
     """LLaRA's rows with three items of history or more, as (history..., target)."""
-    history, target = llara_files.read_windows(file, padding)
-    cut = [tuple(int(item) for item in row if item != padding) for row in history]
-    return [(*row, int(last)) for row, last in zip(cut, target, strict=True) if len(row) >= 3]
+    return [tuple(row) for row in llara_files.read_rows(file, padding)[0] if len(row) > 3]
 
 
 def as_rows(windows: Sequences) -> list[tuple]:
