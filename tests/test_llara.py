@@ -182,12 +182,12 @@ def test_column_names_in_arrow_strings_are_read(tmp_path):
     [
         (ROWS.astype({"next": "Int64"}), r"IntegerArray, .* save seq, len_seq and next alone, as lists and int64"),
         (ROWS.assign(day=pd.Categorical([1, 2, 3])), r"Categorical, .* save seq, len_seq and next alone"),
-        (ROWS.rename(columns={"seq": "items"}), r"has columns items, len_seq, next, not seq and next"),
+        (ROWS.rename(columns={"seq": "items"}), r"it has columns items, len_seq, next, not seq and next"),
         (ROWS.assign(next=[4, 5.5, 6]), r"not whole numbers"),
         (ROWS.assign(next=[4, 5, float("nan")]), r"NaN"),
         (ROWS.assign(next=["4", "5", "6"]), r"rows.df is damaged|not whole numbers"),
-        (ROWS.assign(seq=[1, 2, 3]), r"seq and next are not item ids in lists of one length"),
-        (ROWS.assign(seq=[[1], [1, 2], [1]]), r"seq and next are not item ids in lists of one length"),
+        (ROWS.assign(seq=[1, 2, 3]), r"rows.df is damaged or not a DataFrame with item ids in seq, as lists of one length"),
+        (ROWS.assign(seq=[[1], [1, 2], [1]]), r"rows.df is damaged or not a DataFrame with item ids in seq, as lists of one length"),
         (ROWS[:0], r"rows.df.*fetch it again"),
     ],
 )
@@ -275,7 +275,7 @@ def test_sizes_that_are_not_true_are_refused_without_the_memory(tmp_path, elemen
 def test_a_few_bytes_cannot_claim_much_memory(tmp_path, content):
     (tmp_path / "bad.df").write_bytes(content)
     tracemalloc.start()
-    with pytest.raises(UserError, match=r"bad.df is damaged or not a pickled DataFrame"):
+    with pytest.raises(UserError, match=r"bad.df is damaged or not a DataFrame"):
         llara_files.read_rows(tmp_path / "bad.df", 30)
     assert tracemalloc.get_traced_memory()[1] < 50e6
     tracemalloc.stop()
@@ -297,7 +297,7 @@ def test_rows_that_share_one_long_list_cannot_claim_much_memory(tmp_path, monkey
         ),
         (
             lambda f: (f / "Val_data.df").write_bytes(pickle.dumps([1, 2])),
-            "Val_data.df is damaged or not a pickled",
+            "Val_data.df is damaged or not a DataFrame",
         ),
         (lambda f: (f / "Val_data.df").unlink(), "Val_data.df is missing: put it there"),
         (lambda f: (f / "train_data.df").unlink(), "train_data.df is missing"),
@@ -308,7 +308,7 @@ def test_rows_that_share_one_long_list_cannot_claim_much_memory(tmp_path, monkey
         ),
         (
             lambda f: write_frame(f / "Val_data.df", [[1, 2, 3, 4], [1]], [3, 3]),
-            "Val_data.df: seq and next are not",
+            "Val_data.df is damaged or not a DataFrame with item ids in seq, as lists of one length",
         ),
         (
             lambda f: (f / "id2name.txt").write_text("0::A\n2::B\n"),

@@ -6,20 +6,6 @@ from ilora.data.windows import Questions, Sequences, candidates, questions, sequ
 from ilora.data.world import World, make_world
 
 __all__ = [
-    "CANDIDATES",
-    "MIN_HISTORY",
-    "REPEATS",
-    "SPLITS",
-    "WORDS",
-    "Dataset",
-    "Questions",
-    "Sequences",
-    "World",
-    "candidates",
-    "load",
-    "load_dataset",
-    "make_world",
-    "questions",
-    "sequences",
-    "source_key",
-]
+    "CANDIDATES", "MIN_HISTORY", "REPEATS", "SPLITS", "WORDS", "Dataset", "Questions", "Sequences", "World",
+    "candidates", "load", "load_dataset", "make_world", "questions", "sequences", "source_key",
+]  # fmt: skip

@@ -4,7 +4,7 @@ import csv
 import io
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,20 +15,19 @@ from ilora.errors import UserError
 
 
 def read_csv(files: list[Path]) -> Dataset:
-    """events.csv (user, item, time) and items.csv (id, title, and text if it is there)."""
+    """events.csv (user, item, time) and items.csv (id, title, and optionally text)."""
     event_file, item_file = files
     items = _read_columns(item_file, "id", "title")
     ids, titles = items["id"], items["title"]
     refuse_rows(item_file, ids == "", "the id is empty; give the item one")
-    refuse_rows(item_file, titles == "", lambda line: f"the title of item {ids[line]!r} is empty; give it one")
-    refuse_repeats(item_file, ids, lambda line, first: f"id {ids[line]!r} is on line {first} too; keep one of them")
-    message = "title {!r} is on line {} too (case and spaces do not count) and a prediction is matched by its title"
-    remedy = "; make them differ, by a year for example"
-    refuse_repeats(item_file, same_title(titles), lambda line, first: message.format(titles[line], first) + remedy)
+    refuse_rows(item_file, titles == "", "the title of item {!r} is empty; give it one", ids)
+    refuse_repeats(item_file, ids, "id {!r} is on line {} too; keep one of them", ids)
+    message = "title {!r} is on line {} too (case and spaces do not count) and a prediction is matched by its title; "
+    refuse_repeats(item_file, same_title(titles), message + "make them differ, by a year for example", titles)
     events = _read_columns(event_file, "user", "item", "time")
     item = pd.Series(pd.Index(ids).get_indexer(events["item"]), events.index)  # as text: "01" and "1" are two items
     refuse_rows(event_file, events["user"] == "", "the user is empty; name one or drop the line")
-    refuse_rows(event_file, item < 0, lambda line: f"item {events['item'][line]!r} is not in items.csv; add it")
+    refuse_rows(event_file, item < 0, "item {!r} is not in items.csv; add it", events["item"])
     time = _parse_times(event_file, events["time"])
     user, source_users = pd.factorize(events["user"])  # in order of appearance
     return assemble(item_table(titles, items.get("text", ""), ids), user, item.to_numpy(), time, source_users)
@@ -51,43 +50,52 @@ def decode(file: Path, *encodings: str) -> str:
     return text
 
 
-def records(file: Path, text: str, **dialect: object) -> pd.Series:
-    """Lists of fields, indexed by the line number on which each record begins, without blank lines."""
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True, **dialect)
-    fields_at, line = {}, 1
+def records(file: Path, *encodings: str, delimiter: str = ",", **dialect: object) -> pd.Series:
+    """Lists of fields, indexed by the line number on which each record begins, without blank lines.
+
+    Raises UserError for bad quotes; a record over lines that all look like rows has a quote that was never closed.
+    """
+    text = decode(file, *encodings)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, **dialect)
+    lines = io.StringIO(text, newline=None).read().split("\n")
+    rows, line = {}, 1
     try:
         for fields in reader:
             if len(fields) > 1 or any(map(str.strip, fields)):
-                fields_at[line] = fields
+                rows[line] = fields
+                parts = [part for part in lines[line - 1 : reader.line_num] if part.strip()]
+                width = len(next(iter(rows.values())))
+                if len(parts) > 1 and all(part.count(delimiter) == width - 1 for part in parts):
+                    raise csv.Error("a quoted field goes on over lines that look like rows")
             line = reader.line_num + 1
     except csv.Error as error:
         raise UserError(f"{file}, line {line}: not a record of CSV ({error}); close and double its quotes") from error
-    return pd.Series(fields_at, dtype=object)
+    return pd.Series(rows, dtype=object)
 
 
 def check_widths(file: Path, rows: pd.Series, widths: Sequence[int], message: str) -> None:
     """Raise UserError for the first record whose number of fields is not in `widths`."""
-    refuse_rows(file, ~rows.map(len).isin(widths), lambda line: f"{len(rows[line])} fields, {message}")
+    refuse_rows(file, ~rows.map(len).isin(widths), "{} fields, " + message, rows.map(len))
 
 
 def whole_numbers(file: Path, text: pd.Series) -> np.ndarray:
     """int64, without loss.  Raises UserError for the first text that is not a whole number of 64 bits."""
     values = [int(number) if re.fullmatch("[+-]?[0-9]{1,19}", number) else 2**63 for number in text]
     wrong = pd.Series([not -(2**63) <= value < 2**63 for value in values], text.index, dtype=bool)
-    message = "is not a whole number of at most 64 bits; correct it or export the file again"
-    refuse_rows(file, wrong, lambda line: f"{text[line]!r} {message}")
+    message = "{!r} is not a whole number of at most 64 bits; correct it or export the file again"
+    refuse_rows(file, wrong, message, text)
     return np.array(values, np.int64)
 
 
-def refuse_repeats(file: Path, keys: pd.Series, message: Callable[[int, int], str]) -> None:
-    """Raise UserError for the first repeated key; `message` takes its line number and that of the earlier row."""
-    refuse_rows(file, keys.duplicated(), lambda line: message(line, keys.index[keys == keys[line]][0]))
+def refuse_repeats(file: Path, keys: pd.Series, message: str, values: pd.Series) -> None:
+    """Raise UserError for the first repeated key; its value and the line of the earlier row fill the message."""
+    first_line = keys.index.to_series().groupby(keys.to_numpy()).transform("first")
+    refuse_rows(file, keys.duplicated(), message, values, first_line)
 
 
 def _read_columns(file: Path, *columns: str) -> pd.DataFrame:
     """The text of these columns, and of `text` if it is there; the index holds line numbers."""
-    content = decode(file)
-    rows = records(file, content, skipinitialspace=True)
+    rows = records(file, skipinitialspace=True)
     header = [name.strip() for name in rows.iloc[0]] if len(rows) else []
     for column in columns:
         if column not in header:
@@ -100,23 +108,11 @@ def _read_columns(file: Path, *columns: str) -> pd.DataFrame:
     rows = rows.iloc[1:]
     message = f'the first line has {len(header)}; a field with a comma needs quotes, "Good, the Bad"'
     check_widths(file, rows, [len(header)], message)
-    _refuse_unclosed_quotes(file, content, rows, len(header))
     table = pd.DataFrame(rows.tolist(), rows.index, range(len(header)), dtype=str).apply(lambda each: each.str.strip())
     for column, name in enumerate(header):
         if not name:  # as a comma at the end of each line gives
             refuse_rows(file, table[column] != "", "a field without a column name; name it in line 1")
     return table.set_axis(header, axis=1)[[*columns, *{"text"}.intersection(header)]]
-
-
-def _refuse_unclosed_quotes(file: Path, content: str, rows: pd.Series, width: int) -> None:
-    """Raise UserError for a record over several lines that all look like rows: its quote was never closed."""
-    lines = io.StringIO(content, newline=None).read().split("\n")
-    wrong = []
-    for line, end in itertools.pairwise([*rows.index, len(lines) + 1]):
-        parts = [text for text in lines[line - 1 : end - 1] if text.strip()]  # blank lines may follow a record
-        wrong.append(len(parts) > 1 and all(text.count(",") == width - 1 for text in parts))
-    message = "a quoted field goes on over lines that look like rows; close its quote, or write the field in one line"
-    refuse_rows(file, pd.Series(wrong, rows.index, dtype=bool), message)
 
 
 _DATE, _CLOCK = r"\d{4}-\d\d-\d\d", r"[T ]\d\d:\d\d(?::\d\d(?:[.]\d{1,6})?)?"
@@ -135,15 +131,15 @@ def _parse_times(file: Path, text: pd.Series) -> np.ndarray:
     for name, pattern in _FORMS.items():
         form[text.str.fullmatch(pattern, flags=re.ASCII)] = name
     remedy = "write 2024-05-31, 2024-05-31T18:00:00 or seconds since 1970, with all digits and all lines in one way"
-    message = f"time {{!r}} is neither a whole number nor an ISO date; {remedy}"
-    refuse_rows(file, form == "", lambda line: message.format(text[line]))
-    differs = form != next(iter(form), None)
-    refuse_rows(file, differs, lambda line: f"time {text[line]!r} is not written like {text.iloc[0]!r}; {remedy}")
+    refuse_rows(file, form == "", f"time {{!r}} is neither a whole number nor an ISO date; {remedy}", text)
+    first = next(iter(text), "")
+    differs = form != next(iter(form), "")
+    refuse_rows(file, differs, f"time {{!r}} is not written like {first!r}; {remedy}", text)
     if (form == "number").all():
         _refuse_mixed_units(file, text)
         return whole_numbers(file, text)
     values = pd.to_datetime(text, format="ISO8601", utc=True, errors="coerce").dt.as_unit("us")
-    refuse_rows(file, values.isna(), lambda line: f"time {text[line]!r} is no day and time that exists; correct it")
+    refuse_rows(file, values.isna(), "time {!r} is no day and time that exists; correct it", text)
     return values.astype(np.int64).to_numpy()
 
 
@@ -154,4 +150,4 @@ def _refuse_mixed_units(file: Path, text: pd.Series) -> None:
         if many - few > 1 and few in _UNITS and many in _UNITS:
             example = text[digits == few].iloc[0]
             message = f"is in another unit than {example}: {_UNITS[many]} and {_UNITS[few]} since 1970; use one"
-            refuse_rows(file, digits == many, f"time {text[digits == many].iloc[0]} {message}")
+            refuse_rows(file, digits == many, "time {} " + message, text)

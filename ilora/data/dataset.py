@@ -1,15 +1,14 @@
 """The one form of every data set: items, histories in time order and users in three splits, kept as CSV and JSON.
 
-- Titles and texts are one line in Unicode NFC with single spaces, so that a tokenizer can write and read them back.
-- A prediction is matched to an item by its title, so titles must be unique, ignoring case. In published data, films
-  that share a title get their year where it differs, and later ones get " (2)", " (3)". A user's CSV is refused.
-- Splits are by user, in order of the first event: the first 80 % train, the next 10 % validation, the rest test, as in
-  LLaRA (754, 94 and 95 users of MovieLens-100K). LLaRA's files have splits of their own.
+- Titles are one line in Unicode NFC with single spaces, so that a tokenizer can write and read them back.
+- A prediction is matched to an item by its title, so titles are unique, ignoring case: in published data a film's year
+  is added where it differs, then (2), (3), ...; in a user's CSV equal titles are refused.
+- Users are split in order of their first event: 80 % train, 10 % validation, 10 % test, as in LLaRA.
 """
 
 import json
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,7 +97,7 @@ def same_title(titles: pd.Series) -> pd.Series:
 
 
 def unique_titles(titles: Sequence[str], years: Sequence[str] | str = "") -> list[str]:
-    """Add the year where the years of a title differ, then (2), (3), ... to repeated titles."""
+    """Add the year to a title with several years, then (2), (3), ... to repeated titles."""
     table = pd.DataFrame({"title": [one_line(title) for title in titles], "year": years}, dtype=str)
     differ = table.groupby(same_title(table["title"]))["year"].transform("nunique") > 1
     title = table["title"].mask(differ & (table["year"] != ""), table["title"] + " (" + table["year"] + ")")
@@ -107,13 +106,13 @@ def unique_titles(titles: Sequence[str], years: Sequence[str] | str = "") -> lis
     return list(title)
 
 
-def refuse_rows(file: Path, wrong: pd.Series, message: str | Callable[[int], str], word: str = "line") -> None:
-    """Raise UserError for the first row where `wrong` is true; `message` may be a function of its line number.
+def refuse_rows(file: Path, wrong: pd.Series, message: str, *values: pd.Series, word: str = "line") -> None:
+    """Raise UserError for the first row where `wrong` is true; its `values` fill the gaps of the message.
 
-    The index of `wrong` holds the line numbers of the file.
+    The index of each series holds the line numbers of the file.
     """
     lines = wrong.index[wrong]
     if len(lines):
-        text = message if isinstance(message, str) else message(lines[0])
         count = f" ({len(lines)} such {word}s)" if len(lines) > 1 else ""
+        text = message.format(*(value[lines[0]] for value in values))
         raise UserError(f"{file}, {word} {lines[0]}: {text}{count}")

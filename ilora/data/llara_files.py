@@ -7,11 +7,11 @@ writes for a table of numbers, lists and text gives a stand-in that only stores 
 import io
 import itertools
 import math
-import pickle
 import pickletools
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from pickle import PickleError, Unpickler
 
 import numpy as np
 import pandas as pd
@@ -20,6 +20,7 @@ from ilora.data.dataset import SPLITS, Dataset, refuse_rows, user_table
 from ilora.errors import UserError
 
 _MOST = 10**9  # item ids in a file: a few bytes can refer to one long list many times
+_DAMAGE = (ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, TypeError, ValueError, PickleError)
 
 
 def read_splits(files: list[Path], items: pd.DataFrame) -> Dataset:
@@ -56,16 +57,19 @@ def read_rows(file: Path, n_items: int) -> tuple[list[list[int]], int]:
 
     Of (item, rating) pairs only the item is read. `n_items` is the padding id. Raises UserError naming file and row.
     """
-    columns = _read_columns(file)
     try:
+        columns = _read_columns(file)
         history, target = columns["seq"], _item_ids(columns["next"])
         (window,) = set(map(len, history))
         if window * len(history) > _MOST:
             raise ValueError(f"{len(history)} lists of {window}")
         history = _item_ids(itertools.chain.from_iterable(history)).reshape(len(history), window)
-    except (TypeError, ValueError, OverflowError, LookupError) as error:
-        problem = f"{file}: seq and next are not item ids in lists of one length ({error})"
-        raise UserError(f"{problem}: fetch it again") from error
+    except UserError as error:
+        remedy = "use files from a source that you trust, or save seq, len_seq and next alone, as lists and int64"
+        raise UserError(f"{file} {error}: {remedy}") from error
+    except _DAMAGE as error:
+        form = "a DataFrame with item ids in seq, as lists of one length, and next"
+        raise UserError(f"{file} is damaged or not {form} ({type(error).__name__}: {error}): fetch it again") from error
     wrong = ((history < 0) | (history > n_items)).any(axis=1) | (target < 0) | (target >= n_items)
     message = f"an item id is not among the {n_items} titles in the folder; use the files of one release"
     refuse_rows(file, pd.Series(wrong), message, word="row")
@@ -82,33 +86,22 @@ def _item_ids(values: Iterable) -> np.ndarray:
 
 
 def _read_columns(file: Path) -> dict[str, list]:
-    """The columns `seq` and `next` (and those stored with them) of a pickled DataFrame of pandas 1.3 to 3, as lists.
-
-    Raises UserError if the file is damaged, is no DataFrame or names what a DataFrame does not need.
-    """
-    columns = {}
-    try:
-        blocks, (names, *_) = _unpickle(file.read_bytes()).state["_mgr"].arguments
-        names = _column_names(names.arguments[0]["data"])
-        for values, where, *_ in (block.arguments for block in blocks):
-            if {"seq", "next"}.intersection(names[where]):  # other columns may be of any type
-                columns |= dict(zip(names[where], _to_list(values), strict=True))
-    except UserError as error:
-        remedy = "use files from a source that you trust, or save seq, len_seq and next alone, as lists and int64"
-        raise UserError(f"{file} {error}: {remedy}") from error
-    except (pickle.UnpicklingError, EOFError, AttributeError, LookupError, TypeError, ValueError, MemoryError) as error:
-        raise UserError(f"{file} is damaged or not a pickled DataFrame ({error}): fetch it again") from error
+    """The columns `seq` and `next` (and those stored with them) of a pickled DataFrame of pandas 1.3 to 3, as lists."""
+    content, columns = file.read_bytes(), {}
+    for opcode, argument, _ in pickletools.genops(content):  # raises ValueError where sizes are false
+        if "PUT" in opcode.name and int(argument) > len(content):  # would reserve memory up to this index
+            raise ValueError(f"place {argument} in a memo")
+    blocks, (names, *_) = _TableUnpickler(io.BytesIO(content)).load().state["_mgr"].arguments
+    names = names.arguments[0]["data"]
+    if isinstance(names, _StandIn) and len(names.state) != 5:  # pandas 3: strings of Arrow or, without pyarrow, NumPy
+        names = names.state["_pa_array"] if isinstance(names.state, dict) else names.state[1]
+    names = _to_list(names)
+    for values, where, *_ in (block.arguments for block in blocks):
+        if {"seq", "next"}.intersection(names[where]):  # other columns may be of any type
+            columns |= dict(zip(names[where], _to_list(values), strict=True))
     if not {"seq", "next"} <= columns.keys():
-        given = ", ".join(map(str, names))
-        raise UserError(f"{file} has columns {given}, not seq and next: it is not one of LLaRA's files")
+        raise LookupError(f"it has columns {', '.join(map(str, names))}, not seq and next")
     return columns
-
-
-def _column_names(data: object) -> list[str]:
-    """The names in an Index; pandas 3 stores them as Arrow strings or, without pyarrow, in a NumPy array."""
-    if not isinstance(data, _StandIn) or len(data.state) == 5:
-        return _to_list(data)
-    return data.state["_pa_array"] if isinstance(data.state, dict) else _to_list(data.state[1])
 
 
 class _StandIn:
@@ -172,20 +165,11 @@ _ADMITTED = dict.fromkeys(_STORED.split(), _StandIn) | {  # nothing here runs an
 }
 
 
-class _Unpickler(pickle.Unpickler):
+class _TableUnpickler(Unpickler):
     """Admits what a table of numbers, lists and text needs, and refuses any other name before anything is called."""
 
     def find_class(self, module: str, name: str) -> object:
-        module = module.replace("__builtin__", "builtins")  # its name in protocols 0 to 2
-        full_name = f"{module}.{name}".replace("numpy._core.", "numpy.core.")
-        if full_name not in _ADMITTED:
-            message = "which no table of numbers, lists and text needs and which may run code"
-            raise UserError(f"calls {full_name}, {message}")
-        return _ADMITTED[full_name]
-
-
-def _unpickle(content: bytes) -> object:
-    for opcode, argument, _ in pickletools.genops(content):  # raises ValueError where sizes are false
-        if "PUT" in opcode.name and int(argument) > len(content):  # would reserve memory up to this index
-            raise ValueError(f"place {argument} in a memo")
-    return _Unpickler(io.BytesIO(content)).load()
+        name = f"{module}.{name}".replace("__builtin__.", "builtins.").replace("numpy._core.", "numpy.core.")
+        if name not in _ADMITTED:
+            raise UserError(f"calls {name}, which no table of numbers, lists and text needs and which may run code")
+        return _ADMITTED[name]

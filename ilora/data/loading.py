@@ -11,7 +11,8 @@ import pandas as pd
 
 from ilora import artifacts
 from ilora.data import readers
-from ilora.data.dataset import CANDIDATES, MIN_HISTORY, SPLITS, Dataset, load_dataset
+from ilora.data.dataset import CANDIDATES, MIN_HISTORY, SPLITS, Dataset, assemble, item_table, load_dataset
+from ilora.data.world import make_world
 from ilora.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -43,7 +44,6 @@ def load(
     Raises UserError: one sentence with file, line or row, and remedy.
     """
     settings, inputs, read_source = _source(dataset, data_dir, conflict, users, seed, repeats)
-    noun, verb = WORDS[dataset]
 
     def make(folder: Path) -> None:
         source = read_source()
@@ -52,8 +52,8 @@ def load(
             repeated = events.duplicated(["user", "item"])
             notes += (f"repeats = 'drop' left out {repeated.sum()} of {len(events)} events",)
             events = events[~repeated].reset_index(drop=True)
-        about = {"name": dataset, "key": artifacts.key(settings, inputs), "noun": noun, "verb": verb}
-        made = replace(source, events=events, notes=notes + _notes(events), **about)
+        about = {"name": dataset, "key": artifacts.key(settings, inputs), "notes": notes + _notes(events)}
+        made = replace(source, events=events, noun=WORDS[dataset][0], verb=WORDS[dataset][1], **about)
         _check_usable(made)
         made.save(folder)
 
@@ -81,7 +81,9 @@ def _source(
         raise UserError(f"there is no data set {dataset!r}: choose among {', '.join(WORDS)}")
     settings = {"dataset": dataset, "repeats": repeats}
     if dataset == "world":
-        world = readers.read_world(conflict, users, seed)
+        generated = make_world(users, conflict, seed)
+        items = item_table(generated.items["title"], generated.items["text"])
+        world = assemble(items, *generated.events[["user", "item", "time"]].to_numpy().T, range(users))
         content = hashlib.sha256(world.items.to_csv(index=False).encode() + world.events.to_numpy().tobytes())
         return settings, {"world": content.hexdigest()}, lambda: world
     reader, files = readers.find_source(dataset, data_dir)

@@ -1,11 +1,9 @@
-"""Readers: from the files of publishers, of LLaRA and of users (CSV), and from the world, to a `Dataset`.
+"""Readers: from the files of publishers, of LLaRA and of users (CSV) to a `Dataset`.
 
 - LLaRA keeps MovieLens ratings of 3 and more, and so does the reader here: only then are LLaRA's 94 + 95 rows the
   users' last events. Equal times keep the order of the file, or take that of LLaRA's rows if these are in the folder.
 - LLaRA's LastFM lists a user's artists in the order of one global list (by id), not by time. The reader of the
   publisher's archive orders them by the month in which the user first tagged them.
-
-A UserError is one sentence with file, line or row, and remedy. A file that could be read in two ways is refused.
 """
 
 import csv
@@ -23,7 +21,6 @@ from ilora import artifacts
 from ilora.data import llara_files
 from ilora.data.csv_files import check_widths, decode, read_csv, records, refuse_repeats, whole_numbers
 from ilora.data.dataset import SPLITS, Dataset, assemble, item_table, refuse_rows, unique_titles
-from ilora.data.world import make_world
 from ilora.errors import UserError
 
 _TAGS = "user_taggedartists-timestamps.dat"
@@ -74,25 +71,17 @@ def _require(folder: Path, *names: str) -> list[Path]:
     return [folder / name for name in names]
 
 
-def read_world(conflict: float, users: int, seed: int) -> Dataset:
-    """The generated world, see `world.make_world`."""
-    world = make_world(users=users, conflict=conflict, seed=seed)
-    items = item_table(world.items["title"], world.items["text"])
-    return assemble(items, *world.events[["user", "item", "time"]].to_numpy().T, range(users))
-
-
 _ARCHIVES = {  # url, checksum, licence.  GroupLens publishes the md5; the sha256 is what several projects pin
     "movielens": (
         "https://files.grouplens.org/datasets/movielens/ml-100k.zip",
         "md5:0e33842e24a9c977be4e0107933c0723",
-        "MovieLens-100K, GroupLens, University of Minnesota: for research; acknowledge it in publications; "
-        "no redistribution and no commercial use without permission (full text: README in the archive)",
+        "for research; acknowledge it in publications; no redistribution and no commercial use without permission "
+        "(full text: README in the archive)",
     ),
     "lastfm": (
         "https://files.grouplens.org/datasets/hetrec2011/hetrec2011-lastfm-2k.zip",
         "sha256:6738f48195667ff03caaab4d32ca9a3133d8cc026b7c3cdaf6ce1010e913c59c",
-        "HetRec 2011 LastFM, Cantador, Brusilovsky and Kuflik, from Last.fm: for non-commercial use; cite "
-        "the HetRec 2011 workshop and Last.fm (full text: readme.txt in the archive)",
+        "for non-commercial use; cite the HetRec 2011 workshop and Last.fm (full text: readme.txt in the archive)",
     ),
 }
 
@@ -113,11 +102,6 @@ def _download(name: str) -> Path:
     return folder / f"{archive}.unzip"
 
 
-def _read_records(file: Path, delimiter: str, *encodings: str) -> pd.Series:
-    """The records of a publisher's file, which knows no quotes."""
-    return records(file, decode(file, *encodings), delimiter=delimiter, quoting=csv.QUOTE_NONE)
-
-
 _GENRES = [  # of the flags at the end of a line of u.item
     "unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama", "Fantasy",
     "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western",
@@ -132,7 +116,7 @@ def _read_u_item(file: Path) -> pd.DataFrame:
     The published file is in latin-1 and not valid UTF-8; a copy that is valid UTF-8 was converted.
     """
     titles, years, text = [], [], []
-    films = _read_records(file, "|", "utf-8-sig", "latin-1")
+    films = records(file, "utf-8-sig", "latin-1", delimiter="|", quoting=csv.QUOTE_NONE)
     mixed = films.map(lambda row: bool(re.search("[\x80-\x9f]|\xc3[\x80-\xbf]", "|".join(row[1:2]))))
     refuse_rows(file, mixed, "a title in another encoding than the rest; fetch the file again")
     for number, (line, row) in enumerate(films.items(), start=1):
@@ -147,9 +131,9 @@ def _read_u_item(file: Path) -> pd.DataFrame:
     return item_table(unique_titles(titles, years), text, range(1, len(titles) + 1))
 
 
-def _read_numbers(file: Path, *columns: str, header: bool = False) -> pd.DataFrame:
-    """A tab-separated table of whole numbers; its index holds line numbers."""
-    rows = _read_records(file, "\t")[int(header) :]
+def _read_numbers(file: Path, *columns: str, header: int = 0) -> pd.DataFrame:
+    """A tab-separated table of whole numbers after `header` lines; its index holds line numbers."""
+    rows = records(file, delimiter="\t", quoting=csv.QUOTE_NONE)[header:]
     check_widths(file, rows, [len(columns)], f"not {len(columns)} separated by tabs; fetch the file again")
     table = pd.DataFrame(rows.tolist(), rows.index, columns, dtype=str)
     return table.apply(lambda column: whole_numbers(file, column))
@@ -161,7 +145,7 @@ def read_movielens(files: list[Path]) -> Dataset:
     items = _read_u_item(titles)
     table = _read_numbers(ratings, "user", "item", "rating", "time")
     unknown = ~table["item"].between(1, len(items))
-    refuse_rows(ratings, unknown, lambda line: f"no film {table['item'][line]} in u.item; use one archive")
+    refuse_rows(ratings, unknown, "no film {} in u.item; use one archive", table["item"])
     notes = () if len(table) == 100_000 else (f"u.data has {len(table)} ratings, as published it has 100000",)
     table = table[table["rating"] >= 3]
     user, source_users = pd.factorize(table["user"], sort=True)
@@ -191,13 +175,13 @@ def _order_equal_times(source: Dataset, split: str, file: Path) -> Dataset:
 def read_hetrec(files: list[Path]) -> Dataset:
     """Each user's artists in the order of first tagging, then id; users and artists with at least 4, as in LLaRA."""
     tags, names = files
-    table = _read_numbers(tags, "user", "artist", "tag", "time", header=True)
+    table = _read_numbers(tags, "user", "artist", "tag", "time", header=1)
     table = table.groupby(["user", "artist"], as_index=False)["time"].min()
-    artists = _read_records(names, "\t")[1:]
+    artists = records(names, delimiter="\t", quoting=csv.QUOTE_NONE)[1:]
     check_widths(names, artists, range(2, 5), "not id, name, url and picture separated by tabs; fetch the file again")
     ids, titles = artists.str[0], artists.str[1]
     refuse_rows(names, titles.str.strip() == "", "no name; fetch the file again")
-    refuse_repeats(names, ids, lambda line, first: f"id {ids[line]!r} is on line {first} too; keep one of them")
+    refuse_repeats(names, ids, "id {!r} is on line {} too; keep one of them", ids)
     table["title"] = table["artist"].astype(str).map(dict(zip(ids, titles, strict=True)))
     table, before = table.dropna(), None  # a few tagged artists have no name
     while before != len(table):
