@@ -135,6 +135,7 @@ def test_every_other_global_is_refused(tmp_path, call):
 # ---------------------------------------------------------------- files that pandas writes today
 
 
+NOT_ITEMS = "rows.df is damaged or not a DataFrame with item ids in seq, as lists of one length"
 ROWS = pd.DataFrame({"seq": [[1, 2, 3, 30], [4, 5, 6, 7], [2, 3, 30, 30]], "len_seq": [3, 4, 2], "next": [4, 5, 6]})
 
 
@@ -186,8 +187,14 @@ def test_column_names_in_arrow_strings_are_read(tmp_path):
         (ROWS.assign(next=[4, 5.5, 6]), r"not whole numbers"),
         (ROWS.assign(next=[4, 5, float("nan")]), r"NaN"),
         (ROWS.assign(next=["4", "5", "6"]), r"rows.df is damaged|not whole numbers"),
-        (ROWS.assign(seq=[1, 2, 3]), r"rows.df is damaged or not a DataFrame with item ids in seq, as lists of one length"),
-        (ROWS.assign(seq=[[1], [1, 2], [1]]), r"rows.df is damaged or not a DataFrame with item ids in seq, as lists of one length"),
+        (
+            ROWS.assign(seq=[1, 2, 3]),
+            NOT_ITEMS,
+        ),
+        (
+            ROWS.assign(seq=[[1], [1, 2], [1]]),
+            NOT_ITEMS,
+        ),
         (ROWS[:0], r"rows.df.*fetch it again"),
     ],
 )

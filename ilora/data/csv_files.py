@@ -4,7 +4,6 @@ import csv
 import io
 import itertools
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -73,17 +72,11 @@ def records(file: Path, *encodings: str, delimiter: str = ",", **dialect: object
     return pd.Series(rows, dtype=object)
 
 
-def check_widths(file: Path, rows: pd.Series, widths: Sequence[int], message: str) -> None:
-    """Raise UserError for the first record whose number of fields is not in `widths`."""
-    refuse_rows(file, ~rows.map(len).isin(widths), "{} fields, " + message, rows.map(len))
-
-
 def whole_numbers(file: Path, text: pd.Series) -> np.ndarray:
     """int64, without loss.  Raises UserError for the first text that is not a whole number of 64 bits."""
     values = [int(number) if re.fullmatch("[+-]?[0-9]{1,19}", number) else 2**63 for number in text]
     wrong = pd.Series([not -(2**63) <= value < 2**63 for value in values], text.index, dtype=bool)
-    message = "{!r} is not a whole number of at most 64 bits; correct it or export the file again"
-    refuse_rows(file, wrong, message, text)
+    refuse_rows(file, wrong, "{!r} is not a whole number of at most 64 bits; correct it or export the file again", text)
     return np.array(values, np.int64)
 
 
@@ -106,8 +99,9 @@ def _read_columns(file: Path, *columns: str) -> pd.DataFrame:
     if repeated:
         raise UserError(f"{file}, line {rows.index[0]}: two columns are named {repeated[0]!r}; rename or drop one")
     rows = rows.iloc[1:]
-    message = f'the first line has {len(header)}; a field with a comma needs quotes, "Good, the Bad"'
-    check_widths(file, rows, [len(header)], message)
+    width = rows.map(len)
+    message = f'{{}} fields, the first line has {len(header)}; a field with a comma needs quotes, "Good, the Bad"'
+    refuse_rows(file, width != len(header), message, width)
     table = pd.DataFrame(rows.tolist(), rows.index, range(len(header)), dtype=str).apply(lambda each: each.str.strip())
     for column, name in enumerate(header):
         if not name:  # as a comma at the end of each line gives

@@ -116,8 +116,6 @@ def _check_usable(dataset: Dataset) -> None:
     usable = dataset.users["split"][counts > MIN_HISTORY].value_counts()
     for split in SPLITS:
         if split not in usable:
-            raise UserError(
-                f"{dataset.name} has {len(dataset.users)} users, {usable.sum()} of them with at least "
-                f"{MIN_HISTORY + 1} events ({MIN_HISTORY} of history and a target), and none of these in its "
-                f"{split} split: add users with more events"
-            )
+            events = f"at least {MIN_HISTORY + 1} events ({MIN_HISTORY} of history and a target)"
+            users = f"{len(dataset.users)} users, {usable.sum()} of them with {events}"
+            raise UserError(f"{dataset.name} has {users}, and none of these in its {split} split: add users with more")

@@ -1,13 +1,13 @@
 """Readers: from the files of publishers, of LLaRA and of users (CSV) to a `Dataset`.
 
-- LLaRA keeps MovieLens ratings of 3 and more, and so does the reader here: only then are LLaRA's 94 + 95 rows the
-  users' last events. Equal times keep the order of the file, or take that of LLaRA's rows if these are in the folder.
-- LLaRA's LastFM lists a user's artists in the order of one global list (by id), not by time. The reader of the
-  publisher's archive orders them by the month in which the user first tagged them.
+- MovieLens: ratings of 3 and more, as in LLaRA, whose 94 + 95 rows are then the users' last events.
+- LastFM: LLaRA lists a user's artists in the order of one global list, not by time; the reader of the publisher's
+  archive orders them by the month in which the user first tagged them.
 """
 
 import csv
 import html
+import itertools
 import re
 import zipfile
 from collections.abc import Callable
@@ -19,18 +19,18 @@ import pooch
 
 from ilora import artifacts
 from ilora.data import llara_files
-from ilora.data.csv_files import check_widths, decode, read_csv, records, refuse_repeats, whole_numbers
+from ilora.data.csv_files import decode, read_csv, records, refuse_repeats, whole_numbers
 from ilora.data.dataset import SPLITS, Dataset, assemble, item_table, refuse_rows, unique_titles
 from ilora.errors import UserError
 
 _TAGS = "user_taggedartists-timestamps.dat"
+_TABS = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
 
 
 def find_source(name: str, data_dir: str) -> tuple[Callable[[list[Path]], Dataset], list[Path]]:
-    """The reader for data set `name` and the existing files that it reads.
+    """The reader for data set `name`, and its files in `data_dir`, its usual subfolders or a download.
 
-    They are looked for in `data_dir` and the subfolders that the files are usually unpacked to. If it is empty,
-    MovieLens and Last.fm are downloaded (licence shown first, checksum compared). Raises UserError.
+    Raises UserError if a file is missing or cannot be downloaded.
     """
     folder = Path(data_dir).expanduser()
     if not folder.is_dir():
@@ -87,7 +87,7 @@ _ARCHIVES = {  # url, checksum, licence.  GroupLens publishes the md5; the sha25
 
 
 def _download(name: str) -> Path:
-    """Show the licence of a publisher's archive, fetch and unpack it once; the folder with its files."""
+    """Show the licence of a publisher's archive, then fetch and unpack it, once; the folder with its files."""
     url, checksum, licence = _ARCHIVES[name]
     folder, archive = artifacts.home() / "downloads", url.rsplit("/", 1)[1]
     if not (folder / archive).exists():
@@ -115,26 +115,24 @@ def _read_u_item(file: Path) -> pd.DataFrame:
 
     The published file is in latin-1 and not valid UTF-8; a copy that is valid UTF-8 was converted.
     """
-    titles, years, text = [], [], []
     films = records(file, "utf-8-sig", "latin-1", delimiter="|", quoting=csv.QUOTE_NONE)
-    mixed = films.map(lambda row: bool(re.search("[\x80-\x9f]|\xc3[\x80-\xbf]", "|".join(row[1:2]))))
+    number, title = pd.Series(range(1, len(films) + 1), films.index), films.str[1]
+    mixed = title.str.contains("[\x80-\x9f]|\xc3[\x80-\xbf]", na=False)
     refuse_rows(file, mixed, "a title in another encoding than the rest; fetch the file again")
-    for number, (line, row) in enumerate(films.items(), start=1):
-        if len(row) != 5 + len(_GENRES) or row[0] != str(number) or not row[1].strip():
-            problem = f"not film {number} in 24 fields but {'|'.join(row)[:40]!r}"
-            raise UserError(f"{file}, line {line}: {problem}; fetch it again")
-        year = _YEAR.search(row[1])
-        years.append(year[1] if year else "")
-        titles.append(_ARTICLE.sub(r"\2 \1", _YEAR.sub("", row[1])))
-        genres = ", ".join(genre for genre, flag in zip(_GENRES, row[5:], strict=True) if flag == "1")
-        text.append(f"{year[1]}; {genres}" if year else "")
-    return item_table(unique_titles(titles, years), text, range(1, len(titles) + 1))
+    wrong = (films.map(len) != 5 + len(_GENRES)) | (films.str[0] != number.astype(str)) | (title.str.strip() == "")
+    given = films.map("|".join).str[:40]
+    refuse_rows(file, wrong, "not film {} in 24 fields but {!r}; fetch it again", number, given)
+    year = title.str.extract(_YEAR)[0].fillna("")
+    genres = films.map(lambda fields: ", ".join(itertools.compress(_GENRES, map("1".__eq__, fields[5:]))))
+    title = title.str.replace(_YEAR, "", regex=True).str.replace(_ARTICLE, r"\2 \1", regex=True)
+    return item_table(unique_titles(title, year.tolist()), (year + "; " + genres).where(year != "", ""), number)
 
 
 def _read_numbers(file: Path, *columns: str, header: int = 0) -> pd.DataFrame:
     """A tab-separated table of whole numbers after `header` lines; its index holds line numbers."""
-    rows = records(file, delimiter="\t", quoting=csv.QUOTE_NONE)[header:]
-    check_widths(file, rows, [len(columns)], f"not {len(columns)} separated by tabs; fetch the file again")
+    rows = records(file, **_TABS)[header:]
+    width, message = rows.map(len), f"{{}} fields, not {len(columns)} separated by tabs; fetch the file again"
+    refuse_rows(file, width != len(columns), message, width)
     table = pd.DataFrame(rows.tolist(), rows.index, columns, dtype=str)
     return table.apply(lambda column: whole_numbers(file, column))
 
@@ -177,8 +175,12 @@ def read_hetrec(files: list[Path]) -> Dataset:
     tags, names = files
     table = _read_numbers(tags, "user", "artist", "tag", "time", header=1)
     table = table.groupby(["user", "artist"], as_index=False)["time"].min()
-    artists = records(names, delimiter="\t", quoting=csv.QUOTE_NONE)[1:]
-    check_widths(names, artists, range(2, 5), "not id, name, url and picture separated by tabs; fetch the file again")
+    artists = records(names, **_TABS)[1:]
+    width, message = (
+        artists.map(len),
+        "{} fields, not id, name, url and picture separated by tabs; fetch the file again",
+    )
+    refuse_rows(names, ~width.isin([2, 3, 4]), message, width)
     ids, titles = artists.str[0], artists.str[1]
     refuse_rows(names, titles.str.strip() == "", "no name; fetch the file again")
     refuse_repeats(names, ids, "id {!r} is on line {} too; keep one of them", ids)

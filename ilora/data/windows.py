@@ -64,15 +64,13 @@ def splitmix64(state: np.ndarray) -> np.ndarray:
 def candidates(sequences: Sequences, n_items: int, seed: int) -> np.ndarray:
     """(n, CANDIDATES) item ids: the target in a random column, the others random, distinct and not in the history.
 
-    Row i depends only on the seed, history i and target i: it is the same in any order, batch and process.
-    Raises UserError if there are too few items to choose from.
+    A row depends only on the seed and its history and target.  Raises UserError if there are too few items.
     """
     longest = int(sequences.length.max(initial=0))
     if n_items < CANDIDATES + longest:
-        raise UserError(
-            f"{CANDIDATES} candidates outside a history of {longest} items need {CANDIDATES + longest} items, there "
-            f"are {n_items}: add items or choose a window of at most {max(n_items - CANDIDATES, 0)}"
-        )
+        need = f"{CANDIDATES} candidates outside a history of {longest} items need {CANDIDATES + longest} items"
+        remedy = f"add items or choose a window of at most {max(n_items - CANDIDATES, 0)}"
+        raise UserError(f"{need}, there are {n_items}: {remedy}")
     drawn = np.empty((len(sequences), CANDIDATES), dtype=np.int64)
     for start in range(0, len(sequences), 8192):  # few enough rows to stay in a processor's cache
         part = slice(start, start + 8192)
@@ -104,16 +102,14 @@ Row = tuple[np.ndarray, np.ndarray, int]  # of Questions: history without paddin
 
 
 class Questions:
-    """Sequences with candidates; each item is a `Row`.
-
-    `set_epoch` draws new candidates for each epoch of training; epoch 0 has those of `seed` itself.
-    """
+    """Sequences with candidates: a sequence of `Row`."""
 
     def __init__(self, sequences: Sequences, n_items: int, seed: int):
         self.sequences, self.n_items, self.seed = sequences, n_items, seed
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
+        """Draw new candidates for an epoch of training; epoch 0 has those of `seed` itself."""
         self.candidates = candidates(self.sequences, self.n_items, self.seed + 1_000_003 * epoch)
 
     def __len__(self) -> int:

@@ -1,9 +1,8 @@
 """The embedded world: a small library, readers with tastes, and the true process that generates their histories.
 
-A reader's next story follows from the last one. What *everybody* reads after a story is public knowledge
-(`PUBLIC_SEED` fixes it, so the embedded language model can have learned it); on a contested story each taste
-group has followers of its own. `conflict` is the share of contested stories: at 0 all groups agree, at 1
-they agree on nothing. The best attainable HitRatio@1 follows from the same probabilities, see `World.best_choice`.
+A reader's next story follows from the last one. What *everybody* reads after a story is public knowledge (fixed by
+`PUBLIC_SEED`, so the embedded language model can have learned it); after a contested story, each taste group reads
+others. `conflict` is the share of contested stories. `World.best_choice` gives the best attainable HitRatio@1.
 """
 
 from dataclasses import dataclass
@@ -68,12 +67,11 @@ class World:
         With `knows="group"` it is given each reader's `group` (n,); with "history" it infers the group from the
         history; with "nothing" all groups are equally likely, as for a model that treats readers alike.
         """
-        if knows == "group":
-            weights = np.eye(GROUPS)[group]
-        elif knows == "history":
-            weights = self.group_posterior(history)
-        else:
-            weights = np.full((len(history), GROUPS), 1 / GROUPS)
+        weights = {
+            "group": lambda: np.eye(GROUPS)[group],
+            "history": lambda: self.group_posterior(history),
+            "nothing": lambda: np.full((len(history), GROUPS), 1 / GROUPS),
+        }[knows]()
         probability = np.einsum("ng,ngi->ni", weights, self.next_probability(history))
         return np.take_along_axis(probability, candidates, axis=1).argmax(1)
 
@@ -112,8 +110,7 @@ def _draw_followers(rng: np.random.Generator, n_items: int) -> np.ndarray:
 def _browse_probability(rng: np.random.Generator, items: pd.DataFrame) -> np.ndarray:
     """(GROUPS, items): popularity decreases with a random rank; each group favours a quarter of the themes."""
     popularity = 1 / (10 + rng.permutation(len(items)))
-    theme = items["text"].factorize()[0]
-    favoured = theme % GROUPS == np.arange(GROUPS)[:, None]
+    favoured = items["text"].factorize()[0] % GROUPS == np.arange(GROUPS)[:, None]
     weight = popularity * np.where(favoured, FAVOURED, 1)
     return weight / weight.sum(1, keepdims=True)
 
@@ -122,7 +119,7 @@ def _simulate(
     rng: np.random.Generator, groups: np.ndarray, followers: np.ndarray, browse: np.ndarray, steps: int
 ) -> np.ndarray:
     """(steps, users) stories; all readers take a step together, and none repeats a story of the last `WINDOW`."""
-    n_items, cumulative = browse.shape[1], np.cumsum(browse, 1)
+    cumulative = np.cumsum(browse, 1)
     stories = np.empty((steps, len(groups)), np.int32)  # a step is contiguous in memory
     for step in range(steps):
         pending = np.arange(len(groups))
@@ -131,7 +128,7 @@ def _simulate(
             item = np.empty(len(pending), np.int32)
             for number in range(GROUPS):
                 item[group == number] = np.searchsorted(cumulative[number], chance[group == number])
-            item = item.clip(max=n_items - 1)
+            item = item.clip(max=browse.shape[1] - 1)
             if step:
                 rank = rng.choice(len(FOLLOWER_WEIGHTS), size=len(pending), p=FOLLOWER_WEIGHTS)
                 follow = rng.random(len(pending)) < FOLLOW
