@@ -107,10 +107,7 @@ def unique_titles(titles: Sequence[str], years: Sequence[str] | str = "") -> lis
 
 
 def refuse_rows(file: Path, wrong: pd.Series, message: str, *values: pd.Series, word: str = "line") -> None:
-    """Raise UserError for the first row where `wrong` is true; its `values` fill the gaps of the message.
-
-    The index of each series holds the line numbers of the file.
-    """
+    """Raise UserError for the first row where `wrong`, its `values` in the message; the indices are line numbers."""
     lines = wrong.index[wrong]
     if len(lines):
         count = f" ({len(lines)} such {word}s)" if len(lines) > 1 else ""

@@ -24,10 +24,7 @@ _DAMAGE = (ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, 
 
 
 def read_splits(files: list[Path], items: pd.DataFrame) -> Dataset:
-    """Read the rows of the three splits' files, whose ids count through `items`.  Raises UserError.
-
-    Overlapping train windows are joined to one history per user; any other row is a user.
-    """
+    """The rows of the three splits' files as users; overlapping train windows are joined.  Raises UserError."""
     histories, splits, notes = [], [], ()
     for split, file in zip(SPLITS, files, strict=True):
         rows, window = read_rows(file, len(items))
