@@ -16,7 +16,8 @@ import measure
 import torch
 
 from ilora import data
-from ilora.data import World, make_world, tables
+from ilora.data import World, make_world
+from ilora.data.dataset import assemble, item_table
 
 AT_ONCE = 2**20  # windows
 LIMITS = {"seconds": {"at_most": 120}, "peak_gib": {"at_most": 6}}
@@ -24,10 +25,10 @@ CPU = torch.device("cpu")
 
 
 def read(world: World) -> data.Dataset:
-    items = tables.item_table(world.items["title"], world.items["text"])
-    found = tables.assemble(items, *world.events[["user", "item", "time"]].to_numpy().T, range(len(world.groups)))
+    items = item_table(world.items["title"], world.items["text"])
+    source = assemble(items, *world.events[["user", "item", "time"]].to_numpy().T, range(len(world.groups)))
     with tempfile.TemporaryDirectory() as folder:
-        data.Dataset(found.items, found.events, found.users, name="world").save(folder)
+        source.save(folder)
         return data.load_dataset(folder)
 
 

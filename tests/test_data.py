@@ -1,4 +1,4 @@
-"""The stored form, sequences and candidates."""
+"""The stored form of data sets, and their sequences and candidates."""
 
 from dataclasses import replace
 
@@ -8,8 +8,8 @@ import pytest
 
 from ilora import data
 from ilora.data import Sequences, candidates, load, load_dataset, sequences
-from ilora.data.tables import item_table, unique_titles, user_table
-from ilora.data.windows import _GOLDEN, _mix
+from ilora.data.dataset import item_table, unique_titles, user_table
+from ilora.data.windows import _GOLDEN, splitmix64
 from ilora.errors import UserError
 
 
@@ -76,7 +76,7 @@ def test_titles_that_count_as_one_are_numbered(titles, unique):
 
 
 def plays(folder, users=40, artists=30, events=30):
-    """Random plays of four of the artists by each user: users come back to what they played."""
+    """Random plays of four artists by each user, so that users return to what they played."""
     rng = np.random.default_rng(0)
     lines = [
         f"u{user},a{rng.choice([user % artists, (user + 1) % artists, 3, 4])},{n}"
@@ -89,16 +89,17 @@ def plays(folder, users=40, artists=30, events=30):
     return str(folder)
 
 
-def test_repeats_are_counted_and_dropped_where_wanted(tmp_path, caplog):
+def test_repeats_are_counted_and_dropped_on_request(tmp_path, caplog):
     folder = plays(tmp_path / "plays")
     kept = load("csv", folder)
     windows = [sequences(kept, split) for split in data.SPLITS]
-    known = sum((part.history == part.target[:, None]).any(1).sum() for part in windows)
+    repeated = sum((part.history == part.target[:, None]).any(1).sum() for part in windows)
     total = sum(map(len, windows))
     assert kept.notes[0] == "1 of 1201 events repeat another one, with the same user, item and time"
-    assert kept.notes[-1].startswith(f"{known} of {total} targets ({known / total:.1%}) are among the 10 items before")
-    assert known / total > 0.8 and len(kept.notes) == 2 and kept.notes[-1] in caplog.text
-    with pytest.raises(UserError, match="add users with more events"):  # four artists each leave one target of most
+    says = f"{repeated} of {total} targets ({repeated / total:.1%}) are among the 10 items before"
+    assert kept.notes[-1].startswith(says)
+    assert repeated / total > 0.8 and len(kept.notes) == 2 and kept.notes[-1] in caplog.text
+    with pytest.raises(UserError, match="add users with more"):  # with four artists each, few users have a target left
         load("csv", plays(tmp_path / "few", users=10, events=4), repeats="drop")
     dropped = load("csv", folder, repeats="drop")
     assert dropped.key != kept.key
@@ -146,14 +147,14 @@ def test_sequences_against_a_plain_loop():
         for user in (0, 1, 3)
         for at in range(3, len(histories[user]))
     ]
-    found = sequences(dataset, "train", window=4)
+    rows = sequences(dataset, "train", window=4)
     assert [
         (u, p, list(h), n, t)
-        for u, p, h, n, t in zip(found.user, found.position, found.history, found.length, found.target, strict=True)
+        for u, p, h, n, t in zip(rows.user, rows.position, rows.history, rows.length, rows.target, strict=True)
     ] == expected
     last = sequences(dataset, "train", window=4, windows="last")
     assert list(last.user) == [1, 3] and list(last.target) == [9, 10]
-    assert list(found.take(found.user == 1).target) == [8, 9] and len(found.take(slice(0, 0))) == 0
+    assert list(rows.take(rows.user == 1).target) == [8, 9] and len(rows.take(slice(0, 0))) == 0
 
 
 def test_sequences_refuse_an_unknown_split():
@@ -174,29 +175,29 @@ def windows():
     return Sequences(np.arange(n), length, history, length, target)
 
 
-def test_candidates_hold_the_target_once_and_nothing_of_the_history(windows):
-    chosen = candidates(windows, 60, seed=1)
-    assert chosen.shape == (3000, 20) and chosen.min() >= 0 and chosen.max() < 60
-    assert all(len(set(row)) == 20 for row in chosen)
-    assert ((chosen == windows.target[:, None]).sum(1) == 1).all()
-    assert not (chosen[:, :, None] == windows.history[:, None]).any()
+def test_candidates_contain_the_target_once_and_no_item_of_the_history(windows):
+    offered = candidates(windows, 60, seed=1)
+    assert offered.shape == (3000, 20) and offered.min() >= 0 and offered.max() < 60
+    assert all(len(set(row)) == 20 for row in offered)
+    assert ((offered == windows.target[:, None]).sum(1) == 1).all()
+    assert not (offered[:, :, None] == windows.history[:, None]).any()
 
 
-def test_candidates_depend_on_seed_and_content_alone(windows):
-    chosen = candidates(windows, 60, seed=1)
+def test_candidates_depend_only_on_the_seed_and_the_row(windows):
+    offered = candidates(windows, 60, seed=1)
     shuffled = np.random.default_rng(1).permutation(3000)
-    assert (candidates(windows.take(shuffled), 60, seed=1) == chosen[shuffled]).all()
-    assert (candidates(windows.take([17]), 60, seed=1) == chosen[17]).all()
+    assert (candidates(windows.take(shuffled), 60, seed=1) == offered[shuffled]).all()
+    assert (candidates(windows.take([17]), 60, seed=1) == offered[17]).all()
     wide = replace(windows, history=np.pad(windows.history, ((0, 0), (5, 0)), constant_values=60))
-    assert (candidates(wide, 60, seed=1) == chosen).all()
-    assert (candidates(windows, 60, seed=2) != chosen).any(axis=1).mean() > 0.999
+    assert (candidates(wide, 60, seed=1) == offered).all()
+    assert (candidates(windows, 60, seed=2) != offered).any(axis=1).mean() > 0.999
 
 
-def test_candidates_are_uniform_in_place_and_item(windows):
-    chosen = candidates(windows, 60, seed=5)
-    place = np.bincount((chosen == windows.target[:, None]).argmax(1), minlength=20)
-    assert abs(place - 150).max() < 5 * np.sqrt(150)
-    others = chosen[chosen != windows.target[:, None]]
+def test_candidates_are_uniform_over_items_and_the_target_over_columns(windows):
+    offered = candidates(windows, 60, seed=5)
+    column = np.bincount((offered == windows.target[:, None]).argmax(1), minlength=20)
+    assert abs(column - 150).max() < 5 * np.sqrt(150)
+    others = offered[offered != windows.target[:, None]]
     free = (~(windows.history[:, :, None] == np.arange(60)).any(1)) & (windows.target[:, None] != np.arange(60))
     expected = (19 * free / free.sum(1, keepdims=True)).sum(0)
     assert abs(np.bincount(others, minlength=60) - expected).max() < 5 * np.sqrt(expected.max())
@@ -206,7 +207,7 @@ def test_splitmix_agrees_with_published_values():
     state = np.full(1, 1234567, dtype=np.uint64)  # the reference sequence for seed 1234567
     expected = (6457827717110365317, 3203168211198807973, 9817491932198370423)
     states = [state + np.array([n], np.uint64) * _GOLDEN for n in range(3)]
-    assert tuple(int(_mix(state)[0]) for state in states) == expected
+    assert tuple(int(splitmix64(state)[0]) for state in states) == expected
 
 
 def test_too_few_items_for_candidates(windows):

@@ -129,12 +129,13 @@ def test_every_other_global_is_refused(tmp_path, call):
     file = tmp_path / "bad.df"
     file.write_bytes(f"c{module}\n{name}\n(S'1'\ntR.".encode())
     with pytest.raises(UserError, match=f"bad.df calls {call}, .* use files from a source that you trust"):
-        llara_files._read_table(file)
+        llara_files.read_rows(file, 30)
 
 
 # ---------------------------------------------------------------- files that pandas writes today
 
 
+NOT_ITEMS = "rows.df is damaged or not a DataFrame with item ids in seq, as lists of one length"
 ROWS = pd.DataFrame({"seq": [[1, 2, 3, 30], [4, 5, 6, 7], [2, 3, 30, 30]], "len_seq": [3, 4, 2], "next": [4, 5, 6]})
 
 
@@ -159,8 +160,7 @@ ROWS = pd.DataFrame({"seq": [[1, 2, 3, 30], [4, 5, 6, 7], [2, 3, 30, 30]], "len_
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_what_pandas_pickles_today_is_read(tmp_path, frame, protocol):
     frame.to_pickle(tmp_path / "rows.df", protocol=protocol)
-    history, target = llara_files.read_windows(tmp_path / "rows.df", 30)
-    assert history.tolist() == ROWS["seq"].tolist() and target.tolist() == [4, 5, 6]
+    assert llara_files.read_rows(tmp_path / "rows.df", 30) == ([[1, 2, 3, 4], [4, 5, 6, 7, 5], [2, 3, 6]], 4)
 
 
 def test_column_names_in_arrow_strings_are_read(tmp_path):
@@ -175,7 +175,7 @@ def test_column_names_in_arrow_strings_are_read(tmp_path):
     axes[0].arguments[1]["data"] = names
     with open(tmp_path / "rows.df", "wb") as handle:
         Pickler(handle, 5).dump(frame)
-    assert llara_files.read_windows(tmp_path / "rows.df", 30)[0].tolist() == ROWS["seq"].tolist()
+    assert llara_files.read_rows(tmp_path / "rows.df", 30) == ([[1, 2, 3, 4], [4, 5, 6, 7, 5], [2, 3, 6]], 4)
 
 
 @pytest.mark.parametrize(
@@ -183,19 +183,25 @@ def test_column_names_in_arrow_strings_are_read(tmp_path):
     [
         (ROWS.astype({"next": "Int64"}), r"IntegerArray, .* save seq, len_seq and next alone, as lists and int64"),
         (ROWS.assign(day=pd.Categorical([1, 2, 3])), r"Categorical, .* save seq, len_seq and next alone"),
-        (ROWS.rename(columns={"seq": "items"}), r"has columns items, len_seq, next, not seq and next"),
+        (ROWS.rename(columns={"seq": "items"}), r"it has columns items, len_seq, next, not seq and next"),
         (ROWS.assign(next=[4, 5.5, 6]), r"not whole numbers"),
         (ROWS.assign(next=[4, 5, float("nan")]), r"NaN"),
         (ROWS.assign(next=["4", "5", "6"]), r"rows.df is damaged|not whole numbers"),
-        (ROWS.assign(seq=[1, 2, 3]), r"seq and next are not item ids in lists of one length"),
-        (ROWS.assign(seq=[[1], [1, 2], [1]]), r"seq and next are not item ids in lists of one length"),
+        (
+            ROWS.assign(seq=[1, 2, 3]),
+            NOT_ITEMS,
+        ),
+        (
+            ROWS.assign(seq=[[1], [1, 2], [1]]),
+            NOT_ITEMS,
+        ),
         (ROWS[:0], r"rows.df.*fetch it again"),
     ],
 )
 def test_other_tables_are_refused(tmp_path, frame, says):
     frame.to_pickle(tmp_path / "rows.df")
     with pytest.raises(UserError, match=says):
-        llara_files.read_windows(tmp_path / "rows.df", 30)
+        llara_files.read_rows(tmp_path / "rows.df", 30)
 
 
 class Call:
@@ -248,7 +254,7 @@ def test_an_admitted_name_runs_nothing(tmp_path, monkeypatch, element):
     monkeypatch.chdir(tmp_path)
     with_element(tmp_path / "bad.df", element)
     with pytest.raises(UserError, match=r"bad.df calls .* may run code: use files from a source that you trust"):
-        llara_files.read_windows(tmp_path / "bad.df", 30)
+        llara_files.read_rows(tmp_path / "bad.df", 30)
     assert not (tmp_path / "harm").exists()
 
 
@@ -257,7 +263,7 @@ def test_sizes_that_are_not_true_are_refused_without_the_memory(tmp_path, elemen
     with_element(tmp_path / "bad.df", element)
     tracemalloc.start()
     with pytest.raises(UserError, match=r"bad.df"):
-        llara_files.read_windows(tmp_path / "bad.df", 30)
+        llara_files.read_rows(tmp_path / "bad.df", 30)
     assert tracemalloc.get_traced_memory()[1] < 50e6
     tracemalloc.stop()
 
@@ -276,8 +282,8 @@ def test_sizes_that_are_not_true_are_refused_without_the_memory(tmp_path, elemen
 def test_a_few_bytes_cannot_claim_much_memory(tmp_path, content):
     (tmp_path / "bad.df").write_bytes(content)
     tracemalloc.start()
-    with pytest.raises(UserError, match=r"bad.df is damaged or not a pickled DataFrame"):
-        llara_files.read_windows(tmp_path / "bad.df", 30)
+    with pytest.raises(UserError, match=r"bad.df is damaged or not a DataFrame"):
+        llara_files.read_rows(tmp_path / "bad.df", 30)
     assert tracemalloc.get_traced_memory()[1] < 50e6
     tracemalloc.stop()
 
@@ -286,7 +292,7 @@ def test_rows_that_share_one_long_list_cannot_claim_much_memory(tmp_path, monkey
     monkeypatch.setattr(llara_files, "_MOST", 1000)
     write_frame(tmp_path / "bad.df", [[1] * 200] * 6, [1] * 6)
     with pytest.raises(UserError, match=r"6 lists of 200"):
-        llara_files.read_windows(tmp_path / "bad.df", 30)
+        llara_files.read_rows(tmp_path / "bad.df", 30)
 
 
 @pytest.mark.parametrize(
@@ -298,7 +304,7 @@ def test_rows_that_share_one_long_list_cannot_claim_much_memory(tmp_path, monkey
         ),
         (
             lambda f: (f / "Val_data.df").write_bytes(pickle.dumps([1, 2])),
-            "Val_data.df is damaged or not a pickled",
+            "Val_data.df is damaged or not a DataFrame",
         ),
         (lambda f: (f / "Val_data.df").unlink(), "Val_data.df is missing: put it there"),
         (lambda f: (f / "train_data.df").unlink(), "train_data.df is missing"),
@@ -309,7 +315,7 @@ def test_rows_that_share_one_long_list_cannot_claim_much_memory(tmp_path, monkey
         ),
         (
             lambda f: write_frame(f / "Val_data.df", [[1, 2, 3, 4], [1]], [3, 3]),
-            "Val_data.df: seq and next are not",
+            "Val_data.df is damaged or not a DataFrame with item ids in seq, as lists of one length",
         ),
         (
             lambda f: (f / "id2name.txt").write_text("0::A\n2::B\n"),

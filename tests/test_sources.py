@@ -1,4 +1,4 @@
-"""Readers of a user's CSV and of publishers' archives, in small; and of the real files where they are there."""
+"""Readers of a user's CSV and of publishers' archives, on small files and on the real ones where available."""
 
 import functools
 import hashlib
@@ -25,7 +25,7 @@ def home(tmp_path, monkeypatch):
     return tmp_path / "home"
 
 
-# ---------------------------------------------------------------- a user's own CSV files
+# ---------------------------------------------------------------- a user's CSV files
 
 
 def write_csv(folder: Path, items: str | None = None, events: str | None = None) -> Path:
@@ -42,7 +42,7 @@ def write_csv(folder: Path, items: str | None = None, events: str | None = None)
     return folder
 
 
-def test_own_csv(tmp_path):
+def test_a_users_csv_files_become_a_data_set(tmp_path):
     dataset = load("csv", str(write_csv(tmp_path / "csv")))
     assert list(dataset.users["split"]) == ["train"] * 9 + ["validation"] + ["test"] * 2
     assert list(dataset.users["source_id"]) == [f"u{n}" for n in range(12)]
@@ -138,7 +138,7 @@ def test_bad_csv_is_refused_with_line_and_remedy(tmp_path, home, items, events, 
 
 @pytest.mark.parametrize(
     ("items", "events", "says"),
-    [  # a file that could be read in two ways
+    [
         (
             HEAD.replace("Title 0", "Good, the Bad"),
             None,
@@ -157,11 +157,15 @@ def test_bad_csv_is_refused_with_line_and_remedy(tmp_path, home, items, events, 
         (None, EVENTS + 'u1,"i7,5\n', r"events.csv, line 74: not a record of CSV \(unexpected end of data\)"),
         (HEAD + 'i98,"Good\ni99,Bad\n', None, r"items.csv, line 32: not a record of CSV"),
         (HEAD + 'i98,"Good" Bad\n', None, r"items.csv, line 32: not a record of CSV .*double its quotes"),
-        (HEAD.replace("Title 3\n", '"Title 3\n').replace("Title 5\n", 'Title 5"\n'), None, r"line 5: a quoted .* rows"),
+        (
+            HEAD.replace("Title 3\n", '"Title 3\n').replace("Title 5\n", 'Title 5"\n'),
+            None,
+            "line 5: .* look like rows",
+        ),
         (
             HEAD.replace("\n", ",\n").replace("Title 3,", '"Title 3,').replace("Title 5,", 'Title 5",'),
             None,
-            r"items.csv, line 5: a quoted field goes on over lines that look like rows; close its quote",
+            r"items.csv, line 5: .*a quoted field goes on over lines that look like rows\); close and double",
         ),
         (None, EVENTS + "u1,i7\0,5\n", r"events.csv, line 74: a NUL byte"),
         (HEAD.replace("id,title", "id,title,title").replace("\n", ",x\n"), None, r"two columns are named 'title'"),
@@ -290,7 +294,7 @@ def test_times_that_run_through_many_digits_are_no_mixture_of_units(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["events.csv.gz", "Events.csv", "events.tsv", "events.xlsx"])
-def test_a_missing_file_is_found_under_another_name(tmp_path, name):
+def test_a_missing_file_names_a_similar_one(tmp_path, name):
     folder = write_csv(tmp_path / "csv")
     (folder / "events.csv").rename(folder / name)
     with pytest.raises(UserError, match=rf"events.csv is missing: .*; unpack or export {name} as events.csv"):
@@ -318,7 +322,7 @@ def test_an_empty_folder_says_what_is_missing(tmp_path, name):
         load(name, str(tmp_path / "empty"))
 
 
-def test_text_in_another_encoding(tmp_path):
+def test_text_in_another_encoding_is_refused(tmp_path):
     folder = write_csv(tmp_path / "csv")
     (folder / "items.csv").write_bytes(HEAD.encode() + "i99,Café\n".encode("latin-1"))
     with pytest.raises(UserError, match=r"items.csv, line 32: not text in UTF-8; export the file again as UTF-8 text"):
@@ -479,7 +483,7 @@ def test_damaged_download_is_refused(publisher, home):
 
 
 def test_no_network(monkeypatch):
-    url = "http://127.0.0.1:9/ml-100k.zip"  # the discard port: nobody listens
+    url = "http://127.0.0.1:9/ml-100k.zip"  # the discard port: nothing listens there
     monkeypatch.setitem(readers._ARCHIVES, "movielens", (url, "md5:0", "LICENCE TEXT"))
     with pytest.raises(UserError, match=r"could not be downloaded \(ConnectionError\): try again, or unpack"):
         load("movielens")
@@ -490,9 +494,7 @@ def test_no_network(monkeypatch):
 
 def rows(file: Path, padding: int) -> list[tuple]:
     """LLaRA's rows with three items of history or more, as (history..., target)."""
-    history, target = llara_files.read_windows(file, padding)
-    cut = [tuple(int(item) for item in row if item != padding) for row in history]
-    return [(*row, int(last)) for row, last in zip(cut, target, strict=True) if len(row) >= 3]
+    return [tuple(row) for row in llara_files.read_rows(file, padding)[0] if len(row) > 3]
 
 
 def as_rows(windows: Sequences) -> list[tuple]:
@@ -513,7 +515,7 @@ def test_real_movielens_gives_llaras_rows():
 
 
 @real
-def test_real_movielens_rule_alone_finds_the_users_behind_llaras_rows():
+def test_real_movielens_ratings_alone_identify_the_users_of_llaras_rows():
     """u.data alone: a row's items are, equal times aside, the last events of one user of its split."""
     dataset = load("movielens", str(REAL / "ml-100k"))
     histories = {
@@ -521,13 +523,13 @@ def test_real_movielens_rule_alone_finds_the_users_behind_llaras_rows():
         for split, ids in dataset.users.groupby("split")["user"]
     }
     for split, name, n in (("validation", "Val_data.df", 94), ("test", "Test_data.df", 95)):
-        found = set()
+        users = set()
         for row in rows(REAL / "llara" / "movielens" / name, 1682):
             for history in histories[split]:
-                mine = history[history["item"].isin(row)] if set(row) <= set(history["item"]) else []
-                if len(mine) == len(row) and list(mine["time"]) == list(history["time"])[-len(row) :]:
-                    found.add(int(history["user"].iat[0]))
-        assert len(found) == n
+                in_row = history[history["item"].isin(row)] if set(row) <= set(history["item"]) else []
+                if len(in_row) == len(row) and list(in_row["time"]) == list(history["time"])[-len(row) :]:
+                    users.add(int(history["user"].iat[0]))
+        assert len(users) == n
 
 
 @real
@@ -542,13 +544,13 @@ def test_real_lastfm_windows_are_the_files_windows():
 
 @real
 def test_real_lastfm_is_in_one_global_order():
-    """The ground for what ilora.data.readers says about LLaRA's LastFM: no two of its histories disagree."""
+    """As ilora.data.readers says: no two of LLaRA's LastFM histories disagree about the order of two artists."""
     events = load("lastfm", str(REAL)).events
     following = pd.DataFrame({"a": events["item"], "b": events["item"].shift(-1)})[
         events["user"] == events["user"].shift(-1)
     ]
     remaining = following.drop_duplicates()
-    while len(remaining):  # Kahn's algorithm: peel artists that nobody precedes
+    while len(remaining):  # Kahn's algorithm: remove artists that none precedes
         keep = remaining["a"].isin(remaining["b"])
         assert not keep.all(), "the order has a cycle"
         remaining = remaining[keep]

@@ -1,25 +1,11 @@
-"""The one form of data, its sources, and the windows and candidates of it."""
+"""Data sets in one form, their sources, and windows, candidates and questions made from them."""
 
-from ilora.data.dataset import CANDIDATES, MIN_HISTORY, REPEATS, WORDS, Dataset, load, load_dataset, source_key
-from ilora.data.tables import SPLITS
+from ilora.data.dataset import CANDIDATES, MIN_HISTORY, SPLITS, Dataset, load_dataset
+from ilora.data.loading import REPEATS, WORDS, load, source_key
 from ilora.data.windows import Questions, Sequences, candidates, questions, sequences
 from ilora.data.world import World, make_world
 
 __all__ = [
-    "CANDIDATES",
-    "MIN_HISTORY",
-    "REPEATS",
-    "SPLITS",
-    "WORDS",
-    "Dataset",
-    "Questions",
-    "Sequences",
-    "World",
-    "candidates",
-    "load",
-    "load_dataset",
-    "make_world",
-    "questions",
-    "sequences",
-    "source_key",
-]
+    "CANDIDATES", "MIN_HISTORY", "REPEATS", "SPLITS", "WORDS", "Dataset", "Questions", "Sequences", "World",
+    "candidates", "load", "load_dataset", "make_world", "questions", "sequences", "source_key",
+]  # fmt: skip

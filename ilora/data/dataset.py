@@ -1,12 +1,14 @@
-"""The one form of data: items, histories in time order, users in three splits; sequences and candidates of it.
+"""The one form of every data set: items, histories in time order and users in three splits, kept as CSV and JSON.
 
-`load` reads any source (see `sources`), checks it and keeps it as CSV and JSON files that a person can open.
+- Titles are one line in Unicode NFC with single spaces, so that a tokenizer can write and read them back.
+- A prediction is matched to an item by its title, so titles are unique, ignoring case: in published data a film's year
+  is added where it differs, then (2), (3), ...; in a user's CSV equal titles are refused.
+- Users are split in order of their first event: 80 % train, 10 % validation, 10 % test, as in LLaRA.
 """
 
-import hashlib
 import json
-import logging
-from collections.abc import Callable
+import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,26 +16,11 @@ import numpy as np
 import pandas as pd
 
 from ilora import artifacts
-from ilora.data import readers
-from ilora.data.tables import SPLITS, Tables
 from ilora.errors import UserError
 
-log = logging.getLogger(__name__)
-
-
+SPLITS = ("train", "validation", "test")
 MIN_HISTORY = 3  # LLaRA drops windows with fewer items before the target
 CANDIDATES = 20  # the target and 19 others
-REPEATS = ("keep", "drop")
-
-
-WORDS = {  # noun and verb of a data set, for prompts
-    "world": ("story", "read"),
-    "movielens": ("movie", "watched"),
-    "lastfm": ("artist", "listened to"),
-    "steam": ("game", "played"),
-    "llara": ("item", "chose"),
-    "csv": ("item", "chose"),
-}
 
 
 @dataclass(frozen=True)
@@ -41,140 +28,88 @@ class Dataset:
     """One data set in the form that everything else uses."""
 
     items: pd.DataFrame  # id (0..n-1, in order), title (unique), text (may be ""), source_id (the source's name)
-    events: pd.DataFrame  # user, item, time (int64, the source's unit); by user, then time, then order in the source
+    events: pd.DataFrame  # user, item, time (int64, in the source's unit); by user, time, then order in the source
     users: pd.DataFrame  # user (0..n-1), split, source_id
     name: str = ""
-    key: str = ""  # of parameters and the sources' checksums; names the folder of the stored copy
+    key: str = ""  # of the settings and the files' content; names the folder of the stored copy
     noun: str = "item"
     verb: str = "chose"
-    notes: tuple[str, ...] = ()  # what a reader of results must know about this copy
+    notes: tuple[str, ...] = ()  # what a reader of the results must know about this copy
 
     @property
     def padding(self) -> int:
-        """The id that fills histories up: one past the last item."""
+        """The id that pads histories: one past the last item."""
         return len(self.items)
 
     def save(self, folder: str | Path) -> None:
         """Write items.csv, events.csv, users.csv and dataset.json to `folder`: all of them or none."""
         with artifacts.atomic_folder(folder) as temporary:
-            self._write(temporary)
-
-    def _write(self, folder: Path) -> None:
-        tables = {"items": self.items, "events": self.events, "users": self.users}
-        for name, table in tables.items():
-            table.to_csv(folder / f"{name}.csv", index=False)
-        about = {field: getattr(self, field) for field in ("name", "key", "noun", "verb", "notes")}
-        about["counts"] = {name: len(table) for name, table in tables.items()}
-        about["users_in_split"] = self.users["split"].value_counts().to_dict()
-        artifacts.write_json(folder / "dataset.json", about)
+            about = dict(vars(self))
+            for name in ("items", "events", "users"):
+                about.pop(name).to_csv(temporary / f"{name}.csv", index=False)
+            artifacts.write_json(temporary / "dataset.json", about)
 
 
 def load_dataset(folder: str | Path) -> Dataset:
     """Read what `Dataset.save` wrote."""
-    folder = Path(folder)
-    about = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
-    about = {field: about[field] for field in ("name", "key", "noun", "verb", "notes")}
+    about = json.loads(Path(folder, "dataset.json").read_text(encoding="utf-8"))
+    about = {name: about[name] for name in ("name", "key", "noun", "verb", "notes")}
     text = dict.fromkeys(("title", "text", "source_id", "split"), str)
-    tables = [
-        pd.read_csv(folder / f"{name}.csv", dtype=text, keep_default_na=False) for name in ("items", "events", "users")
-    ]
-    return Dataset(*tables, **about | {"notes": tuple(about["notes"])})
+    for name in ("items", "events", "users"):
+        about[name] = pd.read_csv(Path(folder, f"{name}.csv"), dtype=text, keep_default_na=False)
+    return Dataset(**about | {"notes": tuple(about["notes"])})
 
 
-def load(
-    dataset: str = "world", data_dir: str = "", conflict: float = 0.5, users: int = 2000, seed: int = 0,
-    repeats: str = "keep",
-) -> Dataset:  # fmt: skip
-    """The data set of that name; read once, then kept in `artifacts.home()/data/<key>`.
-
-    dataset: world, movielens, lastfm, steam, llara (a folder of LLaRA's files) or csv (a folder with
-        events.csv: user, item, time, and items.csv: id, title, and text if there is any).
-    data_dir: the folder with the files or one above it (ml-100k, llara/lastfm, ... are looked for). Empty:
-        the world is drawn; MovieLens and LastFM are downloaded, licence shown first, checksum compared.
-    conflict, users, seed: of the world.
-    repeats: "keep" all events, or "drop" each event of an item that the user chose before, so that no target is in
-        its history. What `keep` leaves in is counted in the notes.
-    Raises UserError: one sentence with file, line or row, and remedy.
-    """
-    settings, files, read = _source(dataset, data_dir, conflict, users, seed, repeats)
-    noun, verb = WORDS[dataset]
-
-    def make(folder: Path) -> None:
-        items, events, split, notes = read()
-        if repeats == "drop":
-            again = events.duplicated(["user", "item"])
-            notes += (f"repeats = 'drop' left out {again.sum()} of {len(events)} events",)
-            events = events[~again].reset_index(drop=True)
-        notes += _notes(events)
-        made = Dataset(items, events, split, dataset, artifacts.key(settings, files), noun, verb, notes)
-        _check_usable(made)
-        made._write(folder)
-
-    kept = load_dataset(artifacts.cached("data", settings, files, make, note=dataset))
-    for note in kept.notes:
-        log.warning("%s: %s", dataset, note)
-    return kept
+def item_table(titles: Sequence[str], text: Sequence[str] = (), source_id: Sequence = ()) -> pd.DataFrame:
+    """Items in the given order; `source_id` is each item's id in the source, by default its number."""
+    title, text = [one_line(each) for each in titles], [one_line(each) for each in text] or ""
+    number = range(len(title))
+    source_id = [str(each) for each in (source_id if len(source_id) else number)]
+    return pd.DataFrame({"id": number, "title": title, "text": text, "source_id": source_id})
 
 
-def source_key(
-    dataset: str = "world", data_dir: str = "", conflict: float = 0.5, users: int = 2000, seed: int = 0,
-    repeats: str = "keep",
-) -> str:  # fmt: skip
-    """The key of the data set that `load` gives, from the content of its files, without reading it."""
-    return artifacts.key(*_source(dataset, data_dir, conflict, users, seed, repeats)[:2])
+def user_table(split: Sequence[str], source_id: Sequence) -> pd.DataFrame:
+    """Users in the given order, with their splits and their ids in the source."""
+    table = {"user": range(len(split)), "split": split, "source_id": [str(user) for user in source_id]}
+    return pd.DataFrame(table).astype({"split": str, "source_id": str})
 
 
-def _source(
-    dataset: str, data_dir: str, conflict: float, users: int, seed: int, repeats: str
-) -> tuple[dict, dict[str, str], Callable[[], Tables]]:
-    """Settings and inputs of a data set's key, and its reader."""
-    if repeats not in REPEATS:
-        raise UserError(f"repeats must be one of {', '.join(REPEATS)}, not {repeats!r}")
-    if dataset not in WORDS:
-        raise UserError(f"there is no data set {dataset!r}: choose among {', '.join(WORDS)}")
-    settings = {"dataset": dataset, "repeats": repeats}
-    if dataset == "world":
-        world = readers.read_world(conflict, users, seed)
-        return settings, {"world": _content(world)}, lambda: world
-    read, files = readers.find_source(dataset, data_dir)
-    inputs = {file.name: artifacts.content(file) for file in files}
-    return settings | {"reader": read.__name__}, inputs, lambda: read(files)
+def assemble(
+    items: pd.DataFrame, user: np.ndarray, item: np.ndarray, time: np.ndarray, source_users: Sequence
+) -> Dataset:
+    """Sort events and split users by first event; `user` and `item` index source_users and items."""
+    events = pd.DataFrame({"user": user, "item": item, "time": time}, dtype=np.int64)
+    events = events.iloc[np.lexsort((time, user))].reset_index(drop=True)  # equal times keep the order of the source
+    n = len(source_users)
+    rank = events.groupby("user")["time"].min().rank(method="first").to_numpy() - 1
+    split = np.array(SPLITS)[(rank >= int(0.8 * n)).astype(int) + (rank >= int(0.9 * n))]
+    return Dataset(items, events, user_table(split, source_users))
 
 
-def _notes(events: pd.DataFrame) -> tuple[str, ...]:
-    """The numbers of repeats and of equal times, a sentence each; none where there are none."""
-    user, n = events["user"], len(events)
-    position = events.groupby("user").cumcount()
-    back = position - position.groupby([user, events["item"]]).shift()  # events since the user last chose the item
-    targets, repeated = position >= MIN_HISTORY, (position >= MIN_HISTORY) & (back <= 10)
-    twins = events.duplicated(["user", "item", "time"])
-    ties = events[~twins].duplicated(["user", "time"], keep=False)
-    counts = {
-        f"of {n} events repeat another one, with the same user, item and time": twins,
-        f"of {n} events have the time of another one of their user, which leaves their order open": ties,
-        f"of {targets.sum()} targets ({repeated.sum() / max(targets.sum(), 1):.1%}) are among the 10 items before, "
-        "where no other candidate can be, so the prompt gives the answer away (repeats='drop' prevents this)": repeated,
-    }
-    return tuple(f"{rows.sum()} {what}" for what, rows in counts.items() if rows.any())
+def one_line(text: str) -> str:
+    """The text in one line: Unicode NFC, single spaces, none at the ends."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
-def _content(tables: Tables) -> str:
-    digest = hashlib.sha256(tables.items.to_csv(index=False).encode())
-    digest.update(tables.events.to_numpy().tobytes())
-    return digest.hexdigest()
+def same_title(titles: pd.Series) -> pd.Series:
+    """A form of each title that is equal for titles that count as the same."""
+    return titles.astype(str).map(one_line).str.casefold()
 
 
-def _check_usable(dataset: Dataset) -> None:
-    if len(dataset.items) < CANDIDATES:
-        raise UserError(
-            f"{dataset.name} has {len(dataset.items)} items, but each question offers {CANDIDATES}: add items"
-        )
-    counts = np.bincount(dataset.events["user"], minlength=len(dataset.users))
-    usable = dataset.users["split"][counts > MIN_HISTORY].value_counts()
-    for split in SPLITS:
-        if split not in usable:
-            raise UserError(
-                f"{dataset.name} has {len(dataset.users)} users, {usable.sum()} of them with at least "
-                f"{MIN_HISTORY + 1} events ({MIN_HISTORY} of history and a target), and none of these in its "
-                f"{split} split: add users with more events"
-            )
+def unique_titles(titles: Sequence[str], years: Sequence[str] | str = "") -> list[str]:
+    """Add the year to a title with several years, then (2), (3), ... to repeated titles."""
+    table = pd.DataFrame({"title": [one_line(title) for title in titles], "year": years}, dtype=str)
+    differ = table.groupby(same_title(table["title"]))["year"].transform("nunique") > 1
+    title = table["title"].mask(differ & (table["year"] != ""), table["title"] + " (" + table["year"] + ")")
+    while (number := title.groupby(same_title(title)).cumcount() + 1).max() > 1:  # "A (2)" may be a title already
+        title = title.mask(number > 1, title + " (" + number.astype(str) + ")")
+    return list(title)
+
+
+def refuse_rows(file: Path, wrong: pd.Series, message: str, *values: pd.Series, word: str = "line") -> None:
+    """Raise UserError for the first row where `wrong`, its `values` in the message; the indices are line numbers."""
+    lines = wrong.index[wrong]
+    if len(lines):
+        count = f" ({len(lines)} such {word}s)" if len(lines) > 1 else ""
+        text = message.format(*(value[lines[0]] for value in values))
+        raise UserError(f"{file}, {word} {lines[0]}: {text}{count}")

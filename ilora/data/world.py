@@ -1,108 +1,58 @@
-"""The embedded world: a small library, readers with tastes, and the truth behind their histories.
+"""The embedded world: a small library, readers with tastes, and the true process that generates their histories.
 
-A reader's next story follows from the last one. What *everybody* reads after a story is public knowledge
-(`PUBLIC_SEED` fixes it, so the embedded language model can have read it); on a contested story each taste
-group has followers of its own. `conflict` is the share of contested stories: at 0 all groups agree, at 1
-they agree on nothing. The best attainable HitRatio@1 follows from the same tables, see `World.best_choice`.
+A reader's next story follows from the last one. What *everybody* reads after a story is public knowledge (fixed by
+`PUBLIC_SEED`, so the embedded language model can have learned it); after a contested story, each taste group reads
+others. `conflict` is the share of contested stories. `World.best_choice` gives the best attainable HitRatio@1.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 GROUPS, WINDOW, PUBLIC_SEED = 4, 10, 7
-FOLLOW = 0.85  # probability of reading a follower of the last story, otherwise the reader browses
+FOLLOW = 0.85  # probability of reading a follower of the last story; otherwise the reader browses
 FOLLOWER_WEIGHTS = np.array([0.6, 0.3, 0.1])  # of a story's first, second and third follower
-FAVOURED = 4.0  # how much likelier a browsing reader picks a story from the group's themes
-
-# theme -> first words, second words; every word occurs in one title only
-THEMES = {
-    "sea": (
-        "Salted Drowned Tidal Coral Anchored Foaming Stormy Pearl "
-        "Sunken Briny Drifting Northern Barnacled Moonlit Windward",
-        "Lighthouse Galleon Mermaid Harbour Compass Whale Lagoon Sailor "
-        "Reef Schooner Current Fisherman Cove Octopus Voyage",
-    ),
-    "mountain": (
-        "Granite Frozen Lofty Hollow Misty Jagged Avalanche Alpine "
-        "Crumbling Silver Echoing Barren Steep Ancient Shepherd's",
-        "Summit Glacier Ridge Hermit Valley Boulder Monastery Climber Ravine Goat Plateau Cavern Beacon Lodge Eagle",
-    ),
-    "city": (
-        "Crowded Neon Midnight Copper Paved Restless Concrete Bustling "
-        "Smoky Gilded Rainy Borrowed Vertical Electric Narrow",
-        "Tramway Rooftop Alley Skyline Cinema Detective Bridge Fountain "
-        "Market Subway Tenement Newspaper Elevator Balcony Plaza",
-    ),
-    "forest": (
-        "Mossy Whispering Tangled Emerald Fallen Thorny Wandering Buried "
-        "Feral Amber Rooted Wooden Hidden Dappled Croaking",
-        "Oak Badger Clearing Mushroom Owl Thicket Fern Woodcutter Fox Cottage Acorn Stream Wolf Lantern Trail",
-    ),
-    "space": (
-        "Orbital Distant Silent Lunar Radiant Weightless Stellar Broken "
-        "Crimson Eternal Magnetic Binary Frontier Spinning Dark",
-        "Comet Station Satellite Nebula Pilot Asteroid Signal Telescope "
-        "Eclipse Rocket Planet Android Galaxy Horizon Capsule",
-    ),
-    "kitchen": (
-        "Bitter Honeyed Peppered Burnt Sugared Floury Roasted Velvet "
-        "Sour Buttered Spiced Grandmother's Golden Pickled Simmering",
-        "Kettle Apron Bakery Orchard Recipe Spoon Cellar Pie Teapot Onion Banquet Oven Vineyard Cinnamon Pantry",
-    ),
-    "music": (
-        "Muted Trembling Brass Forgotten Rhythmic Humming Velvety Blue "
-        "Unfinished Dancing Minor Travelling Plucked Soaring Brilliant",
-        "Violin Cadence Orchestra Drummer Ballad Piano Chorus Fiddle "
-        "Waltz Trumpet Nocturne Conductor Melody Jukebox Encore",
-    ),
-    "winter": (
-        "Snowbound Icy Crystal Pale Shivering Quiet Woollen December Frosted Huddled Polar Lonely Glittering Long Grey",
-        "Sleigh Mitten Blizzard Chimney Reindeer Icicle Cabin Skater Candle Solstice Drift Hearth Scarf Snowman Aurora",
-    ),
-}
+FAVOURED = 4.0  # how much more likely a browsing reader picks a story from the group's themes
 
 
 @dataclass(frozen=True)
 class World:
-    """Items, events and users' groups, with the tables that generated them.
+    """Items, events and the users' groups, with the probabilities that generated them.
 
-    `followers[g, i]` are the three followers of story i in group g, `browse[g]` is the distribution over
-    stories of a browsing reader, both before stories read within the last `WINDOW` steps are left out.
+    `followers` and `browse` apply before stories read within the last `WINDOW` steps are excluded.
     """
 
     items: pd.DataFrame  # id, title, text
     events: pd.DataFrame  # user, item, time
     groups: np.ndarray  # (users,)
-    followers: np.ndarray  # (GROUPS, items, 3)
-    browse: np.ndarray  # (GROUPS, items)
+    followers: np.ndarray  # (GROUPS, items, 3) of each story
+    browse: np.ndarray  # (GROUPS, items) probability that a browsing reader picks the story
     contested: np.ndarray  # (items,) bool
 
     def next_probability(self, history: np.ndarray) -> np.ndarray:
         """(n, GROUPS, items) probability of the next story, for histories (n, window) padded on the left."""
-        n_items = len(self.items)
-        last = history[:, -1]
         probability = np.repeat((1 - FOLLOW) * self.browse[None], len(history), axis=0)
-        rows, group = np.arange(len(history))[:, None], np.arange(GROUPS)[None]
+        row, group = np.arange(len(history))[:, None], np.arange(GROUPS)[None]
         for rank, weight in enumerate(FOLLOWER_WEIGHTS):
-            probability[rows, group, self.followers[:, last, rank].T] += FOLLOW * weight
-        read = np.zeros((len(history), n_items + 1), bool)
-        np.put_along_axis(read, history[:, -WINDOW:], True, axis=1)
-        probability *= ~read[:, None, :n_items]
+            probability[row, group, self.followers[:, history[:, -1], rank].T] += FOLLOW * weight
+        excluded = np.zeros((len(history), len(self.items) + 1), bool)  # the last column is padding
+        np.put_along_axis(excluded, history[:, -WINDOW:], True, axis=1)
+        probability *= ~excluded[:, None, :-1]
         return probability / probability.sum(-1, keepdims=True)
 
     def group_posterior(self, history: np.ndarray) -> np.ndarray:
         """(n, GROUPS) probability of each group after a history (n, window): Bayes' rule from equal priors.
 
-        Exact for a whole history; of a window cut out of a longer one, the first story is taken as an opening.
+        Exact for a whole history; in a window of a longer one, the first story counts as the reader's first.
         """
         n_items = len(self.items)
         history = np.pad(history, ((0, 0), (1, 0)), constant_values=n_items)
         log_posterior = np.zeros((len(history), GROUPS))
         for step in range(1, history.shape[1]):
-            item, opens = history[:, step], history[:, step - 1] == n_items
-            first, later = (item < n_items) & opens, (item < n_items) & ~opens
+            item, previous = history[:, step], history[:, step - 1]
+            first, later = (item < n_items) & (previous == n_items), previous < n_items
             log_posterior[first] += np.log(self.browse[:, item[first]]).T
             following = self.next_probability(history[later, :step])
             log_posterior[later] += np.log(following[np.arange(len(following)), :, item[later]])
@@ -114,8 +64,8 @@ class World:
     ) -> np.ndarray:
         """(n,) column of the candidate that the best predictor picks; no model can beat it on average.
 
-        `knows="group"` is told each reader's `group` (n,); `knows="history"` infers it from the history;
-        `knows="nothing"` takes all groups as equally likely, as a model does that treats readers alike.
+        With `knows="group"` it is given each reader's `group` (n,); with "history" it infers the group from the
+        history; with "nothing" all groups are equally likely, as for a model that treats readers alike.
         """
         weights = {
             "group": lambda: np.eye(GROUPS)[group],
@@ -127,29 +77,26 @@ class World:
 
 
 def titles() -> pd.DataFrame:
-    """The library: id, title, text (its theme)."""
-    rows = [
-        (f"{first} {second}", f"a {theme} story")
-        for theme, (firsts, seconds) in THEMES.items()
-        for first, second in zip(firsts.split(), seconds.split(), strict=True)
-    ]
-    return pd.DataFrame(rows, columns=["title", "text"]).rename_axis("id").reset_index()
+    """The library: id, title and text (its theme); every word occurs in one title only."""
+    return pd.read_csv(Path(__file__).with_name("library.csv")).rename_axis("id").reset_index()
 
 
 def make_world(users: int = 2000, conflict: float = 0.5, seed: int = 0, events_per_user: int = 20) -> World:
-    """Draw a world; `conflict` in [0, 1] is the share of stories whose followers differ between groups.
+    """Generate a world; `conflict` in [0, 1] is the share of stories whose followers differ between groups.
 
-    The same seed contests the same stories first, so that a sweep over `conflict` changes one thing.
+    With the same seed, a larger conflict only adds contested stories, so a sweep over `conflict` changes one thing.
     """
     items = titles()
     public, rng = np.random.default_rng(PUBLIC_SEED), np.random.default_rng([PUBLIC_SEED, seed])
     shared = _draw_followers(public, len(items))
-    own = np.stack([_draw_followers(rng, len(items)) for _ in range(GROUPS)])
+    by_group = np.stack([_draw_followers(rng, len(items)) for _ in range(GROUPS)])
     contested = rng.random(len(items)) < conflict
-    followers = np.where(contested[None, :, None], own, shared[None])
-    browse = _browse(public, items)
+    followers = np.where(contested[:, None], by_group, shared)
+    browse = _browse_probability(public, items)
     groups = rng.integers(GROUPS, size=users)
-    events = _simulate(rng, groups, followers, browse, events_per_user)
+    stories = _simulate(rng, groups, followers, browse, events_per_user)
+    user = np.repeat(np.arange(users), events_per_user)
+    events = pd.DataFrame({"user": user, "item": stories.T.ravel().astype(np.int64), "time": np.arange(len(user))})
     return World(items, events, groups, followers, browse, contested)
 
 
@@ -160,36 +107,33 @@ def _draw_followers(rng: np.random.Generator, n_items: int) -> np.ndarray:
     return order.argsort(1)[:, : len(FOLLOWER_WEIGHTS)]
 
 
-def _browse(rng: np.random.Generator, items: pd.DataFrame) -> np.ndarray:
-    """(GROUPS, items): popularity falls off with a random rank; each group favours a quarter of the themes."""
+def _browse_probability(rng: np.random.Generator, items: pd.DataFrame) -> np.ndarray:
+    """(GROUPS, items): popularity decreases with a random rank; each group favours a quarter of the themes."""
     popularity = 1 / (10 + rng.permutation(len(items)))
-    theme = items["text"].factorize()[0]
-    favoured = theme[None] % GROUPS == np.arange(GROUPS)[:, None]
+    favoured = items["text"].factorize()[0] % GROUPS == np.arange(GROUPS)[:, None]
     weight = popularity * np.where(favoured, FAVOURED, 1)
     return weight / weight.sum(1, keepdims=True)
 
 
 def _simulate(
-    rng: np.random.Generator, groups: np.ndarray, followers: np.ndarray, browse: np.ndarray, events_per_user: int
-) -> pd.DataFrame:
-    """All readers take their steps together; a story of the last `WINDOW` steps is not read again."""
-    n_items, users = browse.shape[1], len(groups)
+    rng: np.random.Generator, groups: np.ndarray, followers: np.ndarray, browse: np.ndarray, steps: int
+) -> np.ndarray:
+    """(steps, users) stories; all readers take a step together, and none repeats a story of the last `WINDOW`."""
     cumulative = np.cumsum(browse, 1)
-    read = np.empty((events_per_user, users), np.int32)  # a step's stories lie together
-    for step in range(events_per_user):
-        pending = np.arange(users)
-        while len(pending):  # draw again where the drawn story was read lately: renormalises exactly
+    stories = np.empty((steps, len(groups)), np.int32)  # a step is contiguous in memory
+    for step in range(steps):
+        pending = np.arange(len(groups))
+        while len(pending):  # sampling again after a repeat renormalises the probabilities exactly
             group, chance = groups[pending], rng.random(len(pending))
             item = np.empty(len(pending), np.int32)
-            for own in range(GROUPS):
-                item[group == own] = np.searchsorted(cumulative[own], chance[group == own])
-            item = item.clip(max=n_items - 1)
+            for number in range(GROUPS):
+                item[group == number] = np.searchsorted(cumulative[number], chance[group == number])
+            item = item.clip(max=browse.shape[1] - 1)
             if step:
                 rank = rng.choice(len(FOLLOWER_WEIGHTS), size=len(pending), p=FOLLOWER_WEIGHTS)
                 follow = rng.random(len(pending)) < FOLLOW
-                item = np.where(follow, followers[group, read[step - 1, pending], rank], item)
-            again = (read[max(0, step - WINDOW) : step, pending] == item).any(0)
-            read[step, pending[~again]] = item[~again]
-            pending = pending[again]
-    user = np.repeat(np.arange(users), events_per_user)
-    return pd.DataFrame({"user": user, "item": read.T.ravel().astype(np.int64), "time": np.arange(len(user))})
+                item = np.where(follow, followers[group, stories[step - 1, pending], rank], item)
+            repeats = (stories[max(0, step - WINDOW) : step, pending] == item).any(0)
+            stories[step, pending[~repeats]] = item[~repeats]
+            pending = pending[repeats]
+    return stories

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AddedToken, PreTrainedTokenizerBase
 
-from ilora.data.tables import one_line
+from ilora.data.dataset import one_line
 from ilora.errors import UserError
 
 ITEM_TOKEN = "<item>"

@@ -15,7 +15,7 @@ from typing import Any
 from ilora import data
 from ilora.artifacts import Run, model_content
 from ilora.artifacts import content as folder_content
-from ilora.data.dataset import REPEATS, WORDS
+from ilora.data import REPEATS, WORDS
 from ilora.devices import pick_device
 from ilora.errors import UserError
 

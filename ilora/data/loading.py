@@ -1,0 +1,121 @@
+"""Load a data set by name: read its source once, check it, and keep it in the one form."""
+
+import hashlib
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ilora import artifacts
+from ilora.data import readers
+from ilora.data.dataset import CANDIDATES, MIN_HISTORY, SPLITS, Dataset, assemble, item_table, load_dataset
+from ilora.data.world import make_world
+from ilora.errors import UserError
+
+log = logging.getLogger(__name__)
+
+REPEATS = ("keep", "drop")
+WORDS = {  # noun and verb of a data set, for prompts
+    "world": ("story", "read"),
+    "movielens": ("movie", "watched"),
+    "lastfm": ("artist", "listened to"),
+    "steam": ("game", "played"),
+    "llara": ("item", "chose"),
+    "csv": ("item", "chose"),
+}
+
+
+def load(
+    dataset: str = "world", data_dir: str = "", conflict: float = 0.5, users: int = 2000, seed: int = 0,
+    repeats: str = "keep",
+) -> Dataset:  # fmt: skip
+    """The data set of that name; read once, then kept in `artifacts.home()/data/<key>`.
+
+    dataset: world, movielens, lastfm, steam, llara (a folder of LLaRA's files) or csv (a folder with
+        events.csv: user, item, time, and items.csv: id, title, and optionally text).
+    data_dir: the folder with the files or its parent (ml-100k, llara/lastfm, ... are looked for). If empty,
+        the world is generated; MovieLens and LastFM are downloaded, licence shown first, checksum compared.
+    conflict, users, seed: of the world.
+    repeats: "keep" all events, or "drop" each event of an item that the user chose before, so that no target is in
+        its history. The notes count the repeats that are kept.
+    Raises UserError: one sentence with file, line or row, and remedy.
+    """
+    settings, inputs, read_source = _source(dataset, data_dir, conflict, users, seed, repeats)
+
+    def make(folder: Path) -> None:
+        source = read_source()
+        events, notes = source.events, source.notes
+        if repeats == "drop":
+            repeated = events.duplicated(["user", "item"])
+            notes += (f"repeats = 'drop' left out {repeated.sum()} of {len(events)} events",)
+            events = events[~repeated].reset_index(drop=True)
+        about = {"name": dataset, "key": artifacts.key(settings, inputs), "notes": notes + _notes(events)}
+        made = replace(source, events=events, noun=WORDS[dataset][0], verb=WORDS[dataset][1], **about)
+        _check_usable(made)
+        made.save(folder)
+
+    loaded = load_dataset(artifacts.cached("data", settings, inputs, make, note=dataset))
+    for note in loaded.notes:
+        log.warning("%s: %s", dataset, note)
+    return loaded
+
+
+def source_key(
+    dataset: str = "world", data_dir: str = "", conflict: float = 0.5, users: int = 2000, seed: int = 0,
+    repeats: str = "keep",
+) -> str:  # fmt: skip
+    """The key of the data set that `load` gives, from the content of its files, without reading it."""
+    return artifacts.key(*_source(dataset, data_dir, conflict, users, seed, repeats)[:2])
+
+
+def _source(
+    dataset: str, data_dir: str, conflict: float, users: int, seed: int, repeats: str
+) -> tuple[dict, dict[str, str], Callable[[], Dataset]]:
+    """Settings and inputs of a data set's key, and a function that reads it."""
+    if repeats not in REPEATS:
+        raise UserError(f"repeats must be one of {', '.join(REPEATS)}, not {repeats!r}")
+    if dataset not in WORDS:
+        raise UserError(f"there is no data set {dataset!r}: choose among {', '.join(WORDS)}")
+    settings = {"dataset": dataset, "repeats": repeats}
+    if dataset == "world":
+        generated = make_world(users, conflict, seed)
+        items = item_table(generated.items["title"], generated.items["text"])
+        world = assemble(items, *generated.events[["user", "item", "time"]].to_numpy().T, range(users))
+        content = hashlib.sha256(world.items.to_csv(index=False).encode() + world.events.to_numpy().tobytes())
+        return settings, {"world": content.hexdigest()}, lambda: world
+    reader, files = readers.find_source(dataset, data_dir)
+    settings["reader"] = f"_{reader.__name__}"  # as in the keys of stored results
+    return settings, {file.name: artifacts.content(file) for file in files}, lambda: reader(files)
+
+
+def _notes(events: pd.DataFrame) -> tuple[str, ...]:
+    """One sentence for each kind of repeat or equal times that occurs, with its number."""
+    user, n = events["user"], len(events)
+    position = events.groupby("user").cumcount()
+    back = position - position.groupby([user, events["item"]]).shift()  # events since the user last chose the item
+    is_target = position >= MIN_HISTORY
+    repeated = is_target & (back <= 10)
+    copies = events.duplicated(["user", "item", "time"])
+    ties = events[~copies].duplicated(["user", "time"], keep=False)
+    counts = {
+        f"of {n} events repeat another one, with the same user, item and time": copies,
+        f"of {n} events have the time of another one of their user, which leaves their order open": ties,
+        f"of {is_target.sum()} targets ({repeated.sum() / max(is_target.sum(), 1):.1%}) are among the 10 items before, "
+        "where no other candidate can be, so the prompt gives the answer away (repeats='drop' prevents this)": repeated,
+    }
+    return tuple(f"{rows.sum()} {what}" for what, rows in counts.items() if rows.any())
+
+
+def _check_usable(dataset: Dataset) -> None:
+    if (n := len(dataset.items)) < CANDIDATES:
+        raise UserError(f"{dataset.name} has {n} items, but each question offers {CANDIDATES}: add items")
+    counts = np.bincount(dataset.events["user"], minlength=len(dataset.users))
+    usable = dataset.users["split"][counts > MIN_HISTORY].value_counts()
+    for split in SPLITS:
+        if split not in usable:
+            events = f"at least {MIN_HISTORY + 1} events ({MIN_HISTORY} of history and a target)"
+            users = f"{len(dataset.users)} users, {usable.sum()} of them with {events}"
+            raise UserError(f"{dataset.name} has {users}, and none of these in its {split} split: add users with more")
