@@ -17,7 +17,6 @@ therefore LoRA of rank r with scale alpha / r, and num_experts=1 is LoRA.
 
     model = get_peft_model(base, ILoraConfig(r=8, lora_alpha=32, target_modules=["q_proj"], gate_dim=64))
     model(input_ids, attention_mask=mask, sequence_embeds=z)
-    with model.sequence_embeds(z): ...              # for loops that cannot pass the keyword
 """
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING

@@ -2,9 +2,10 @@
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,10 +58,20 @@ class Conditioning:
         self.merged: list[list[str]] = []  # for each adapted layer PEFT's list of the adapters merged into it
         self.least_dim = 3 if hasattr(model, "prepare_inputs_for_generation") else 2  # (b, s, d_in) or (b, d_in)
         self._per_thread = _PerThread()  # compiled code reads no context variable
-        self.hooks = [
+        checkpointed = [part for part in model.modules() if hasattr(part, "gradient_checkpointing")]
+        self._hooks = [
             model.register_forward_pre_hook(self._begin_forward, with_kwargs=True),
+            model.register_forward_pre_hook(partial(_carry_through_checkpoints, self, checkpointed)),
             model.register_forward_hook(self._end_forward, always_call=True),
         ]
+
+    def disconnect(self, model: nn.Module) -> None:
+        """Leave the base model as it was."""
+        for hook in self._hooks:
+            hook.remove()
+        for part in model.modules():
+            if isinstance(function := vars(part).get("_gradient_checkpointing_func"), CarryingCheckpoint):
+                part._gradient_checkpointing_func = function.checkpoint
 
     @property
     def running(self) -> Condition | None:
@@ -126,13 +137,6 @@ class Conditioning:
             return condition.weights[adapter]
         return self.gate_of(layer, adapter)(condition.z)
 
-    def weights_of_one_user(self, layer: LoraLayer, adapter: str) -> Tensor:
-        """w (1, K) of the only row of the context."""
-        w = self.weights_of(layer, adapter).detach()
-        if len(w) != 1:
-            raise UserError("merging is for exactly one user: enter the context with z of shape (1, gate_dim).")
-        return w
-
     def factor(self, layer: LoraLayer, adapter: str, middle: Tensor) -> Tensor:
         """What the middle (b, .., r) of a layer is multiplied by: K alpha/r w, each repeated r/K times, (b, 1.., r).
 
@@ -165,3 +169,37 @@ def _task() -> asyncio.Task | None:
         return asyncio.current_task()
     except RuntimeError:  # no event loop runs
         return None
+
+
+class CarryingCheckpoint:
+    """A function for gradient checkpointing that takes along the z and w of its forward.
+
+    The block runs again after the forward has ended, perhaps in another thread. z and w enter as arguments, so that
+    the gate neither runs again nor gets its gradient more than once.
+    """
+
+    def __init__(self, conditioning: Conditioning, checkpoint: Callable) -> None:
+        self.conditioning, self.checkpoint = conditioning, checkpoint
+
+    def __call__(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
+        condition = self.conditioning.running
+        if condition is None or torch.compiler.is_compiling():
+            return self.checkpoint(function, *args, **kwargs)
+        adapters = tuple(condition.weights)
+
+        def run(z: Tensor, *rest: Any, **options: Any) -> Any:
+            weights = dict(zip(adapters, rest, strict=False))
+            with self.conditioning.under(Condition(z, weights)):
+                return function(*rest[len(adapters) :], **options)
+
+        return self.checkpoint(run, condition.z, *condition.weights.values(), *args, **kwargs)
+
+
+def _carry_through_checkpoints(conditioning: Conditioning, parts: list[nn.Module], *_: Any) -> None:
+    """Wrap the checkpoint functions that the base model's parts have been given since the last forward."""
+    if torch.compiler.is_compiling():
+        return
+    for part in parts:
+        function = vars(part).get("_gradient_checkpointing_func")
+        if function is not None and not isinstance(function, CarryingCheckpoint):
+            part._gradient_checkpointing_func = CarryingCheckpoint(conditioning, function)

@@ -37,10 +37,8 @@ def gate_weights(model: PeftModel, z: Tensor, adapter_name: str | None = None) -
 def export_lora(model: PeftModel, z: Tensor, folder: str | Path, adapter_name: str | None = None) -> Path:
     """Write one user's iLoRA, B diag(w) A, as a plain PEFT LoRA checkpoint that needs none of this package.
 
-    Args:
-        z: (1, d), one sequence's representation or, for a group, the mean of its rows.
-        folder: gets adapter_config.json and adapter_model.safetensors.
-        adapter_name: the adapter to export; the active one if None.
+    z (1, d) is one sequence's representation or, for a group, the mean of its rows. The folder gets
+    adapter_config.json and adapter_model.safetensors of the active or named adapter.
     """
     tuner, name = _tuner_and_name(model, adapter_name)
     tensors = {}
@@ -48,8 +46,7 @@ def export_lora(model: PeftModel, z: Tensor, folder: str | Path, adapter_name: s
         for key, tensor in get_peft_model_state_dict(model, adapter_name=name).items():
             if ".lora_A." in key:
                 layer = tuner.get_submodule(key.removeprefix("base_model.").rsplit(".lora_A.", 1)[0])
-                w = layer.conditioning.weights_of_one_user(layer, name)
-                tensor = weighted_A(tensor, w).to(tensor.dtype)
+                tensor = weighted_A(tensor, layer.conditioning.weights_of(layer, name)).to(tensor.dtype)
             if ".lora_gate." not in key:
                 tensors[key] = tensor.clone(memory_format=torch.contiguous_format)
     folder = Path(folder)

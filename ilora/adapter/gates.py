@@ -103,10 +103,3 @@ class ConvolutionalGate(Gate):
 
     def logits(self, z: Tensor) -> Tensor:
         return self.head(self.stages(z.unsqueeze(1)).mean(dim=-1))
-
-
-def make_gate(config: ILoraConfig, like: Tensor) -> Gate:
-    """A gate on the device and in the type of the tensor `like` (on meta while PEFT builds an empty model)."""
-    gate = GATE_CLASSES[config.gate](config)
-    on_meta = any(parameter.is_meta for parameter in gate.parameters())
-    return gate if on_meta else gate.to(like.device, like.dtype)

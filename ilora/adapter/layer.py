@@ -7,6 +7,8 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor
 
+from ilora.errors import UserError
+
 
 class ILoraVariant(LoraVariant):
     """What PEFT calls for each adapted layer and adapter."""
@@ -31,7 +33,7 @@ class ILoraVariant(LoraVariant):
         return result + B(middle * module.conditioning.factor(module, active_adapter, middle))
 
     def merge_safe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        self.merged = module.conditioning.weights_of_one_user(module, active_adapter)
+        self.merged = module.conditioning.weights_of(module, active_adapter).detach()
         return orig_weight + self._delta(module, active_adapter).to(orig_weight)
 
     def merge_unsafe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
@@ -59,5 +61,7 @@ class InputCasts:
 
 def weighted_A(A: Tensor, w: Tensor) -> Tensor:
     """A (r, d_in), w (1, K) -> diag(K w, each repeated p times) A, in float32 or better."""
-    K = w.shape[1]
+    rows, K = w.shape
+    if rows != 1:
+        raise UserError("merging and export are for exactly one user: give z of shape (1, gate_dim).")
     return (K * w[0]).repeat_interleave(A.shape[0] // K).unsqueeze(1).to(A.device) * A

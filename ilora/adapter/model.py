@@ -1,19 +1,17 @@
 """The tuner that PEFT calls: LoRA's, plus the gates and the calls that take sequence representations."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from accelerate import init_empty_weights
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer, LoraModel
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from ilora.adapter.checkpointing import carry_through_checkpoints, disconnect
 from ilora.adapter.conditioning import Conditioning
-from ilora.adapter.config import ILoraConfig
-from ilora.adapter.gates import check_representations, make_gate
+from ilora.adapter.config import GATE_CLASSES, ILoraConfig
+from ilora.adapter.gates import check_representations
 from ilora.adapter.layer import ILoraVariant, InputCasts
 from ilora.errors import UserError
 
@@ -48,11 +46,10 @@ class ILoraModel(LoraModel):
         return [module for module in self.model.modules() if isinstance(module, LoraLayer)]
 
     def _pre_injection_hook(self, model: nn.Module, config: ILoraConfig, adapter_name: str) -> None:
-        _check_task(model, config)
+        _check_task(model, config.task_type)
         shared = (layer.conditioning for layer in self.adapted_layers() if hasattr(layer, "conditioning"))
         if (conditioning := next(shared, None)) is None:
             conditioning = Conditioning(model)
-            carry_through_checkpoints(model, conditioning)
         if any(conditioning.merged):
             raise UserError("the base model has a merged adapter: call unmerge_adapter() before you wrap it again.")
         self.conditioning, self.lora_gate = conditioning, conditioning.gates
@@ -65,8 +62,7 @@ class ILoraModel(LoraModel):
         config, layers = self.peft_config[adapter_name], self.adapted_layers()
         if not config.gate_per_layer:
             A = next(layer for layer in layers if adapter_name in layer.lora_A).lora_A[adapter_name].weight
-            with init_empty_weights() if kwargs.get("low_cpu_mem_usage") else nullcontext():
-                self.lora_gate[adapter_name] = make_gate(config, like=A).requires_grad_(A.requires_grad)
+            self.lora_gate[adapter_name] = GATE_CLASSES[config.gate](config).to(A).requires_grad_(A.requires_grad)
         for parameter, flag in trainable:  # a new adapter changes nothing here, nor does PEFT change the layers
             parameter.requires_grad_(flag)
         self.conditioning.merged = [layer.merged_adapters for layer in layers]
@@ -88,7 +84,7 @@ class ILoraModel(LoraModel):
             if not hasattr(layer, "lora_gate"):
                 layer.lora_gate = nn.ModuleDict()
                 layer.adapter_layer_names = (*layer.adapter_layer_names, "lora_gate")
-            layer.lora_gate[name] = make_gate(config, like=layer.lora_A[name].weight)
+            layer.lora_gate[name] = GATE_CLASSES[config.gate](config).to(layer.lora_A[name].weight)
         elif name in getattr(layer, "lora_gate", ()):  # of an earlier wrapper
             del layer.lora_gate[name]
 
@@ -135,7 +131,7 @@ class ILoraModel(LoraModel):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
-        disconnect(model, self.conditioning)
+        self.conditioning.disconnect(model)
         return model
 
     @contextmanager
@@ -148,15 +144,14 @@ class ILoraModel(LoraModel):
         raise UserError("iLoRA adapters do not add up by weight: export_lora a user of each and combine those.")
 
 
-def _check_task(model: nn.Module, config: ILoraConfig) -> None:
+def _check_task(model: nn.Module, task: str | None) -> None:
     """Refuse a task type under which PEFT would not pass on sequence_embeds, or would not wrap the model."""
-    generates = hasattr(model, "prepare_inputs_for_generation")
-    if config.task_type == "CAUSAL_LM" and not generates:
+    generates, name = hasattr(model, "prepare_inputs_for_generation"), type(model).__name__
+    if task is None and generates:
+        raise UserError(f"{name} generates text: set task_type to CAUSAL_LM or SEQ_2_SEQ_LM in ILoraConfig.")
+    if task == "CAUSAL_LM" and not generates:
         tasks = "SEQ_CLS, TOKEN_CLS, QUESTION_ANS, FEATURE_EXTRACTION, or None for a module outside transformers"
-        raise UserError(f"{type(model).__name__} does not generate text: set task_type in ILoraConfig ({tasks}).")
-    if config.task_type is None and generates:
-        task = "SEQ_2_SEQ_LM" if getattr(model.config, "is_encoder_decoder", False) else "CAUSAL_LM"
-        raise UserError(f"PEFT hands sequence_embeds to generate only under a task type: use task_type={task!r}.")
+        raise UserError(f"{name} does not generate text: set task_type in ILoraConfig ({tasks}).")
 
 
 def _rows_per_prompt(model: nn.Module, args: tuple, kwargs: dict) -> int:
