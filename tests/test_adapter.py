@@ -303,9 +303,9 @@ class Launches(TorchDispatchMode):
         return operation(*args, **(kwargs or {}))
 
 
-def launches(model, **guidance):
+def launches(model, **keywords):
     with torch.autocast("cpu", torch.bfloat16), Launches() as counted:
-        model(tokens(), labels=tokens(), **guidance).loss.backward()
+        model(tokens(), labels=tokens(), **keywords).loss.backward()
     return counted.number
 
 
@@ -705,7 +705,7 @@ def test_forward_refuses_wrong_representations():
         with pytest.raises(UserError, match=f"{2 * rows} rows but an adapted layer got \\(6, 7, 32\\)"):
             model.generate(ids, sequence_embeds=users(rows), num_beams=2, max_new_tokens=1)
     with pytest.raises(UserError, match="pass sequence_embeds=z"):
-        model(ids)  # nothing of the failed calls is left behind
+        model(ids)  # nothing of the failed calls remains
 
 
 def test_an_interrupted_forward_leaves_no_user_behind():

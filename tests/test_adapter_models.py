@@ -90,7 +90,7 @@ def test_exported_user_is_a_plain_lora(architecture, options, tmp_path):
 
 
 class FolderHub:
-    """Stands in for the Hugging Face hub: a repository is a folder, a commit puts its files there."""
+    """Replaces the Hugging Face hub: a repository is a folder, a commit puts its files there."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -121,7 +121,7 @@ def test_pushed_to_the_hub_the_gate_travels_with_the_adapter(architecture, tmp_p
 
 @models_and_gates
 def test_state_dict_carried_by_hand(architecture, options):
-    """PEFT's own pair of functions; everything that training changes is in it."""
+    """PEFT's pair of functions; everything that training changes is in it."""
     model, other = adapted(architecture, **options), base(architecture)
     torch.manual_seed(9)
     other = get_peft_model(other, config(architecture, **options)).eval()

@@ -35,7 +35,7 @@ class _PerThread(threading.local):
 
 
 class Conditioning:
-    """The way of the representations z from the caller to the adapted layers of one base model.
+    """Carries the representations z from the caller to the adapted layers of one base model.
 
         model(ids, sequence_embeds=z)        with model.sequence_embeds(z): model(ids)
                     |                                              |

@@ -25,7 +25,7 @@ class ILoraConfig(LoraConfig):
         task_type: PEFT's, such as SEQ_CLS for a classifier; None for a module outside transformers.
         num_experts: K, the experts that the rank is split into; divides r.
         gate_dim: d, the width of the sequence representations.
-        gate: "linear" (Eq. 11), "convolutional" (the released code's) or the kind of your own, see gates.py.
+        gate: "linear" (Eq. 11), "convolutional" (the released code's) or a kind that you add, see gates.py.
         gate_per_layer: one gate for each adapted layer instead of one that all share.
         gate_top_k: keep only the k largest weights of a row, renormalised; None keeps all.
 

@@ -20,7 +20,7 @@ LAYERS = {"Linear", "Linear8bitLt", "Linear4bit", "HqqLoraLinear", "GPTQLoraLine
 
 
 class ILoraModel(LoraModel):
-    """PEFT's LoRA tuner plus gates: `lora_gate` holds the shared ones by adapter, or each layer holds its own."""
+    """PEFT's LoRA tuner plus gates: `lora_gate` holds the shared ones by adapter, or each layer holds one."""
 
     uses_shared_state = True
 
