@@ -6,19 +6,17 @@ Letters, as in the paper's section 3.2:
     s  tokens of a row        r  rank of the LoRA pair     w  (b, K) gate weights, each row sums to 1
     d  gate_dim, width of z   p  r / K, rank of one expert (the paper's r*)
 
-    Eq. 9    A = [A_1 .. A_K] (r, d_in), B = [B_1 .. B_K] (d_out, r): LoRA's matrices, read as K blocks
+    Eq. 9    A = [A_1 .. A_K] (r, d_in), B = [B_1 .. B_K] (d_out, r): LoRA's matrices, cut into K blocks
     Eq. 10   z: what a sequential recommender makes of the row's history; passed as `sequence_embeds`
     Eq. 11   w = softmax(W_g z)
     Eq. 12   dW = sum_k w_k B_k A_k = B diag(w, each repeated p times) A
 
-The diagonal form is what runs: the r-wide middle of plain LoRA times one factor per row and expert, so no
-expert's output is ever formed. The scale is the released code's alpha / p = K * alpha / r, hence a uniform
-gate (w = 1 / K) is LoRA of rank r with scale alpha / r, and num_experts=1 is LoRA.
+The layers compute the diagonal form: the r-wide middle of LoRA times one factor per row, so that no expert's
+output is ever formed. The scale is the released code's alpha / p = K * alpha / r. A uniform gate (w = 1 / K) is
+therefore LoRA of rank r with scale alpha / r, and num_experts=1 is LoRA.
 
     model = get_peft_model(base, ILoraConfig(r=8, lora_alpha=32, target_modules=["q_proj"], gate_dim=64))
     model(input_ids, attention_mask=mask, sequence_embeds=z)
-    model.generate(input_ids, attention_mask=mask, sequence_embeds=z)
-    with model.sequence_embeds(z): ...              # for loops that cannot pass the keyword
 """
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
@@ -29,24 +27,9 @@ from ilora.adapter.gates import Gate, LinearGate
 from ilora.adapter.layer import ILoraVariant
 from ilora.adapter.model import ILoraModel
 
-__all__ = [
-    "ILORA",
-    "Gate",
-    "ILoraConfig",
-    "ILoraModel",
-    "ILoraVariant",
-    "LinearGate",
-    "export_lora",
-    "gate_weights",
-    "register",
-]
+__all__ = ["ILORA", "Gate", "ILoraConfig", "ILoraModel", "ILoraVariant", "LinearGate", "export_lora", "gate_weights"]
 
-
-def register() -> None:
-    """Make iLoRA known to PEFT; on import, as `PeftModel.from_pretrained` looks the type up by name."""
-    PEFT_TYPE_TO_CONFIG_MAPPING[ILORA] = ILoraConfig
-    PEFT_TYPE_TO_TUNER_MAPPING[ILORA] = ILoraModel
-    PEFT_TYPE_TO_PREFIX_MAPPING[ILORA] = ILoraModel.prefix
-
-
-register()
+# `PeftModel.from_pretrained` finds the classes of a saved adapter by its type's name
+PEFT_TYPE_TO_CONFIG_MAPPING[ILORA] = ILoraConfig
+PEFT_TYPE_TO_TUNER_MAPPING[ILORA] = ILoraModel
+PEFT_TYPE_TO_PREFIX_MAPPING[ILORA] = ILoraModel.prefix

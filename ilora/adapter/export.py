@@ -8,10 +8,8 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ilora.adapter.conditioning import Condition
 from ilora.adapter.config import ILoraConfig
-from ilora.adapter.gates import check_representations
-from ilora.adapter.layer import _mixed
+from ilora.adapter.layer import weighted_A
 from ilora.adapter.model import ILoraModel
 from ilora.errors import UserError
 
@@ -20,14 +18,11 @@ def _tuner_and_name(model: PeftModel, adapter_name: str | None) -> tuple[ILoraMo
     """The tuner of the model and the named adapter, the only active one if None.  Raises UserError."""
     tuner = getattr(model, "base_model", None)
     if not isinstance(tuner, ILoraModel):
-        raise UserError(
-            f"{type(model).__name__} has no iLoRA adapter: pass what get_peft_model(base, ILoraConfig()) made."
-        )
+        raise UserError(f"{type(model).__name__} has no iLoRA adapter: wrap it by get_peft_model and ILoraConfig.")
     names = tuner.active_adapters if adapter_name is None else [adapter_name]
     known = [name for name, config in tuner.peft_config.items() if isinstance(config, ILoraConfig)]
     if len(names) != 1 or names[0] not in known:
-        wrong = f"{names[0]!r} is not an iLoRA adapter" if len(names) == 1 else f"several adapters are active, {names}"
-        raise UserError(f"{wrong}: set adapter_name and name one of {', '.join(known)}.")
+        raise UserError(f"{names} is not one iLoRA adapter: set adapter_name and name one of {', '.join(known)}.")
     return tuner, names[0]
 
 
@@ -36,31 +31,27 @@ def gate_weights(model: PeftModel, z: Tensor, adapter_name: str | None = None) -
     tuner, name = _tuner_and_name(model, adapter_name)
     if name in tuner.lora_gate:
         return tuner.lora_gate[name](z)
-    return torch.stack([layer.lora_gate[name](z) for layer in tuner._layers() if name in layer.lora_A])
+    return torch.stack([layer.lora_gate[name](z) for layer in tuner.adapted_layers() if name in layer.lora_A])
 
 
 def export_lora(model: PeftModel, z: Tensor, folder: str | Path, adapter_name: str | None = None) -> Path:
     """Write one user's iLoRA, B diag(w) A, as a plain PEFT LoRA checkpoint that needs none of this package.
 
-    Args:
-        z: (1, d), one sequence's representation or, for a group, the mean of its rows.
-        folder: gets adapter_config.json and adapter_model.safetensors.
-        adapter_name: the adapter to export; the active one if None.
+    z (1, d) is one sequence's representation or, for a group, the mean of its rows. The folder gets
+    adapter_config.json and adapter_model.safetensors of the active or named adapter.
     """
     tuner, name = _tuner_and_name(model, adapter_name)
-    check_representations(z, finite=True)
-    config = tuner.peft_config[name]
     tensors = {}
-    with torch.no_grad(), tuner.conditioning.under(Condition(z, {})):
+    with torch.no_grad(), tuner.sequence_embeds(z):
         for key, tensor in get_peft_model_state_dict(model, adapter_name=name).items():
             if ".lora_A." in key:
                 layer = tuner.get_submodule(key.removeprefix("base_model.").rsplit(".lora_A.", 1)[0])
-                tensor = _mixed(tensor, layer.conditioning.weights_of_one_user(layer, name)).to(tensor.dtype)
+                tensor = weighted_A(tensor, layer.conditioning.weights_of(layer, name)).to(tensor.dtype)
             if ".lora_gate." not in key:
                 tensors[key] = tensor.clone(memory_format=torch.contiguous_format)
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    save_file(tensors, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
-    lora = LoraConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(LoraConfig) if f.init})
-    lora.inference_mode = True
-    lora.save_pretrained(str(folder))
-    return Path(folder)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    options = {f.name: getattr(tuner.peft_config[name], f.name) for f in dataclasses.fields(LoraConfig) if f.init}
+    LoraConfig(**{**options, "inference_mode": True}).save_pretrained(str(folder))
+    return folder

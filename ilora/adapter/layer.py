@@ -1,4 +1,4 @@
-"""The mathematics of one adapted layer, Eq. 12: LoRA whose middle is weighed anew for every row."""
+"""The mathematics of one adapted layer, Eq. 12: LoRA whose middle is weighted anew for every row."""
 
 from typing import Any
 
@@ -7,9 +7,11 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor
 
+from ilora.errors import UserError
+
 
 class ILoraVariant(LoraVariant):
-    """The mathematics of one adapted layer (PEFT asks one such object per layer and adapter)."""
+    """What PEFT calls for each adapted layer and adapter."""
 
     merged: Tensor | None = None  # w (1, K) of the user that is merged into the base weight
 
@@ -22,16 +24,16 @@ class ILoraVariant(LoraVariant):
 
     def forward(self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
         """x (b, s, d_in), result (b, s, d_out) -> result + K alpha/r B diag(w) A dropout(x), Eq. 12."""
-        A = module.lora_A[active_adapter]
-        if module.cast_input_dtype_enabled is not False and not _autocast_takes(x):
+        A, B = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        kind = "cuda" if x.is_cuda else "cpu" if x.is_cpu else x.device.type  # faster than x.device.type alone
+        autocast = torch.is_autocast_enabled(kind) and x.dtype == torch.get_autocast_dtype(kind)
+        if module.cast_input_dtype_enabled is not False and not autocast:  # which would cast x back at once
             x = x.to(A.weight.dtype)
         middle = A(module.lora_dropout[active_adapter](x))  # (b, s, r)
-        return result + module.lora_B[active_adapter](
-            middle * module.conditioning.factor(module, active_adapter, middle)
-        )
+        return result + B(middle * module.conditioning.factor(module, active_adapter, middle))
 
     def merge_safe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        self.merged = module.conditioning.weights_of_one_user(module, active_adapter)
+        self.merged = module.conditioning.weights_of(module, active_adapter).detach()
         return orig_weight + self._delta(module, active_adapter).to(orig_weight)
 
     def merge_unsafe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
@@ -42,12 +44,12 @@ class ILoraVariant(LoraVariant):
 
     def _delta(self, module: LoraLayer, adapter: str) -> Tensor:
         """dW of the merged user, laid out like the base weight: (d_out, d_in), for Conv1D (d_in, d_out)."""
-        A = _mixed(module.lora_A[adapter].weight, self.merged)
+        A = weighted_A(module.lora_A[adapter].weight, self.merged)
         delta = module.scaling[adapter] * module.lora_B[adapter].weight.to(A.dtype) @ A
         return (delta.T if module.fan_in_fan_out else delta).detach()
 
 
-class _LoraCasts:
+class InputCasts:
     """A layer's `cast_input_dtype_enabled`: true, and PEFT casts x, if the layer has a plain LoRA adapter too."""
 
     def __init__(self, layer: LoraLayer) -> None:
@@ -57,13 +59,9 @@ class _LoraCasts:
         return len(self.adapters) > len(self.variants)
 
 
-def _autocast_takes(x: Tensor) -> bool:
-    """x has the type that autocast multiplies in: cast to A's first, as LoRA does, it would be cast back at once."""
-    kind = "cuda" if x.is_cuda else "cpu" if x.is_cpu else x.device.type  # spares the name's making
-    return torch.is_autocast_enabled(kind) and x.dtype == torch.get_autocast_dtype(kind)
-
-
-def _mixed(A: Tensor, w: Tensor) -> Tensor:
+def weighted_A(A: Tensor, w: Tensor) -> Tensor:
     """A (r, d_in), w (1, K) -> diag(K w, each repeated p times) A, in float32 or better."""
-    K = w.shape[1]
+    rows, K = w.shape
+    if rows != 1:
+        raise UserError("merging and export are for exactly one user: give z of shape (1, gate_dim).")
     return (K * w[0]).repeat_interleave(A.shape[0] // K).unsqueeze(1).to(A.device) * A

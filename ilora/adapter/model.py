@@ -1,38 +1,28 @@
-"""The tuner that PEFT asks for: LoRA's, plus the gates and the calls that carry representations to them."""
+"""The tuner that PEFT calls: LoRA's, plus the gates and the calls that take sequence representations."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from accelerate import init_empty_weights
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer, LoraModel
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig
 
 from ilora.adapter.conditioning import Conditioning
-from ilora.adapter.config import ILoraConfig
-from ilora.adapter.gates import check_representations, make_gate
-from ilora.adapter.layer import ILoraVariant, _LoraCasts
+from ilora.adapter.config import GATE_CLASSES, ILoraConfig
+from ilora.adapter.gates import check_representations
+from ilora.adapter.layer import ILoraVariant, InputCasts
 from ilora.errors import UserError
 
-# PEFT's LoRA layers that ask their variant; others (AWQ, EETQ, AQLM, embeddings, ...) would ignore the gate.
-_LAYERS = {"Linear", "Linear8bitLt", "Linear4bit", "HqqLoraLinear", "GPTQLoraLinear", "TorchaoLoraLinear"}
-
-# PEFT's task types of models that do not generate, by the end of their class's name
-_TASKS = {
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
-}
+# PEFT's LoRA layers that call their variant; others (AWQ, torchao's merge, embeddings, ...) ignore the gate.
+LAYERS = {"Linear", "Linear8bitLt", "Linear4bit", "HqqLoraLinear", "GPTQLoraLinear"}
 
 
 class ILoraModel(LoraModel):
-    """PEFT's LoRA tuner plus gates: `lora_gate` holds the shared ones by adapter, a layer holds its own."""
+    """PEFT's LoRA tuner plus gates: `lora_gate` holds the shared ones by adapter, or each layer holds one."""
 
     uses_shared_state = True
-
-    # ---- conditioned calls
 
     def sequence_embeds(self, z: Tensor) -> AbstractContextManager[None]:
         """Condition every forward in the context on z (b, d), for callers that cannot pass the keyword."""
@@ -40,31 +30,26 @@ class ILoraModel(LoraModel):
 
     def generate(self, *args: Any, sequence_embeds: Tensor | None = None, **kwargs: Any) -> Any:
         """The model's `generate`; a row of sequence_embeds serves all beams or samples of its prompt."""
-        base, z = self.model, self.conditioning.given_or_enclosing(sequence_embeds)
+        base, z = self.model, self.conditioning.representations(sequence_embeds)
         while isinstance(base, PeftModel):  # a model that was wrapped again
             base = base.get_base_model()
         if z is None:
             return base.generate(*args, **kwargs)
-        check_representations(z, finite=True)
+        check_representations(z)
         repeats = _rows_per_prompt(base, args, kwargs)
         if repeats > 1 and getattr(base.config, "is_encoder_decoder", False):
-            raise UserError(
-                "an encoder-decoder model generates one sequence per prompt under sequence_embeds: "
-                "leave num_beams and num_return_sequences at 1."
-            )
+            raise UserError("encoder-decoders generate one sequence per prompt: leave beams and sequences at 1.")
         with self.sequence_embeds(z.repeat_interleave(repeats, dim=0)):
             return base.generate(*args, **kwargs)
 
-    # ---- the adapter's life: injection, trainability, merging, saving
-
-    def _layers(self) -> Iterator[LoraLayer]:
-        return (module for module in self.model.modules() if isinstance(module, LoraLayer))
+    def adapted_layers(self) -> list[LoraLayer]:
+        return [module for module in self.model.modules() if isinstance(module, LoraLayer)]
 
     def _pre_injection_hook(self, model: nn.Module, config: ILoraConfig, adapter_name: str) -> None:
-        _check_task(model, config)
-        shared = (layer.conditioning for layer in self._layers() if hasattr(layer, "conditioning"))
+        _check_task(model, config.task_type)
+        shared = (layer.conditioning for layer in self.adapted_layers() if hasattr(layer, "conditioning"))
         if (conditioning := next(shared, None)) is None:
-            conditioning = Conditioning(model, least_dim=3 if _generates(model) else 2)
+            conditioning = Conditioning(model)
         if any(conditioning.merged):
             raise UserError("the base model has a merged adapter: call unmerge_adapter() before you wrap it again.")
         self.conditioning, self.lora_gate = conditioning, conditioning.gates
@@ -74,45 +59,40 @@ class ILoraModel(LoraModel):
             del self.lora_gate[adapter_name]
         trainable = [(parameter, parameter.requires_grad) for parameter in self.lora_gate.parameters()]
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        config, layers = self.peft_config[adapter_name], list(self._layers())
+        config, layers = self.peft_config[adapter_name], self.adapted_layers()
         if not config.gate_per_layer:
-            matrix = next(layer for layer in layers if adapter_name in layer.lora_A).lora_A[adapter_name].weight
-            with init_empty_weights() if kwargs.get("low_cpu_mem_usage") else nullcontext():
-                self.lora_gate[adapter_name] = make_gate(config, like=matrix).requires_grad_(matrix.requires_grad)
-        for parameter, flag in trainable:  # another adapter changes nothing here, as PEFT has it for the layers
+            A = next(layer for layer in layers if adapter_name in layer.lora_A).lora_A[adapter_name].weight
+            self.lora_gate[adapter_name] = GATE_CLASSES[config.gate](config).to(A).requires_grad_(A.requires_grad)
+        for parameter, flag in trainable:  # a new adapter changes nothing here, nor does PEFT change the layers
             parameter.requires_grad_(flag)
         self.conditioning.merged = [layer.merged_adapters for layer in layers]
 
     @staticmethod
     def _create_new_module(config: ILoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> Any:
         module = LoraModel._create_new_module(config, adapter_name, target, **kwargs)
-        if type(module).__name__ not in _LAYERS:
-            raise UserError(
-                f"iLoRA adapts linear layers, not {type(target).__name__}: "
-                "take it out of target_modules, or load the base model with another quantisation."
-            )
+        if type(module).__name__ not in LAYERS:
+            what, remedy = type(target).__name__, "change target_modules, or load the base with another quantisation"
+            raise UserError(f"iLoRA adapts linear layers, not {what}: {remedy}.")
         return module
 
-    def _create_and_replace(
-        self, config: ILoraConfig, adapter_name: str, *args: Any, current_key: str, **kwargs: Any
-    ) -> None:
-        super()._create_and_replace(config, adapter_name, *args, current_key=current_key, **kwargs)
+    def _create_and_replace(self, config: ILoraConfig, name: str, *args: Any, current_key: str, **kwargs: Any) -> None:
+        super()._create_and_replace(config, name, *args, current_key=current_key, **kwargs)
         layer = self.model.get_submodule(current_key)
-        layer.conditioning, layer.lora_variant[adapter_name] = self.conditioning, ILoraVariant()
-        layer.cast_input_dtype_enabled = _LoraCasts(layer)  # the variant casts for itself; False: nobody casts
+        layer.conditioning, layer.lora_variant[name] = self.conditioning, ILoraVariant()
+        layer.cast_input_dtype_enabled = InputCasts(layer)
         if config.gate_per_layer:
             if not hasattr(layer, "lora_gate"):
                 layer.lora_gate = nn.ModuleDict()
                 layer.adapter_layer_names = (*layer.adapter_layer_names, "lora_gate")
-            layer.lora_gate[adapter_name] = make_gate(config, like=layer.lora_A[adapter_name].weight)
-        elif adapter_name in getattr(layer, "lora_gate", ()):  # of an earlier wrapper
-            del layer.lora_gate[adapter_name]
+            layer.lora_gate[name] = GATE_CLASSES[config.gate](config).to(layer.lora_A[name].weight)
+        elif name in getattr(layer, "lora_gate", ()):  # of an earlier wrapper
+            del layer.lora_gate[name]
 
-    # PEFT itself looks after the layers only; a shared gate is cast and trainable as its adapter is, and goes with it.
+    # ---- PEFT handles the layers; a shared gate has its adapter's type, is trainable as it is, and goes with it
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        for layer in self._layers():
+        for layer in self.adapted_layers():
             if adapter_name in layer.lora_variant:
                 self.conditioning.gate_of(layer, adapter_name).to(layer.lora_A[adapter_name].weight.dtype)
 
@@ -131,9 +111,9 @@ class ILoraModel(LoraModel):
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         super().set_requires_grad(adapter_names, requires_grad)
-        for name in {adapter_names} if isinstance(adapter_names, str) else set(adapter_names):
-            if name in self.lora_gate:
-                self.lora_gate[name].requires_grad_(requires_grad)
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        for name in set(names) & set(self.lora_gate):
+            self.lora_gate[name].requires_grad_(requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
@@ -142,6 +122,17 @@ class ILoraModel(LoraModel):
         if self.active_adapters != self.conditioning.active:  # PEFT activates another one
             self.conditioning.active = self.active_adapters
             self._train_active_gates(True)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        if f"lora_gate.{adapter_name}." in key:  # PEFT's rule reaches modules of depth one only
+            return key.replace(f"lora_gate.{adapter_name}.", "lora_gate.", 1)
+        return super()._remove_adapter_name_from_key(key, adapter_name)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        self.conditioning.disconnect(model)
+        return model
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -152,45 +143,20 @@ class ILoraModel(LoraModel):
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         raise UserError("iLoRA adapters do not add up by weight: export_lora a user of each and combine those.")
 
-    def _check_merge_allowed(self) -> None:
-        super()._check_merge_allowed()
-        if any(type(layer).__name__ == "TorchaoLoraLinear" for layer in self._layers()):
-            raise UserError("PEFT merges torchao weights without the gate: export_lora the user instead.")
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
-        self.conditioning.disconnect(model)
-        return model
-
-    @classmethod
-    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        if f"lora_gate.{adapter_name}." in key:  # PEFT's own rule reaches modules of depth one only
-            return key.replace(f"lora_gate.{adapter_name}.", "lora_gate.", 1)
-        return super()._remove_adapter_name_from_key(key, adapter_name)
-
-
-def _generates(model: nn.Module) -> bool:
-    return hasattr(model, "prepare_inputs_for_generation")
-
-
-def _check_task(model: nn.Module, config: ILoraConfig) -> None:
-    """Refuse a task type under which PEFT would not hand on sequence_embeds, or would not wrap the model."""
-    name, generates = type(model).__name__, _generates(model)
-    if config.task_type == "CAUSAL_LM" and not generates:
-        bare = "FEATURE_EXTRACTION" if isinstance(model, PreTrainedModel) else None
-        task = next((task for ending, task in _TASKS.items() if name.endswith(ending)), bare)
-        raise UserError(f"{name} does not generate text: use ILoraConfig(task_type={task!r}).")
-    if config.task_type is None and generates:
-        task = "SEQ_2_SEQ_LM" if getattr(model.config, "is_encoder_decoder", False) else "CAUSAL_LM"
-        raise UserError(f"PEFT hands sequence_embeds to generate only under a task type: use task_type={task!r}.")
+def _check_task(model: nn.Module, task: str | None) -> None:
+    """Refuse a task type under which PEFT would not pass on sequence_embeds, or would not wrap the model."""
+    generates, name = hasattr(model, "prepare_inputs_for_generation"), type(model).__name__
+    if task is None and generates:
+        raise UserError(f"{name} generates text: set task_type to CAUSAL_LM or SEQ_2_SEQ_LM in ILoraConfig.")
+    if task == "CAUSAL_LM" and not generates:
+        tasks = "SEQ_CLS, TOKEN_CLS, QUESTION_ANS, FEATURE_EXTRACTION, or None for a module outside transformers"
+        raise UserError(f"{name} does not generate text: set task_type in ILoraConfig ({tasks}).")
 
 
 def _rows_per_prompt(model: nn.Module, args: tuple, kwargs: dict) -> int:
     """The rows that `generate` makes of each prompt: its beams or the sequences it returns."""
-    given = [value for value in (*args, *kwargs.values()) if isinstance(value, GenerationConfig)]
-
-    def setting(name: str) -> int:
-        sources = (getattr(config, name, None) for config in (*given, model.generation_config))
-        return next(value for value in (kwargs.get(name), *sources, 1) if value is not None)
-
-    return max(setting("num_beams"), setting("num_return_sequences"))
+    configs = [value for value in (*args, *kwargs.values()) if isinstance(value, GenerationConfig)]
+    settings = [kwargs, *map(vars, configs), vars(model.generation_config)]
+    names = ("num_beams", "num_return_sequences")
+    return max(next((s[name] for s in settings if s.get(name) is not None), 1) for name in names)
