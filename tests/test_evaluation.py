@@ -1,3 +1,5 @@
+"""`evaluate`: answers and ranks of systems, and what no system may return."""
+
 import tracemalloc
 from collections import deque
 
@@ -7,26 +9,25 @@ import pytest
 import torch
 from scipy import stats
 
-from ilora import evaluation
 from ilora.data import Questions, Sequences
 from ilora.errors import UserError
-from ilora.evaluation import NO_ANSWER, ask, choose, difference, evaluate, interval, intervals, metrics
+from ilora.evaluation import NO_ANSWER, compute_metrics, difference, evaluate, outcomes, outcomes_from_scores
 from ilora.recommenders import Popularity
 
 ITEMS = 50
 
 
 def questions(rows=40, users=None, seed=0):
-    """Questions about random histories; with `users` several windows of each."""
+    """Questions with random histories; `users` of them, or one question per user."""
     rng = np.random.default_rng(seed)
-    drawn = np.stack([rng.permutation(ITEMS)[:6] for _ in range(rows)])
+    items = np.stack([rng.permutation(ITEMS)[:6] for _ in range(rows)])
     user = np.arange(rows) if users is None else np.arange(rows) % users
-    sequences = Sequences(user, np.full(rows, 5), drawn[:, :5], np.full(rows, 5), drawn[:, 5])
+    sequences = Sequences(user, np.full(rows, 5), items[:, :5], np.full(rows, 5), items[:, 5])
     return Questions(sequences, ITEMS, seed=1)
 
 
-def outcomes(hit, valid=None, rank=None, user=None):
-    """A table of outcomes as `ask` makes it."""
+def make_outcomes(hit, valid=None, rank=None, user=None):
+    """Outcomes as `evaluate` returns them."""
     hit = np.asarray(hit, bool)
     valid = hit | (np.ones(len(hit), bool) if valid is None else np.asarray(valid, bool))
     target = np.arange(len(hit))
@@ -43,95 +44,65 @@ def outcomes(hit, valid=None, rank=None, user=None):
     return pd.DataFrame(table)
 
 
-# ---------------------------------------------------------------- the two definitions of HitRatio@1
+# ---------------------------------------------------------------- ranks and predictions
 
 
-def test_hit_ratio_of_all_and_of_valid_answers():
-    """LLaRA's MovieLens row: 42 of 95 right, 92 of 95 valid; and the released code's reading of the same."""
-    hit = np.arange(95) < 42
-    found = metrics(outcomes(hit, valid=np.arange(95) < 92))
-    assert round(found["hit_ratio"]["value"], 4) == 0.4421 and found["hit_ratio"]["n"] == 95
-    assert round(found["valid_ratio"]["value"], 4) == 0.9684
-    assert found["hit_ratio_of_valid"]["value"] == pytest.approx(42 / 92)
-    assert found["hit_ratio_of_valid"]["n"] == 92
-
-
-def test_without_a_valid_answer_there_is_no_ratio_of_valid_answers():
-    found = metrics(outcomes(np.zeros(10, bool), valid=np.zeros(10, bool)))
-    assert "hit_ratio_of_valid" not in found
-    assert found["valid_ratio"]["value"] == found["hit_ratio"]["value"] == 0
-
-
-def test_ranking_metrics():
-    rank = np.array([1, 2, 5, 6, 10, 11, 20, 1])
-    found = {name: report["value"] for name, report in metrics(outcomes(rank == 1, rank=rank)).items()}
-    assert found["rank_hit_ratio@1"] == 2 / 8
-    assert found["rank_hit_ratio@5"] == 4 / 8
-    assert found["rank_hit_ratio@10"] == 6 / 8
-    gains = {place: 1 / np.log2(1 + place) for place in (1, 2, 5, 6, 10)}
-    assert found["rank_ndcg@5"] == pytest.approx((2 * gains[1] + gains[2] + gains[5]) / 8)
-    assert found["rank_ndcg@10"] == pytest.approx((gains[1] + sum(gains.values())) / 8)
-
-
-# ---------------------------------------------------------------- ranks and answers
-
-
-def test_rank_counts_the_better_and_the_earlier_of_the_equal():
+def test_the_rank_counts_higher_scores_and_earlier_equal_scores():
     scores = np.array([[3.0, 1, 2, 1], [1, 1, 1, 1], [1, 1, 1, 1], [0, 5, 5, 4]])
     target = np.array([3, 0, 3, 2])
     is_target = np.arange(4)[None] == target[:, None]
-    rank = evaluate._rank(scores, is_target)
+    rank = outcomes._target_rank(scores, is_target)
     assert rank.tolist() == [4, 1, 4, 2]
     np.testing.assert_array_equal(rank == 1, scores.argmax(1) == target)
 
 
-def test_ties_favour_nobody_on_average():
-    asked = questions(rows=4000)
-    rank = choose(asked, np.zeros((4000, 20)))["rank"]
+def test_ties_are_fair_on_average():
+    some_questions = questions(rows=4000)
+    rank = outcomes_from_scores(some_questions, np.zeros((4000, 20)))["rank"]
     assert stats.chisquare(np.bincount(rank, minlength=21)[1:]).pvalue > 0.001
 
 
-def test_choose_answers_with_the_highest_score():
-    asked = questions()
+def test_the_answer_is_the_candidate_with_the_highest_score():
+    some_questions = questions()
     scores = np.random.default_rng(0).random((40, 20))
-    found = choose(asked, scores)
+    result = outcomes_from_scores(some_questions, scores)
     for row in range(40):
-        _, candidates, target = asked[row]
+        _, candidates, target = some_questions[row]
         order = candidates[np.argsort(-scores[row])]
-        assert found["answer"][row] == order[0]
-        assert found["rank"][row] == list(order).index(target) + 1
-        assert found["hit"][row] == (order[0] == target)
-    assert found["valid"].all()
+        assert result["answer"][row] == order[0]
+        assert result["rank"][row] == list(order).index(target) + 1
+        assert result["hit"][row] == (order[0] == target)
+    assert result["valid"].all()
 
 
-def test_a_recommender_that_only_ranks_answers_with_the_first_ranked():
-    asked = questions(users=8)
+def test_the_answer_of_a_system_that_only_ranks_is_the_top_ranked():
+    some_questions = questions(users=8)
     popularity = Popularity(ITEMS).train()
     popularity.counts += torch.randperm(ITEMS)
-    found = ask(popularity, asked, batch_size=16)
+    result = evaluate(popularity, some_questions, batch_size=16)
     assert not popularity.training
-    scores = popularity.counts.numpy()[asked.candidates]
-    np.testing.assert_array_equal(found["answer"], asked.candidates[np.arange(40), scores.argmax(1)])
-    pd.testing.assert_frame_equal(found, choose(asked, scores))
-    np.testing.assert_array_equal(found["user"], asked.sequences.user)
-    assert found["valid"].all()
+    scores = popularity.counts.numpy()[some_questions.candidates]
+    np.testing.assert_array_equal(result["answer"], some_questions.candidates[np.arange(40), scores.argmax(1)])
+    pd.testing.assert_frame_equal(result, outcomes_from_scores(some_questions, scores))
+    np.testing.assert_array_equal(result["user"], some_questions.sequences.user)
+    assert result["valid"].all()
 
 
-class Writer:
-    """Knows item `target`, writes nothing valid for odd targets; it can only write, as a chat model."""
+class Generator:
+    """Generates the target if it is even, else an invalid answer; cannot rank, like a chat model."""
 
     def generate(self, rows):
         return [None if target % 2 else list(candidates).index(target) for _, candidates, target in rows]
 
 
-class Oracle(Writer):
-    """Stands for a LanguageRecommender: it ranks too."""
+class Oracle(Generator):
+    """Can rank as well, like a LanguageRecommender."""
 
     def __init__(self):
         self.sizes = []
 
     def length(self, row):
-        return int(row[0][0])  # any order that is not that of the questions
+        return int(row[0][0])  # any order other than that of the questions
 
     def rank(self, rows):
         self.sizes.append(len(rows))
@@ -141,70 +112,66 @@ class Oracle(Writer):
         return self.rank(rows), self.generate(rows)
 
 
-def test_ask_returns_outcomes_in_the_order_of_the_questions():
-    asked, oracle = questions(), Oracle()
-    found = ask(oracle, asked, batch_size=16)
+def test_outcomes_are_in_the_order_of_the_questions():
+    some_questions, oracle = questions(), Oracle()
+    result = evaluate(oracle, some_questions, batch_size=16)
     assert oracle.sizes == [16, 16, 8]
-    target = asked.sequences.target
-    np.testing.assert_array_equal(found["target"], target)
-    np.testing.assert_array_equal(found["user"], asked.sequences.user)
-    np.testing.assert_array_equal(found["answer"], np.where(target % 2, NO_ANSWER, target))
-    np.testing.assert_array_equal(found["valid"], target % 2 == 0)
-    np.testing.assert_array_equal(found["hit"], target % 2 == 0)
-    assert (found["rank"] == 1).all()
+    target = some_questions.sequences.target
+    np.testing.assert_array_equal(result["target"], target)
+    np.testing.assert_array_equal(result["user"], some_questions.sequences.user)
+    np.testing.assert_array_equal(result["answer"], np.where(target % 2, NO_ANSWER, target))
+    np.testing.assert_array_equal(result["valid"], target % 2 == 0)
+    np.testing.assert_array_equal(result["hit"], target % 2 == 0)
+    assert (result["rank"] == 1).all()
 
 
-def test_ask_without_writing_answers_with_the_first_ranked():
-    asked, oracle = questions(), Oracle()
+def test_without_generation_the_answer_is_the_top_ranked():
+    some_questions, oracle = questions(), Oracle()
     oracle.generate = None
-    found = ask(oracle, asked, write=False)
-    assert found["hit"].all() and found["valid"].all()
-    np.testing.assert_array_equal(found["hit"], found["rank"] == 1)
+    result = evaluate(oracle, some_questions, generate=False)
+    assert result["hit"].all() and result["valid"].all()
+    np.testing.assert_array_equal(result["hit"], result["rank"] == 1)
 
 
-def test_questions_of_like_length_are_asked_together(monkeypatch):
-    monkeypatch.setattr(evaluate, "SORTED", 24)
-    asked, oracle, seen = questions(), Oracle(), []
+def test_questions_of_similar_length_share_a_batch(monkeypatch):
+    monkeypatch.setattr(outcomes, "SORT_WINDOW", 24)
+    some_questions, oracle, lengths = questions(), Oracle(), []
     plain = oracle.rank
-    oracle.rank = lambda rows: seen.append([oracle.length(row) for row in rows]) or plain(rows)
-    found = ask(oracle, asked, batch_size=10)
-    assert [len(lengths) for lengths in seen] == [10, 10, 4, 10, 6]  # 24 of the 40 sorted, then the others
-    for window in (seen[:3], seen[3:]):
-        lengths = [length for batch in window for length in batch]
-        assert lengths == sorted(lengths)
-    np.testing.assert_array_equal(found["target"], asked.sequences.target)
-    assert (found["rank"] == 1).all()
+    oracle.rank = lambda rows: lengths.append([oracle.length(row) for row in rows]) or plain(rows)
+    result = evaluate(oracle, some_questions, batch_size=10)
+    assert [len(batch) for batch in lengths] == [10, 10, 4, 10, 6]  # 24 of the 40 sorted, then the others
+    for window in (lengths[:3], lengths[3:]):
+        assert sum(window, []) == sorted(sum(window, []))  # noqa: RUF017
+    np.testing.assert_array_equal(result["target"], some_questions.sequences.target)
+    assert (result["rank"] == 1).all()
 
 
-def test_memory_of_asking_does_not_grow_with_the_questions(monkeypatch):
-    """But for an answer and a rank each; a question's own row takes some hundred bytes."""
-    monkeypatch.setattr(evaluate, "SORTED", 100)
+def test_memory_does_not_grow_with_the_number_of_questions(monkeypatch):
+    """Except for one answer and one rank per question; the row of a question takes some hundred bytes."""
+    monkeypatch.setattr(outcomes, "SORT_WINDOW", 100)
     peaks = []
-    monkeypatch.setattr(evaluate, "_outcomes", lambda *_: peaks.append(tracemalloc.get_traced_memory()[1]))
-    for rows in (200, 200, 2200):  # the first makes what is made once
-        asked, oracle = questions(rows), Oracle()
+    monkeypatch.setattr(outcomes, "_outcomes", lambda *_: peaks.append(tracemalloc.get_traced_memory()[1]))
+    for rows in (200, 200, 2200):  # the first run pays for one-time allocations
+        some_questions, oracle = questions(rows), Oracle()
         oracle.sizes = deque(maxlen=1)
         tracemalloc.start()
-        ask(oracle, asked)
+        evaluate(oracle, some_questions)
         tracemalloc.stop()
     assert peaks[2] - peaks[1] < 32 * 2000
 
 
-def test_a_system_that_only_writes_has_no_rank_and_no_metrics_of_it():
-    asked = questions()
-    written, full = ask(Writer(), asked, batch_size=16), ask(Oracle(), asked)
-    pd.testing.assert_frame_equal(written, full.drop(columns="rank"))
-    assert metrics(written) == {name: row for name, row in metrics(full).items() if not name.startswith("rank")}
-    systems = {"chat": written, "model": full}
-    assert evaluation.table(systems)["n"].tolist() == [40, 40]
-    assert list(evaluation.table(systems, "rank_hit_ratio@1").index) == ["model"]
-    assert evaluation.summary(systems).loc["chat", "rank_ndcg@10"] == "-"
-    assert difference(written, full)["value"] == 0
-    with pytest.raises(ValueError, match="Writer can only write"):
-        ask(Writer(), asked, write=False)
+def test_a_system_that_only_generates_has_no_rank_and_no_ranking_metrics():
+    some_questions = questions()
+    generated, full = evaluate(Generator(), some_questions, batch_size=16), evaluate(Oracle(), some_questions)
+    pd.testing.assert_frame_equal(generated, full.drop(columns="rank"))
+    metrics = {name: values for name, values in compute_metrics(full).items() if not name.startswith("rank")}
+    assert compute_metrics(generated) == metrics
+    assert difference(generated, full)["value"] == 0
+    with pytest.raises(ValueError, match="Generator can only generate"):
+        evaluate(Generator(), some_questions, generate=False)
 
 
-# ---------------------------------------------------------------- what no system may answer
+# ---------------------------------------------------------------- what no system may return
 
 
 class Broken:
@@ -226,47 +193,47 @@ class Ranks(Broken):
     rank = Broken.scores
 
 
-class Writes(Broken):
+class Generates(Broken):
     generate = Broken.columns
 
 
-class Both(Ranks, Writes):
+class Both(Ranks, Generates):
     pass
 
 
-class AtOnce(Both):
-    """Ranks and writes together."""
+class Together(Both):
+    """Ranks and generates together."""
 
     def answer(self, rows):
         return self.scores(rows), [0] * len(rows)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-@pytest.mark.parametrize("kind", [Ranks, Both, AtOnce])
+@pytest.mark.parametrize("kind", [Ranks, Both, Together])
 def test_scores_that_are_not_numbers_are_refused(kind, value):
     with pytest.raises(UserError, match=f"{kind.__name__} gives 1 of 640 scores that are NaN or infinite"):
-        ask(kind(value=value), questions())
-    assert ask(kind(value=-np.inf), questions())["rank"].between(1, 20).all()
+        evaluate(kind(value=value), questions())
+    assert evaluate(kind(value=-np.inf), questions())["rank"].between(1, 20).all()
 
 
-@pytest.mark.parametrize("kind", [Ranks, Writes, Both])
-def test_scores_and_answers_of_another_number_are_refused(kind):
-    message = "answers to 32 questions" if kind is Writes else r"of shape \(32, 19\), not \(32, 20\)"
+@pytest.mark.parametrize("kind", [Ranks, Generates, Both])
+def test_a_wrong_number_of_scores_or_answers_is_refused(kind):
+    message = "answers to 32 questions" if kind is Generates else r"of shape \(32, 19\), not \(32, 20\)"
     with pytest.raises(UserError, match=f"{kind.__name__} gives .*{message}"):
-        ask(kind(short=True), questions())
+        evaluate(kind(short=True), questions())
 
 
 @pytest.mark.parametrize("answer", [-1, 20, 0.0, np.nan, "0"])
-def test_answers_that_no_candidate_has_are_refused(answer):
-    with pytest.raises(UserError, match=r"Writes answers .*: give the column of a candidate, 0 to 19, or None"):
-        ask(Writes(answer=answer), questions())
-    assert not ask(Writes(answer=None), questions())["valid"].any()
-    assert ask(Writes(answer=np.int64(19)), questions())["valid"].all()
+def test_answers_that_are_no_column_of_a_candidate_are_refused(answer):
+    with pytest.raises(UserError, match=r"Generates answers .*: give the column of a candidate, 0 to 19, or None"):
+        evaluate(Generates(answer=answer), questions())
+    assert not evaluate(Generates(answer=None), questions())["valid"].any()
+    assert evaluate(Generates(answer=np.int64(19)), questions())["valid"].all()
 
 
-def test_given_scores_are_checked_too():
-    asked = questions()
+def test_outcomes_from_scores_checks_the_scores():
+    some_questions = questions()
     with pytest.raises(UserError, match="a system gives 20 of 800 scores that are NaN"):
-        choose(asked, np.where(np.arange(40)[:, None] == 7, np.nan, np.zeros((40, 20))))
+        outcomes_from_scores(some_questions, np.where(np.arange(40)[:, None] == 7, np.nan, np.zeros((40, 20))))
     with pytest.raises(UserError, match="of shape"):
-        choose(asked, np.zeros((40, 19)))
+        outcomes_from_scores(some_questions, np.zeros((40, 19)))

@@ -125,7 +125,7 @@ class _Run:
         self.history, self.best = load_checkpoint(self.checkpoints, self.identity, self.state)
         self.started = time.monotonic() - (self.history[-1]["seconds"] if self.history else 0.0)
         self.unread = []  # records whose loss is still on the GPU, with their row numbers
-        self.bar = tqdm(total=self.total_steps, initial=len(self.history), mininterval=1, disable=not self.main)
+        self.bar = tqdm(total=self.total_steps, initial=len(self.history), unit="step", disable=not self.main)
         if arguments.compile == "yes" or (arguments.compile == "auto" and next(self.inner.parameters()).is_cuda):
             getattr(self.inner, "compile_layers", lambda: None)()
         self.inner.eval()  # until a step trains
