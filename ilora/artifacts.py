@@ -51,10 +51,9 @@ def _ingredients(settings: Mapping[str, Any], inputs: Mapping[str, str]) -> dict
 
 
 def key(settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
-    """The key of a stored result: 12 hex digits that depend on the package version, the settings and the inputs.
+    """The key of a stored result: 12 hex digits, from the package version, all settings that change it, and its inputs.
 
-    settings: everything that changes the result, as JSON. inputs: name -> content of what the result is computed from:
-    the key of a data set, `content` of files, `model_content` of a model.
+    inputs: name -> the key of a data set, `content` of files, or `model_content` of a model.
     """
     return digest(_ingredients(settings, inputs))
 
@@ -245,13 +244,10 @@ def versions() -> dict[str, str]:
 def commit() -> str:
     """Git commit of the checkout that the package runs from; `+dirty` if package or notebooks are changed."""
     here = Path(__file__).resolve().parent
-    if shutil.which("git") is None or not _git(here, "ls-files", "artifacts.py"):
+
+    def git(*arguments: str) -> str:  # prints nothing to stdout outside a checkout
+        return subprocess.run(["git", "-C", here, *arguments], capture_output=True, text=True).stdout.strip()
+
+    if shutil.which("git") is None or not git("ls-files", "artifacts.py"):
         return "unknown (not a checkout)"
-    changed = _git(here, "status", "--porcelain", "--", ".", "../notebooks")
-    return _git(here, "rev-parse", "HEAD") + ("+dirty" if changed else "")
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    """Output of a git command; empty if it fails, as it does outside a checkout."""
-    process = subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True)
-    return process.stdout.strip() if process.returncode == 0 else ""
+    return git("rev-parse", "HEAD") + ("+dirty" if git("status", "--porcelain", "--", ".", "../notebooks") else "")

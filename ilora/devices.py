@@ -34,9 +34,7 @@ def pick_device(device: str = "auto") -> torch.device:
 
 
 def describe_device(device: torch.device) -> dict[str, Any]:
-    """Type, name and CPU threads of a device, for a result."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        name = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    """Type, name and number of CPU threads of a device, for a result."""
+    cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     return {"type": device.type, "name": name, "threads": torch.get_num_threads()}

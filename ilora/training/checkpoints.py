@@ -35,10 +35,7 @@ def restore(tensors: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
 
 
 def load_snapshot(model: nn.Module, path: Path) -> None:
-    """Load a snapshot of `fit` into the model that it was taken of.
-
-    Raises UserError if the file's names or shapes differ from the model's; the model is then unchanged.
-    """
+    """Load a snapshot of `fit` into the model.  Raises UserError, before any change, if it is of another model."""
     tensors, saved = trained_tensors(model), safetensors.torch.load_file(path)
     if {name: value.shape for name, value in tensors.items()} != {name: value.shape for name, value in saved.items()}:
         raise UserError(f"{path} holds other trained tensors than this model: load the model that it was taken of")

@@ -89,8 +89,8 @@ def fit(
         with the largest `metrics[monitor]`; without `validate`, in the state after the last step.
 
     Columns of the history: step and epoch (from 1), loss, learning_rate, gradient_norm, seconds (over all sessions),
-    examples (so far), and at the end of an epoch the metrics. Raises UserError if the loss or gradient is not finite,
-    if a checkpoint cannot be written, or if the folder belongs to another run.
+    examples (so far), and at the end of an epoch the metrics. Raises UserError if a loss or gradient is not finite, if
+    a checkpoint cannot be written, or if the folder belongs to another run.
     """
     run = _Run(model, train, arguments, folder)
     for epoch in range(len(run.history) // run.steps_per_epoch, arguments.epochs):
@@ -112,7 +112,11 @@ class _Run:
     def __init__(self, model: nn.Module, train: Sized, arguments: TrainingArguments, folder: Path) -> None:
         if not len(train):
             raise UserError("there are no rows to train on: take a larger data set or a smaller limit")
-        self.train, self.arguments, self.folder, self.accelerator = train, arguments, folder, _accelerator()
+        handler = DistributedDataParallelKwargs(find_unused_parameters=True)  # text-only steps skip the projector
+        self.accelerator = Accelerator(device_placement=False, kwargs_handlers=[handler])
+        if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            raise UserError("training keeps the model whole in each process: launch it without FSDP and DeepSpeed")
+        self.train, self.arguments, self.folder = train, arguments, folder
         self.main, several = self.accelerator.is_main_process, self.accelerator.num_processes > 1
         self.inner = model.to(self.accelerator.device if several else devices.pick_device(arguments.device))
         self.steps_per_epoch = math.ceil(len(train) / arguments.batch_size)
@@ -202,15 +206,15 @@ class _Run:
         done = len(self.history)
         snapshot = done in self.arguments.snapshot_steps(self.total_steps)
         checkpoint = done % self.arguments.save_every == 0 or done == self.total_steps
-        if snapshot or checkpoint:
-            self._read_losses()
+        if not snapshot and not checkpoint:
+            return
+        self._read_losses()
         if self.main and snapshot:  # before the checkpoint: a run that resumes from it would skip this snapshot
             content = safetensors.torch.save(copied(self.state["model"]))
             artifacts.write_atomic(self.folder / "snapshots" / f"step-{done:08d}.safetensors", content)
         if self.main and checkpoint:
             save_checkpoint(self.checkpoints, self.identity, self.state, self.history, self.best)
-        if checkpoint:
-            self.accelerator.wait_for_everyone()
+        self.accelerator.wait_for_everyone()
 
     def finish(self) -> pd.DataFrame:
         """Put the model into the best state, or leave it in the last one; return the history."""
@@ -224,14 +228,6 @@ class _Run:
 def combined_seed(*numbers: int) -> int:
     """One 32-bit seed computed from several numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
-
-def _accelerator() -> Accelerator:
-    handler = DistributedDataParallelKwargs(find_unused_parameters=True)  # text-only steps skip the projector
-    accelerator = Accelerator(device_placement=False, kwargs_handlers=[handler])
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise UserError("training keeps the model whole in each process: launch it without FSDP and DeepSpeed")
-    return accelerator
 
 
 def _optimizer(model: nn.Module, trained: list, arguments: TrainingArguments, total_steps: int) -> tuple:
