@@ -31,11 +31,11 @@ from transformers import DynamicCache
 
 from ilora import data, devices, evaluation, language
 from ilora.data import Questions
-from ilora.evaluation import evaluate
+from ilora.evaluation.outcomes import batches_by_length
 from ilora.language import ITEM_TOKEN, NO_ITEM, NO_LABEL, LanguageRecommender, adapter_config, wording
 from ilora.recommenders import SASRec
 from ilora.training import TrainingArguments, fit
-from ilora.training.loop import _mix
+from ilora.training.loop import combined_seed
 
 Row = tuple[np.ndarray, np.ndarray, int]
 Ways = dict[str, Callable]
@@ -68,7 +68,7 @@ class Bench:
         self.asked = data.questions(source, "test", limit=options.questions)
         self.rows = [self.asked[row] for row in range(len(self.asked))]
         self.clients = self.rows[: options.clients]
-        self.together = evaluation.at_once(self.model)
+        self.together = evaluation.default_batch_size(self.model)
 
     def training(self) -> tuple[Ways, Callable]:
         ways = {
@@ -114,8 +114,8 @@ class Bench:
 
     def evaluation(self) -> tuple[Ways, Callable]:
         ways = {
-            "one pass": lambda: evaluation.ask(self.model, self.asked, self.together),
-            "rank, then generate": lambda: evaluation.ask(Apart(self.model), self.asked, TOGETHER),
+            "one pass": lambda: evaluation.evaluate(self.model, self.asked, self.together),
+            "rank, then generate": lambda: evaluation.evaluate(Apart(self.model), self.asked, TOGETHER),
         }
 
         def agreement(found: dict[str, pd.DataFrame]) -> dict[str, float]:
@@ -212,7 +212,7 @@ class Usual(transformers.Trainer):
 
     def compute_loss(self, model: LanguageRecommender, inputs: dict[str, Tensor], *_: object, **__: object) -> Tensor:
         step, total = self.state.global_step, self.state.max_steps
-        hybrid = np.random.default_rng(_mix(self.args.seed, step)).random() < step / total
+        hybrid = np.random.default_rng(combined_seed(self.args.seed, step)).random() < step / total
         return full_loss(model, inputs, hybrid)
 
 
@@ -239,7 +239,7 @@ def train_by_fit(model: LanguageRecommender, train: Questions, batch_size: int, 
 def answer_by_length(model: LanguageRecommender, asked: Questions, together: int) -> list[int | None]:
     """Greedy answers in the batches of evaluation."""
     answers: list[int | None] = [None] * len(asked)
-    for index, rows in evaluate._batches(model, asked, together):
+    for index, rows in batches_by_length(model, asked, together):
         for place, column in zip(index, model.generate(rows), strict=True):
             answers[place] = column
     return answers

@@ -4,7 +4,7 @@
 
     as they come     batches in random order, each padded to its longest prompt
     training         `fit`: a step's rows are sorted by length, then cut into micro-batches
-    evaluation       `ask`: some thousand rows are sorted by length, then cut into batches
+    evaluation       `evaluate`: some thousand rows are sorted by length, then cut into batches
 
 Prompts are hybrid, with answers; the tokenizer is that of --base-model, the embedded one if none is named.
 """
@@ -16,7 +16,7 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from ilora import data
-from ilora.evaluation import evaluate
+from ilora.evaluation.outcomes import SORT_WINDOW
 from ilora.language import Prompts
 from ilora.language.pretraining import EMBEDDED
 
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     shares = {
         "as they come": share(length, options.micro_batch_size, options.micro_batch_size),
         "training": share(length, options.batch_size, options.micro_batch_size),
-        "evaluation": share(length, evaluate.SORTED, options.micro_batch_size),
+        "evaluation": share(length, SORT_WINDOW, options.micro_batch_size),
     }
     tokens = {"shortest": length.min(), "mean": length.mean(), "longest": length.max()}
     for name, value in shares.items():

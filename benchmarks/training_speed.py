@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             config = adapter_config(experts=experts, dropout=0.0)
             model = LanguageRecommender(plain.language_model, plain.prompts, SASRec(len(source.items)), config)
             training = partial(train, model, rows, options, compiled)
-            ranking = partial(evaluation.ask, model, questions, write=False)
+            ranking = partial(evaluation.evaluate, model, questions, generate=False)
             first, seconds = (measure.timed(training, device)[0] for _ in range(2))
             asking = [measure.timed(ranking, device)[0] for _ in range(2)][1]
             print(f"{name}, compile {compiled}: {len(rows) / seconds:.0f} examples/s, {len(questions) / asking:.0f} "

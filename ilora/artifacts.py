@@ -1,4 +1,4 @@
-"""What every run shares: the artifacts folder and its keys, files that are whole or absent, one JSON per run."""
+"""The artifacts folder: keys of stored results, atomic writing of files and folders, and one JSON per run."""
 
 import hashlib
 import importlib.metadata
@@ -29,20 +29,20 @@ log = logging.getLogger(__name__)
 
 
 def home() -> Path:
-    """The artifacts folder: $ILORA_HOME, or `artifacts` in the working directory; made if missing."""
+    """The artifacts folder: $ILORA_HOME, or `artifacts` in the working directory; created if missing."""
     folder = Path(os.environ.get("ILORA_HOME") or "artifacts").expanduser().resolve()
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 def digest(value: Any) -> str:
-    """12 hex digits of the sha256 of `value` as canonical JSON; TypeError on what JSON cannot hold."""
+    """12 hex digits of the sha256 of `value` as canonical JSON.  Raises TypeError if it is not JSON."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def ingredients(settings: Mapping[str, Any], inputs: Mapping[str, str]) -> dict[str, Any]:
-    """All that decides what is kept: the package version, the content of the inputs, and the settings."""
+def _ingredients(settings: Mapping[str, Any], inputs: Mapping[str, str]) -> dict[str, Any]:
+    """Everything that a key depends on."""
     import ilora
 
     if missing := [name for name, content in inputs.items() if not content]:
@@ -51,29 +51,24 @@ def ingredients(settings: Mapping[str, Any], inputs: Mapping[str, str]) -> dict[
 
 
 def key(settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
-    """The key under which anything is kept: 12 hex digits of its `ingredients`.
+    """The key of a stored result: 12 hex digits, from the package version, all settings that change it, and its inputs.
 
-    settings: whatever changes the result, as JSON; inputs: what it is made from, by content: a data set's key,
-    `content` of files, `model_content` of a model.
+    inputs: name -> the key of a data set, `content` of files, or `model_content` of a model.
     """
-    return digest(ingredients(settings, inputs))
+    return digest(_ingredients(settings, inputs))
 
 
 def content(path: str | Path) -> str:
-    """Digest of a file, or of all files in a folder and their names; hidden files and *.md do not count."""
+    """Digest of a file, or of the names and contents of a folder's files, except hidden files and *.md."""
     path = Path(path)
     if path.is_file():
         about = path.stat()
-        return _file_digest(path.resolve(), about.st_size, about.st_mtime_ns)
+        if about.st_size < 2**20:  # not cached: a small file may change twice within one tick of the clock
+            return hashlib.sha256(path.read_bytes()).hexdigest()
+        return _large_file_digest(path.resolve(), about.st_size, about.st_mtime_ns)
     files = [file for file in sorted(path.rglob("*")) if file.is_file() and file.suffix != ".md"]
-    named = {file.relative_to(path).as_posix(): file for file in files}
-    return digest({name: content(file) for name, file in named.items() if "/." not in f"/{name}"})
-
-
-def _file_digest(path: Path, size: int, modified: int) -> str:
-    if size < 2**20:  # a clock tick may pass between two versions of a small file
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    return _large_file_digest(path, size, modified)
+    names = {file.relative_to(path).as_posix(): file for file in files}
+    return digest({name: content(file) for name, file in names.items() if "/." not in f"/{name}"})
 
 
 @cache
@@ -83,21 +78,18 @@ def _large_file_digest(path: Path, size: int, modified: int) -> str:
 
 
 def model_content(name: str) -> str:
-    """What the name of a model stands for: the content of a folder, or the commit of a model on the hub.
-
-    Raises UserError if the commit is neither on the hub nor in the local cache.
-    """
+    """The content of a model's folder, or the commit of a model on the hub, see `hub_commit`."""
     return content(name) if Path(name).is_dir() else hub_commit(name)
 
 
 def revision(name: str | Path) -> dict[str, str]:
-    """Argument of `from_pretrained` that loads the model of the key, even if the hub moves on."""
+    """The argument of `from_pretrained` that loads the commit which the key names."""
     return {} if Path(name).is_dir() else {"revision": hub_commit(str(name))}
 
 
 @cache
 def hub_commit(name: str) -> str:
-    """The commit that a model's name stands for on the Hugging Face hub or, offline, in the local cache."""
+    """The current commit of a model on the Hugging Face hub or, offline, in the local cache.  Raises UserError."""
     from huggingface_hub import hf_hub_download
 
     try:
@@ -105,29 +97,31 @@ def hub_commit(name: str) -> str:
     except (OSError, ValueError) as error:
         raise UserError(
             f"model {name!r} is no folder, and its commit on the Hugging Face hub cannot be read "
-            f"({str(error).splitlines()[0]}): name a folder or a model of the hub, and be online the first time"
+            f"({str(error).splitlines()[0]}): name a folder or a model on the hub, and be online the first time"
         ) from error
 
 
 def write_atomic(path: str | Path, data: bytes | str) -> None:
-    """Write a file that is either the old one or all of the new one, whatever happens; text is UTF-8."""
+    """Write a file completely or not at all; text is UTF-8.  Raises UserError if that fails, as on a full disk."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
-        with os.fdopen(handle, "wb") as file:
-            os.fchmod(file.fileno(), 0o644)  # mkstemp makes it private
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+            temporary = Path(folder, "file")
+            temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+            _sync(temporary)
+            os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error}): make room and start again") from error
+
+
+def _sync(file: Path) -> None:
+    with open(file, "rb") as opened:
+        os.fsync(opened)
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write JSON (sorted keys, one space of indent, atomic); numpy values as lists; ValueError on NaN."""
+    """Write JSON with `write_atomic`; numpy arrays become lists.  Raises ValueError on NaN."""
     text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False, default=_plain)
     write_atomic(path, text + "\n")
 
@@ -140,51 +134,31 @@ def _plain(value: Any) -> Any:
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yield an empty sibling folder that becomes `path` (replacing it) on success and is removed on error."""
+    """Yield an empty folder that replaces `path` on success and is removed on an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        temporary.chmod(0o755)  # mkdtemp makes it private
-        yield temporary
-        for file in temporary.rglob("*"):
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
+        new = Path(temporary, "new")
+        new.mkdir()
+        yield new
+        for file in new.rglob("*"):
             if file.is_file():
                 _sync(file)
-        _replace_folder(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary)
-        raise
-
-
-def _sync(file: Path) -> None:
-    handle = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _replace_folder(new: Path, path: Path) -> None:
-    """os.replace for folders, which the system refuses when `path` holds files."""
-    if not path.exists():
-        os.replace(new, path)
-        return
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as aside:
-        os.replace(path, Path(aside, "old"))
+        if path.exists():  # os.replace refuses a folder that holds files
+            os.replace(path, Path(temporary, "old"))
         os.replace(new, path)
 
 
 def cached(
     kind: str, settings: Mapping[str, Any], inputs: Mapping[str, str], make: Callable[[Path], None], note: str = ""
 ) -> Path:
-    """The folder `home()/kind/key(settings, inputs)`; made by `make(folder)` unless it is there.
+    """The folder `home()/kind/key(settings, inputs)`; `make(folder)` fills it unless it exists.
 
-    A folder appears complete or not at all; `parameters.json` in it holds its `ingredients`.  What must
-    outlive an interrupted `make`, such as checkpoints, belongs elsewhere under home().  Runs at the same time
-    make it once, the others wait.  All processes of one distributed run call `make`, as training asks of them;
-    what the main process made is kept.
+    The folder appears complete or not at all; its `parameters.json` records what the key depends on. Checkpoints, which
+    must survive an interrupted `make`, belong elsewhere under `home()`. Of several runs at the same time one calls
+    `make` and the others wait. All processes of a distributed run call `make`; the main process's folder is kept.
     """
-    from accelerate import PartialState  # takes seconds, which `python -m ilora --help` need not
+    from accelerate import PartialState  # takes seconds, which `python -m ilora --help` does not need
     from accelerate.utils import broadcast_object_list
 
     state = PartialState()
@@ -197,47 +171,34 @@ def cached(
         log.info("making %s/%s%s", kind, folder.name, f" ({note})" if note else "")
         with atomic_folder(folder) if state.is_main_process else tempfile.TemporaryDirectory() as temporary:
             make(Path(temporary))
-            write_json(Path(temporary) / "parameters.json", ingredients(settings, inputs))
+            write_json(Path(temporary) / "parameters.json", _ingredients(settings, inputs))
         state.wait_for_everyone()
     return folder
 
 
 def result_path(name: str, parameters: Mapping[str, Any], inputs: Mapping[str, str]) -> Path:
-    """Where the result of a run is kept."""
+    """The file in which `Run.save` stores a result."""
     return home() / "results" / f"{name}-{key(parameters, inputs)}.json"
 
 
 class Run:
-    """Wall time and peak memory of a run, from construction (or entering `with`) to its save (or exit).
+    """Measures wall time and peak memory of a run and saves its result.  inputs: see `key`."""
 
-    inputs: the content of what the parameters name, see `key`.
-    """
-
-    def __init__(
-        self, name: str = "", parameters: Mapping[str, Any] | None = None, inputs: Mapping[str, str] | None = None
-    ) -> None:
-        self.name = name
-        self.parameters, self.inputs = dict(parameters or {}), dict(inputs or {})
+    def __init__(self, name: str, parameters: Mapping[str, Any], inputs: Mapping[str, str] | None = None) -> None:
+        self.name, self.parameters, self.inputs = name, dict(parameters), dict(inputs or {})
         self.device = pick_device(self.parameters.get("device", "auto"))
-        self.__enter__()
-
-    def __enter__(self) -> "Run":
-        self._started, self._stopped = time.perf_counter(), None
+        self._started = time.perf_counter()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stopped = time.perf_counter()
 
     @property
     def seconds(self) -> float:
-        """Seconds since the start, or until the exit."""
-        return (self._stopped or time.perf_counter()) - self._started
+        """Seconds since the start."""
+        return time.perf_counter() - self._started
 
     @property
     def peak_memory_mib(self) -> float:
-        """GPU: the most torch allocated since the start.  CPU: the most the process ever held.  In MiB."""
+        """The largest memory in MiB that torch allocated on the GPU since the start, or that the process ever used."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**20
         import resource  # not on Windows
@@ -248,10 +209,10 @@ class Run:
     def save(
         self, metrics: Mapping[str, Any], outcomes: Mapping[str, Any] | None = None, path: Path | None = None
     ) -> Path:
-        """Write `path`, by default `result_path` of this run, and return it.
+        """Write the result to `path`, by default `result_path` of this run, and return the path.
 
-        `metrics` hold counts and intervals beside values; `outcomes` (name -> one value a sequence; a DataFrame
-        will do) are what a paired test needs.
+        metrics: values with counts and intervals. outcomes: name -> one value per question, for paired comparisons;
+        also a DataFrame.
         """
         path = path or result_path(self.name, self.parameters, self.inputs)
         result = {
@@ -272,27 +233,21 @@ class Run:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a result depends on."""
+    """Versions of Python and of the packages that results depend on."""
     import ilora
 
     packages = ("torch", "transformers", "peft", "accelerate", "pandas", "numpy")
-    return {
-        "python": platform.python_version(),
-        "ilora": ilora.__version__,
-        **{package: importlib.metadata.version(package) for package in packages},
-    }
+    installed = {package: importlib.metadata.version(package) for package in packages}
+    return {"python": platform.python_version(), "ilora": ilora.__version__} | installed
 
 
 def commit() -> str:
-    """Git commit of the checkout that the package runs from; `+dirty` if package or notebooks differ."""
+    """Git commit of the checkout that the package runs from; `+dirty` if package or notebooks are changed."""
     here = Path(__file__).resolve().parent
-    if shutil.which("git") is None or not _git(here, "ls-files", "artifacts.py"):
+
+    def git(*arguments: str) -> str:  # prints nothing to stdout outside a checkout
+        return subprocess.run(["git", "-C", here, *arguments], capture_output=True, text=True).stdout.strip()
+
+    if shutil.which("git") is None or not git("ls-files", "artifacts.py"):
         return "unknown (not a checkout)"
-    changed = _git(here, "status", "--porcelain", "--", ".", "../notebooks")
-    return _git(here, "rev-parse", "HEAD") + ("+dirty" if changed else "")
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    """Output of a git command; empty if it fails, as it does outside a checkout."""
-    done = subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else ""
+    return git("rev-parse", "HEAD") + ("+dirty" if git("status", "--porcelain", "--", ".", "../notebooks") else "")

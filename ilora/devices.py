@@ -1,4 +1,4 @@
-"""Seeds, and the device that a run is on."""
+"""Random seeds and compute devices."""
 
 import platform
 import random
@@ -16,12 +16,12 @@ def seed_all(seed: int) -> None:
     np.random.seed(seed)  # noqa: NPY002, libraries draw from it
     if torch.accelerator.is_available():
         torch.manual_seed(seed)
-    else:  # torch.manual_seed would put a stack trace aside for each kind of device that is missing: 1 ms a step
+    else:  # torch.manual_seed would record a stack trace for each missing kind of device: 1 ms per step
         torch.default_generator.manual_seed(seed)
 
 
 def pick_device(device: str = "auto") -> torch.device:
-    """The torch device of that name; `auto` is the GPU if CUDA sees one, else the CPU.  Raises UserError."""
+    """The torch device with this name; `auto` is the GPU if there is one, else the CPU.  Raises UserError."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, index = device.partition(":")
@@ -29,14 +29,12 @@ def pick_device(device: str = "auto") -> torch.device:
     if kind not in counts or (index and not index.isdigit()):
         raise UserError(f"device must be auto, cpu, cuda, cuda:N or mps, not {device!r}")
     if int(index or 0) >= counts[kind]:
-        raise UserError(f"device {device!r} is not on this machine as torch sees it: choose 'auto' or 'cpu'")
+        raise UserError(f"device {device!r} is not on this machine: choose 'auto' or 'cpu'")
     return torch.device(device)
 
 
 def describe_device(device: torch.device) -> dict[str, Any]:
-    """Type, name and CPU threads of a device, for a result."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        name = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    """Type, name and number of CPU threads of a device, for a result."""
+    cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     return {"type": device.type, "name": name, "threads": torch.get_num_threads()}

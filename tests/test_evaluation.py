@@ -1,3 +1,5 @@
+"""`evaluate`: answers and ranks of systems, and what no system may return."""
+
 import tracemalloc
 from collections import deque
 
@@ -7,26 +9,25 @@ import pytest
 import torch
 from scipy import stats
 
-from ilora import evaluation
 from ilora.data import Questions, Sequences
 from ilora.errors import UserError
-from ilora.evaluation import NO_ANSWER, ask, choose, difference, evaluate, interval, intervals, metrics
+from ilora.evaluation import NO_ANSWER, compute_metrics, difference, evaluate, outcomes, outcomes_from_scores
 from ilora.recommenders import Popularity
 
 ITEMS = 50
 
 
 def questions(rows=40, users=None, seed=0):
-    """Questions about random histories; with `users` several windows of each."""
+    """Questions with random histories; `users` of them, or one question per user."""
     rng = np.random.default_rng(seed)
-    drawn = np.stack([rng.permutation(ITEMS)[:6] for _ in range(rows)])
+    items = np.stack([rng.permutation(ITEMS)[:6] for _ in range(rows)])
     user = np.arange(rows) if users is None else np.arange(rows) % users
-    sequences = Sequences(user, np.full(rows, 5), drawn[:, :5], np.full(rows, 5), drawn[:, 5])
+    sequences = Sequences(user, np.full(rows, 5), items[:, :5], np.full(rows, 5), items[:, 5])
     return Questions(sequences, ITEMS, seed=1)
 
 
-def outcomes(hit, valid=None, rank=None, user=None):
-    """A table of outcomes as `ask` makes it."""
+def make_outcomes(hit, valid=None, rank=None, user=None):
+    """Outcomes as `evaluate` returns them."""
     hit = np.asarray(hit, bool)
     valid = hit | (np.ones(len(hit), bool) if valid is None else np.asarray(valid, bool))
     target = np.arange(len(hit))
@@ -43,252 +44,65 @@ def outcomes(hit, valid=None, rank=None, user=None):
     return pd.DataFrame(table)
 
 
-# ---------------------------------------------------------------- the two definitions of HitRatio@1
+# ---------------------------------------------------------------- ranks and predictions
 
 
-def test_hit_ratio_of_all_and_of_valid_answers():
-    """LLaRA's MovieLens row: 42 of 95 right, 92 of 95 valid; and the released code's reading of the same."""
-    hit = np.arange(95) < 42
-    found = metrics(outcomes(hit, valid=np.arange(95) < 92))
-    assert round(found["hit_ratio"]["value"], 4) == 0.4421 and found["hit_ratio"]["n"] == 95
-    assert round(found["valid_ratio"]["value"], 4) == 0.9684
-    assert found["hit_ratio_of_valid"]["value"] == pytest.approx(42 / 92)
-    assert found["hit_ratio_of_valid"]["n"] == 92
-
-
-def test_without_a_valid_answer_there_is_no_ratio_of_valid_answers():
-    found = metrics(outcomes(np.zeros(10, bool), valid=np.zeros(10, bool)))
-    assert "hit_ratio_of_valid" not in found
-    assert found["valid_ratio"]["value"] == found["hit_ratio"]["value"] == 0
-
-
-def test_ranking_metrics():
-    rank = np.array([1, 2, 5, 6, 10, 11, 20, 1])
-    found = {name: report["value"] for name, report in metrics(outcomes(rank == 1, rank=rank)).items()}
-    assert found["rank_hit_ratio@1"] == 2 / 8
-    assert found["rank_hit_ratio@5"] == 4 / 8
-    assert found["rank_hit_ratio@10"] == 6 / 8
-    gains = {place: 1 / np.log2(1 + place) for place in (1, 2, 5, 6, 10)}
-    assert found["rank_ndcg@5"] == pytest.approx((2 * gains[1] + gains[2] + gains[5]) / 8)
-    assert found["rank_ndcg@10"] == pytest.approx((gains[1] + sum(gains.values())) / 8)
-
-
-# ---------------------------------------------------------------- intervals
-
-
-@pytest.mark.parametrize(
-    ("right", "n", "low", "high"),
-    [
-        (81, 263, 0.2553, 0.3662),  # Newcombe 1998, Table I, method 3
-        (15, 148, 0.0624, 0.1605),
-        (0, 20, 0.0000, 0.1611),
-        (1, 29, 0.0061, 0.1718),
-    ],
-)
-def test_wilsons_interval_of_one_question_a_user(right, n, low, high):
-    found = interval(np.arange(n) < right, np.arange(n))
-    assert found["value"] == right / n and found["n"] == n
-    assert (round(found["low"], 4), round(found["high"], 4)) == (low, high)
-
-
-def clustered(rng, users=200, windows=15):
-    """Answers of users who differ: hit probability Beta(2, 3) of each."""
-    rate = np.repeat(rng.beta(2, 3, size=users), windows)
-    return (rng.random(users * windows) < rate).astype(float), np.repeat(np.arange(users), windows)
-
-
-def test_the_cluster_bootstrap_is_as_wide_as_the_means_scatter():
-    rng = np.random.default_rng(0)
-    means = [clustered(rng)[0].mean() for _ in range(1000)]
-    true_width = np.subtract(*np.quantile(means, (0.975, 0.025)))
-    found = [interval(*clustered(rng)) for _ in range(10)]
-    width = np.mean([one["high"] - one["low"] for one in found])
-    assert width == pytest.approx(true_width, rel=0.08)
-    independent = 2 * 1.96 * np.sqrt(0.4 * 0.6 / 3000)
-    assert width > 1.5 * independent  # windows of one user are not independent
-
-
-def test_the_interval_covers_the_truth_as_often_as_it_says(monkeypatch):
-    monkeypatch.setattr(intervals, "RESAMPLES", 400)
-    rng = np.random.default_rng(1)
-    found = [interval(*clustered(rng, users=60, windows=5)) for _ in range(200)]
-    covered = sum(one["low"] <= 0.4 <= one["high"] for one in found)
-    assert 0.89 * 200 <= covered <= 0.985 * 200
-
-
-def test_users_with_more_windows_weigh_more():
-    values, users = np.array([1.0, 1, 1, 0]), np.array([0, 0, 0, 1])
-    assert interval(values, users)["value"] == 0.75
-    means = evaluation.resampled_means(values, users, seed=0)
-    assert set(np.round(means, 6)) == {1.0, 0.75, 0.0}  # user 0 twice, both, user 1 twice
-    assert abs((means == 0.75).mean() - 0.5) < 0.05
-
-
-@pytest.mark.parametrize("value", [0.0, 1.0])
-def test_an_interval_is_never_a_point_because_all_answers_are_alike(value):
-    """A bootstrap of equal values has no width; the truth may still be elsewhere. It counts a user once."""
-    found = interval(np.full(200, value), np.repeat(np.arange(20), 10))
-    edge = stats.binomtest(int(20 * value), 20).proportion_ci(method="wilson")
-    assert (found["low"], found["high"]) == pytest.approx((edge.low, edge.high))
-    assert found["value"] == value and found["n"] == 200 and found["users"] == 20
-
-
-def test_the_seed_decides_the_bootstrap():
-    values, users = clustered(np.random.default_rng(2), users=30, windows=3)
-    values *= np.random.default_rng(3).random(len(values))
-    assert interval(values, users, seed=1) == interval(values, users, seed=1)
-    assert interval(values, users, seed=1) != interval(values, users, seed=2)
-
-
-def test_values_between_0_and_1_are_bootstrapped_even_with_one_a_user():
-    values = np.linspace(0, 1, 101)
-    found = interval(values, np.arange(101))
-    assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * values.std() / np.sqrt(101), rel=0.1)
-
-
-# ---------------------------------------------------------------- differences
-
-
-def test_a_paired_difference_is_narrower_than_an_unpaired_one():
-    rng = np.random.default_rng(0)
-    one = rng.random(500) < 0.5
-    other = np.where(rng.random(500) < 0.05, ~one, one)
-    found = difference(outcomes(one), outcomes(other))
-    change = one.astype(float) - other
-    assert found["value"] == pytest.approx(change.mean()) and found["n"] == 500
-    assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * change.std() / np.sqrt(500), rel=0.1)
-    assert found["low"] <= found["value"] <= found["high"]
-    swapped = difference(outcomes(other), outcomes(one))
-    assert swapped["value"] == -found["value"]
-
-
-def test_a_difference_counts_users_not_windows():
-    user = np.repeat(np.arange(50), 10)
-    change = np.repeat(np.random.default_rng(0).random(50) < 0.3, 10)
-    same = outcomes(np.zeros(500, bool), user=user)
-    found = difference(outcomes(change, user=user), same)
-    assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * change.std() / np.sqrt(50), rel=0.15)
-
-
-def test_a_difference_of_another_column():
-    one, other = outcomes([1, 0], rank=[1, 4]), outcomes([1, 0], rank=[3, 4])
-    assert difference(one, other, "rank")["value"] == -1
-
-
-@pytest.mark.parametrize("column", ["user", "position", "target", "candidates"])
-def test_a_difference_refuses_other_questions(column):
-    one = outcomes([True, False, True])
-    with pytest.raises(ValueError, match="different questions"):
-        difference(one, one.assign(**{column: [0, 7, 2]}))
-    with pytest.raises(ValueError, match="different questions"):
-        difference(one, one.iloc[:2])
-    with pytest.raises(ValueError, match="different questions"):
-        difference(one, one.iloc[::-1])
-    assert difference(one, one.set_index(pd.Index([5, 6, 7])))["value"] == 0  # an index is no content
-
-
-def test_a_difference_refuses_other_candidates():
-    asked, again = questions(), questions()
-    one = choose(asked, np.zeros((40, 20)))
-    assert difference(one, choose(again, np.ones((40, 20))))["value"] == 0
-    again.set_epoch(1)
-    with pytest.raises(ValueError, match="different questions"):
-        difference(one, choose(again, np.ones((40, 20))))
-    again.set_epoch(0)
-    again.candidates = again.candidates[:, ::-1]  # another order breaks ties otherwise
-    with pytest.raises(ValueError, match="different questions"):
-        difference(one, choose(again, np.ones((40, 20))))
-    with pytest.raises(ValueError, match="different questions"):  # one of them does not say what was offered
-        difference(one, one.drop(columns="candidates"))
-
-
-# ---------------------------------------------------------------- what a page shows
-
-
-def test_a_table_counts_in_whole_numbers_and_leaves_out_who_lacks_the_metric():
-    systems = {"a": outcomes([1, 0, 1]), "mute": outcomes([0, 0], valid=[0, 0])}
-    assert evaluation.table(systems)["n"].tolist() == [3, 2]
-    assert evaluation.table(systems)["n"].dtype.kind == "i"
-    found = evaluation.table(systems, "hit_ratio_of_valid")
-    assert list(found.index) == ["a"] and list(found.columns) == ["value", "low", "high", "n"]
-    assert found.loc["a", "value"] == pytest.approx(2 / 3)
-
-
-def test_a_summary_writes_intervals_and_a_dash_where_there_is_none():
-    systems = {"a": outcomes([1, 0, 1]), "mute": outcomes([0, 0], valid=[0, 0])}
-    found = evaluation.summary(systems)
-    assert found.loc["a", "hit_ratio"] == evaluation.written(metrics(systems["a"])["hit_ratio"])
-    assert found.loc["mute", "hit_ratio_of_valid"] == "-"
-    assert evaluation.written({"value": 0.5234, "low": -0.1, "high": 1, "n": 3}) == "0.523 [-0.100, 1.000]"
-
-
-def test_a_verdict_says_who_is_ahead_or_that_nobody_is():
-    hit = np.arange(300) % 3 == 0
-    systems = {"weak": outcomes(hit), "strong": outcomes(hit | (np.arange(300) % 3 == 1)), "same": outcomes(hit)}
-    for pair in (("strong", "weak"), ("weak", "strong")):
-        assert evaluation.verdict(systems, *pair).startswith("strong is above weak by 0.333 [0.")
-    assert evaluation.verdict(systems, "same", "weak").startswith("same and weak cannot be told apart: 0.000 [")
-
-
-# ---------------------------------------------------------------- ranks and answers
-
-
-def test_rank_counts_the_better_and_the_earlier_of_the_equal():
+def test_the_rank_counts_higher_scores_and_earlier_equal_scores():
     scores = np.array([[3.0, 1, 2, 1], [1, 1, 1, 1], [1, 1, 1, 1], [0, 5, 5, 4]])
     target = np.array([3, 0, 3, 2])
     is_target = np.arange(4)[None] == target[:, None]
-    rank = evaluate._rank(scores, is_target)
+    rank = outcomes._target_rank(scores, is_target)
     assert rank.tolist() == [4, 1, 4, 2]
     np.testing.assert_array_equal(rank == 1, scores.argmax(1) == target)
 
 
-def test_ties_favour_nobody_on_average():
-    asked = questions(rows=4000)
-    rank = choose(asked, np.zeros((4000, 20)))["rank"]
+def test_ties_are_fair_on_average():
+    some_questions = questions(rows=4000)
+    rank = outcomes_from_scores(some_questions, np.zeros((4000, 20)))["rank"]
     assert stats.chisquare(np.bincount(rank, minlength=21)[1:]).pvalue > 0.001
 
 
-def test_choose_answers_with_the_highest_score():
-    asked = questions()
+def test_the_answer_is_the_candidate_with_the_highest_score():
+    some_questions = questions()
     scores = np.random.default_rng(0).random((40, 20))
-    found = choose(asked, scores)
+    result = outcomes_from_scores(some_questions, scores)
     for row in range(40):
-        _, candidates, target = asked[row]
+        _, candidates, target = some_questions[row]
         order = candidates[np.argsort(-scores[row])]
-        assert found["answer"][row] == order[0]
-        assert found["rank"][row] == list(order).index(target) + 1
-        assert found["hit"][row] == (order[0] == target)
-    assert found["valid"].all()
+        assert result["answer"][row] == order[0]
+        assert result["rank"][row] == list(order).index(target) + 1
+        assert result["hit"][row] == (order[0] == target)
+    assert result["valid"].all()
 
 
-def test_a_recommender_that_only_ranks_answers_with_the_first_ranked():
-    asked = questions(users=8)
+def test_the_answer_of_a_system_that_only_ranks_is_the_top_ranked():
+    some_questions = questions(users=8)
     popularity = Popularity(ITEMS).train()
     popularity.counts += torch.randperm(ITEMS)
-    found = ask(popularity, asked, batch_size=16)
+    result = evaluate(popularity, some_questions, batch_size=16)
     assert not popularity.training
-    scores = popularity.counts.numpy()[asked.candidates]
-    np.testing.assert_array_equal(found["answer"], asked.candidates[np.arange(40), scores.argmax(1)])
-    pd.testing.assert_frame_equal(found, choose(asked, scores))
-    np.testing.assert_array_equal(found["user"], asked.sequences.user)
-    assert found["valid"].all()
+    scores = popularity.counts.numpy()[some_questions.candidates]
+    np.testing.assert_array_equal(result["answer"], some_questions.candidates[np.arange(40), scores.argmax(1)])
+    pd.testing.assert_frame_equal(result, outcomes_from_scores(some_questions, scores))
+    np.testing.assert_array_equal(result["user"], some_questions.sequences.user)
+    assert result["valid"].all()
 
 
-class Writer:
-    """Knows item `target`, writes nothing valid for odd targets; it can only write, as a chat model."""
+class Generator:
+    """Generates the target if it is even, else an invalid answer; cannot rank, like a chat model."""
 
     def generate(self, rows):
         return [None if target % 2 else list(candidates).index(target) for _, candidates, target in rows]
 
 
-class Oracle(Writer):
-    """Stands for a LanguageRecommender: it ranks too."""
+class Oracle(Generator):
+    """Can rank as well, like a LanguageRecommender."""
 
     def __init__(self):
         self.sizes = []
 
     def length(self, row):
-        return int(row[0][0])  # any order that is not that of the questions
+        return int(row[0][0])  # any order other than that of the questions
 
     def rank(self, rows):
         self.sizes.append(len(rows))
@@ -298,70 +112,66 @@ class Oracle(Writer):
         return self.rank(rows), self.generate(rows)
 
 
-def test_ask_returns_outcomes_in_the_order_of_the_questions():
-    asked, oracle = questions(), Oracle()
-    found = ask(oracle, asked, batch_size=16)
+def test_outcomes_are_in_the_order_of_the_questions():
+    some_questions, oracle = questions(), Oracle()
+    result = evaluate(oracle, some_questions, batch_size=16)
     assert oracle.sizes == [16, 16, 8]
-    target = asked.sequences.target
-    np.testing.assert_array_equal(found["target"], target)
-    np.testing.assert_array_equal(found["user"], asked.sequences.user)
-    np.testing.assert_array_equal(found["answer"], np.where(target % 2, NO_ANSWER, target))
-    np.testing.assert_array_equal(found["valid"], target % 2 == 0)
-    np.testing.assert_array_equal(found["hit"], target % 2 == 0)
-    assert (found["rank"] == 1).all()
+    target = some_questions.sequences.target
+    np.testing.assert_array_equal(result["target"], target)
+    np.testing.assert_array_equal(result["user"], some_questions.sequences.user)
+    np.testing.assert_array_equal(result["answer"], np.where(target % 2, NO_ANSWER, target))
+    np.testing.assert_array_equal(result["valid"], target % 2 == 0)
+    np.testing.assert_array_equal(result["hit"], target % 2 == 0)
+    assert (result["rank"] == 1).all()
 
 
-def test_ask_without_writing_answers_with_the_first_ranked():
-    asked, oracle = questions(), Oracle()
+def test_without_generation_the_answer_is_the_top_ranked():
+    some_questions, oracle = questions(), Oracle()
     oracle.generate = None
-    found = ask(oracle, asked, write=False)
-    assert found["hit"].all() and found["valid"].all()
-    np.testing.assert_array_equal(found["hit"], found["rank"] == 1)
+    result = evaluate(oracle, some_questions, generate=False)
+    assert result["hit"].all() and result["valid"].all()
+    np.testing.assert_array_equal(result["hit"], result["rank"] == 1)
 
 
-def test_questions_of_like_length_are_asked_together(monkeypatch):
-    monkeypatch.setattr(evaluate, "SORTED", 24)
-    asked, oracle, seen = questions(), Oracle(), []
+def test_questions_of_similar_length_share_a_batch(monkeypatch):
+    monkeypatch.setattr(outcomes, "SORT_WINDOW", 24)
+    some_questions, oracle, lengths = questions(), Oracle(), []
     plain = oracle.rank
-    oracle.rank = lambda rows: seen.append([oracle.length(row) for row in rows]) or plain(rows)
-    found = ask(oracle, asked, batch_size=10)
-    assert [len(lengths) for lengths in seen] == [10, 10, 4, 10, 6]  # 24 of the 40 sorted, then the others
-    for window in (seen[:3], seen[3:]):
-        lengths = [length for batch in window for length in batch]
-        assert lengths == sorted(lengths)
-    np.testing.assert_array_equal(found["target"], asked.sequences.target)
-    assert (found["rank"] == 1).all()
+    oracle.rank = lambda rows: lengths.append([oracle.length(row) for row in rows]) or plain(rows)
+    result = evaluate(oracle, some_questions, batch_size=10)
+    assert [len(batch) for batch in lengths] == [10, 10, 4, 10, 6]  # 24 of the 40 sorted, then the others
+    for window in (lengths[:3], lengths[3:]):
+        assert sum(window, []) == sorted(sum(window, []))  # noqa: RUF017
+    np.testing.assert_array_equal(result["target"], some_questions.sequences.target)
+    assert (result["rank"] == 1).all()
 
 
-def test_memory_of_asking_does_not_grow_with_the_questions(monkeypatch):
-    """But for an answer and a rank each; a question's own row takes some hundred bytes."""
-    monkeypatch.setattr(evaluate, "SORTED", 100)
+def test_memory_does_not_grow_with_the_number_of_questions(monkeypatch):
+    """Except for one answer and one rank per question; the row of a question takes some hundred bytes."""
+    monkeypatch.setattr(outcomes, "SORT_WINDOW", 100)
     peaks = []
-    monkeypatch.setattr(evaluate, "_outcomes", lambda *_: peaks.append(tracemalloc.get_traced_memory()[1]))
-    for rows in (200, 200, 2200):  # the first makes what is made once
-        asked, oracle = questions(rows), Oracle()
+    monkeypatch.setattr(outcomes, "_outcomes", lambda *_: peaks.append(tracemalloc.get_traced_memory()[1]))
+    for rows in (200, 200, 2200):  # the first run pays for one-time allocations
+        some_questions, oracle = questions(rows), Oracle()
         oracle.sizes = deque(maxlen=1)
         tracemalloc.start()
-        ask(oracle, asked)
+        evaluate(oracle, some_questions)
         tracemalloc.stop()
     assert peaks[2] - peaks[1] < 32 * 2000
 
 
-def test_a_system_that_only_writes_has_no_rank_and_no_metrics_of_it():
-    asked = questions()
-    written, full = ask(Writer(), asked, batch_size=16), ask(Oracle(), asked)
-    pd.testing.assert_frame_equal(written, full.drop(columns="rank"))
-    assert metrics(written) == {name: row for name, row in metrics(full).items() if not name.startswith("rank")}
-    systems = {"chat": written, "model": full}
-    assert evaluation.table(systems)["n"].tolist() == [40, 40]
-    assert list(evaluation.table(systems, "rank_hit_ratio@1").index) == ["model"]
-    assert evaluation.summary(systems).loc["chat", "rank_ndcg@10"] == "-"
-    assert difference(written, full)["value"] == 0
-    with pytest.raises(ValueError, match="Writer can only write"):
-        ask(Writer(), asked, write=False)
+def test_a_system_that_only_generates_has_no_rank_and_no_ranking_metrics():
+    some_questions = questions()
+    generated, full = evaluate(Generator(), some_questions, batch_size=16), evaluate(Oracle(), some_questions)
+    pd.testing.assert_frame_equal(generated, full.drop(columns="rank"))
+    metrics = {name: values for name, values in compute_metrics(full).items() if not name.startswith("rank")}
+    assert compute_metrics(generated) == metrics
+    assert difference(generated, full)["value"] == 0
+    with pytest.raises(ValueError, match="Generator can only generate"):
+        evaluate(Generator(), some_questions, generate=False)
 
 
-# ---------------------------------------------------------------- what no system may answer
+# ---------------------------------------------------------------- what no system may return
 
 
 class Broken:
@@ -383,57 +193,47 @@ class Ranks(Broken):
     rank = Broken.scores
 
 
-class Writes(Broken):
+class Generates(Broken):
     generate = Broken.columns
 
 
-class Both(Ranks, Writes):
+class Both(Ranks, Generates):
     pass
 
 
-class AtOnce(Both):
-    """Ranks and writes together."""
+class Together(Both):
+    """Ranks and generates together."""
 
     def answer(self, rows):
         return self.scores(rows), [0] * len(rows)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-@pytest.mark.parametrize("kind", [Ranks, Both, AtOnce])
+@pytest.mark.parametrize("kind", [Ranks, Both, Together])
 def test_scores_that_are_not_numbers_are_refused(kind, value):
     with pytest.raises(UserError, match=f"{kind.__name__} gives 1 of 640 scores that are NaN or infinite"):
-        ask(kind(value=value), questions())
-    assert ask(kind(value=-np.inf), questions())["rank"].between(1, 20).all()
+        evaluate(kind(value=value), questions())
+    assert evaluate(kind(value=-np.inf), questions())["rank"].between(1, 20).all()
 
 
-@pytest.mark.parametrize("kind", [Ranks, Writes, Both])
-def test_scores_and_answers_of_another_number_are_refused(kind):
-    message = "answers to 32 questions" if kind is Writes else r"of shape \(32, 19\), not \(32, 20\)"
+@pytest.mark.parametrize("kind", [Ranks, Generates, Both])
+def test_a_wrong_number_of_scores_or_answers_is_refused(kind):
+    message = "answers to 32 questions" if kind is Generates else r"of shape \(32, 19\), not \(32, 20\)"
     with pytest.raises(UserError, match=f"{kind.__name__} gives .*{message}"):
-        ask(kind(short=True), questions())
+        evaluate(kind(short=True), questions())
 
 
 @pytest.mark.parametrize("answer", [-1, 20, 0.0, np.nan, "0"])
-def test_answers_that_no_candidate_has_are_refused(answer):
-    with pytest.raises(UserError, match=r"Writes answers .*: give the column of a candidate, 0 to 19, or None"):
-        ask(Writes(answer=answer), questions())
-    assert not ask(Writes(answer=None), questions())["valid"].any()
-    assert ask(Writes(answer=np.int64(19)), questions())["valid"].all()
+def test_answers_that_are_no_column_of_a_candidate_are_refused(answer):
+    with pytest.raises(UserError, match=r"Generates answers .*: give the column of a candidate, 0 to 19, or None"):
+        evaluate(Generates(answer=answer), questions())
+    assert not evaluate(Generates(answer=None), questions())["valid"].any()
+    assert evaluate(Generates(answer=np.int64(19)), questions())["valid"].all()
 
 
-def test_given_scores_are_checked_too():
-    asked = questions()
+def test_outcomes_from_scores_checks_the_scores():
+    some_questions = questions()
     with pytest.raises(UserError, match="a system gives 20 of 800 scores that are NaN"):
-        choose(asked, np.where(np.arange(40)[:, None] == 7, np.nan, np.zeros((40, 20))))
+        outcomes_from_scores(some_questions, np.where(np.arange(40)[:, None] == 7, np.nan, np.zeros((40, 20))))
     with pytest.raises(UserError, match="of shape"):
-        choose(asked, np.zeros((40, 19)))
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_mean_of_what_is_no_number_is_refused(value):
-    values, users = np.array([0.0, 0.5, value]), np.arange(3)
-    with pytest.raises(UserError, match="1 of 3 values are NaN or infinite"):
-        interval(values, users)
-    table = pd.DataFrame({"user": users, "hit": values})
-    with pytest.raises(UserError, match="1 of 3 values are NaN or infinite"):
-        difference(table, table.assign(hit=0.0))
+        outcomes_from_scores(some_questions, np.zeros((40, 19)))

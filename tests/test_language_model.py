@@ -9,7 +9,7 @@ from ilora import data
 from ilora.data import Questions, make_world
 from ilora.data.world import titles
 from ilora.errors import UserError
-from ilora.evaluation import ask, metrics
+from ilora.evaluation import compute_metrics, evaluate
 from ilora.language import LanguageRecommender, Projector, Prompts, base_models, load_language_model, wording
 from ilora.language.pretraining import EMBEDDED, LARGE, SPECIAL, VOCABULARY
 
@@ -69,7 +69,7 @@ def test_before_any_adapter_it_names_an_offered_title_but_not_the_right_one(base
         plain = prompts.batch
         monkeypatch.setattr(prompts, "batch", lambda *args: plain(*args[:3], True))
     recommender = LanguageRecommender(model, prompts)
-    found = metrics(ask(recommender, Questions(test.take(chosen), len(world.items), seed=0)))
+    found = compute_metrics(evaluate(recommender, Questions(test.take(chosen), len(world.items), seed=0)))
     assert found["valid_ratio"]["value"] >= 0.9
     assert found["hit_ratio"]["value"] < 0.12
 

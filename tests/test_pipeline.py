@@ -52,7 +52,7 @@ def test_a_model_without_encoder_is_tuned_on_text_alone(world):
     assert model.encoder is None and model.projector is None
     assert history["hit_ratio"].notna().sum() == 1
     asked = data.questions(world, "test", 5, limit=8)
-    outcomes = evaluation.ask(model, asked)
+    outcomes = evaluation.evaluate(model, asked)
     assert len(outcomes) == 8 and outcomes["rank"].between(1, 20).all()
     folder = language.tuned_folder(world, None, window=5, **SMALL)
     assert not (folder / "recommender" / "encoder").exists()
@@ -93,7 +93,7 @@ def test_a_prompt_longer_than_the_base_model_is_refused_before_training(world, m
     with pytest.raises(UserError, match="tokens, but the base model reads 60"):
         language.tuned(world, encoder, **SMALL)
     with pytest.raises(UserError, match="tokens, but the base model reads 60"):
-        evaluation.ask(language.untuned(world), data.questions(world, "test", limit=4))
+        evaluation.evaluate(language.untuned(world), data.questions(world, "test", limit=4))
 
 
 def test_what_has_no_encoder_needs_a_window_and_no_gate(world):
@@ -108,4 +108,4 @@ def test_a_model_is_tuned_with_another_encoder_than_sasrec(world):
     assert type(model.encoder) is GRU4Rec and model.gated
     asked = data.questions(world, "test", 6, limit=8)
     assert list(recommenders.baselines(world, encoder, asked)) == ["popularity", "GRU4Rec"]
-    assert len(evaluation.ask(model, asked)) == 8
+    assert len(evaluation.evaluate(model, asked)) == 8

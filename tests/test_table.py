@@ -9,9 +9,9 @@ import pandas as pd
 import pytest
 import torch
 
-from ilora import data, evaluation, recommenders
+from ilora import data, recommenders
 from ilora.recommenders import Popularity, training
-from ilora.study import paper, table_results, table_runner
+from ilora.study import comparisons, paper, table_results, table_runner
 from ilora.study.results import without_nan
 
 FEW = {"users": 60, "test_limit": 12, "train_limit": 16, "base_model": "embedded", "device": "cpu"}
@@ -60,7 +60,7 @@ def test_cells_are_asked_the_same_questions_and_can_be_read(home):
     assert set(summary["n"]) == {6}
     compared = table_results.compare_systems(table_results.answers_by_system(results, "world"))
     assert list(compared.index) == SMALL[:2]
-    np.testing.assert_allclose(compared["p_holm"], evaluation.holm(compared["p"]))
+    np.testing.assert_allclose(compared["p_holm"], comparisons.holm(compared["p"]))
     text = table_results.formatted(
         {"world": summary}, paper.printed_results().set_index(["dataset", "system"])["hit_ratio"]
     )

@@ -4,9 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ilora import artifacts, evaluation
+from ilora import artifacts
 from ilora.errors import UserError
-from ilora.study import table_results
+from ilora.study import comparisons, table_results
 
 
 def write_search(folder, number, system, chosen, grid):
@@ -83,7 +83,7 @@ def test_a_larger_base_is_compared_with_the_same_seeds_of_the_small_one():
     small = {"iLoRA": of((0, 1, 2), 3), "LLaRA": of((2,), 5), "TALLRec": of((0,), 5), "SASRec": of((0,), 9)}
     table = table_results.compare_bases(large, small)
     assert list(table.index) == ["iLoRA"]  # others: no seed in common, other questions, or over one base alone
-    expected = evaluation.paired_comparison(large["iLoRA"].hit, small["iLoRA"].hit[1:], np.arange(40))
+    expected = comparisons.paired_comparison(large["iLoRA"].hit, small["iLoRA"].hit[1:], np.arange(40))
     assert table.loc["iLoRA", [*expected]].to_dict() == expected and expected["value"] > 0.2
     assert table_results.compare_bases(large, {}).empty and table_results.compare_bases({}, small).empty
 
@@ -94,7 +94,7 @@ def test_a_sample_is_compared_on_its_rows_alone():
     whole = table_results.Answers((0, 1, 2), ours, ours, users, ("a", "b"), np.arange(30))
     part = table_results.Answers((0,), theirs[..., rows], theirs[..., rows], users[rows], ("a", "b"), rows)
     row = table_results.compare_systems({"iLoRA": whole, "ChatRec": part}).loc["ChatRec"]
-    expected = evaluation.paired_comparison(ours[..., rows], theirs[..., rows], users[rows])
+    expected = comparisons.paired_comparison(ours[..., rows], theirs[..., rows], users[rows])
     assert {name: row[name] for name in expected} == expected
     assert (row["n"], row["users"]) == (6, 5)
     back = table_results.compare_systems({"iLoRA": whole, "ChatRec": part}, "ChatRec").loc["iLoRA"]

@@ -1,8 +1,7 @@
-"""Trains a toy, an iLoRA recommender, and all of a small pipeline through the files that processes share.
+"""Trains a toy, an iLoRA recommender, and all steps of a small study with the files that processes share.
 
-With any number of processes the losses and weights must be the same.
-Run by test_training.py as `python training_two_processes.py FOLDER`, by itself and by `accelerate launch`; each
-process writes FOLDER/RANK-of-WORLD.pt.
+Losses and weights must not depend on the number of processes. test_training.py runs this as `python
+training_two_processes.py FOLDER` and with `accelerate launch`; each process writes FOLDER/RANK-of-WORLD.pt.
 """
 
 import os
@@ -23,25 +22,25 @@ def flat(model):
 
 
 def main(folder):
-    found = {}
+    results = {}
     for name, dropout, micro_batch_size in [("toy", 0.0, None), ("toy in parts", 0.1, 4)]:
         model, history = trained(folder / name, dropout=dropout, micro_batch_size=micro_batch_size, device="cpu")
-        found[name] = weights(model), torch.tensor(history["loss"])
+        results[name] = weights(model), torch.tensor(history["loss"])
     model = make("ilora")
     arguments = TrainingArguments(epochs=2, batch_size=4, learning_rate=1e-2, micro_batch_size=2, device="cpu")
     history = fit(model, question_rows(lengths=(1, 6, 3, 4, 5, 2)), arguments, folder / "iLoRA")
-    found["iLoRA"] = flat(model), torch.tensor(history["loss"])
+    results["iLoRA"] = flat(model), torch.tensor(history["loss"])
     os.environ["ILORA_HOME"] = str(folder / "home")
     world = data.load("world", users=60)
-    fit_recommender(world, epochs=1, device="cpu")  # dropout falls otherwise on two halves: it has to end, no more
+    fit_recommender(world, epochs=1, device="cpu")  # its dropout differs with two processes: it only has to finish
     torch.manual_seed(3)
     encoder = SASRec(len(world.items))
     model, history = language.tuned(world, encoder, "embedded", "cpu", experts=4, train_limit=32, batch_size=8)
-    found["pipeline"] = flat(model), torch.tensor(history["loss"])
+    results["pipeline"] = flat(model), torch.tensor(history["loss"])
     group = torch.distributed
     together = group.is_initialized()
     rank, world = (group.get_rank(), group.get_world_size()) if together else (0, 1)
-    torch.save(found, folder / f"{rank}-of-{world}.pt")
+    torch.save(results, folder / f"{rank}-of-{world}.pt")
     if together:
         group.destroy_process_group()
 

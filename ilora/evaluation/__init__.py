@@ -1,55 +1,13 @@
-"""From a system and its questions to outcomes, metrics and intervals."""
+"""Evaluation of systems: outcomes per question, metrics, and 95 % intervals."""
+# ruff: noqa: F401
 
-from ilora.evaluation.evaluate import (
+from ilora.evaluation.intervals import difference, interval, resampled_means
+from ilora.evaluation.metrics import check_scores, compute_metrics, expected_hit_ratio, hit_ratios
+from ilora.evaluation.outcomes import (
     NO_ANSWER,
     System,
-    ask,
-    asked,
-    at_once,
-    attainable,
-    choose,
-    metrics,
-    summary,
-    table,
-    verdict,
-    written,
+    default_batch_size,
+    evaluate,
+    outcomes_from_scores,
+    question_ids,
 )
-from ilora.evaluation.intervals import (
-    QUESTION,
-    crossed_interval,
-    difference,
-    holm,
-    interval,
-    mcnemar,
-    paired_comparison,
-    resampled_means,
-    sign_flip_test,
-)
-from ilora.evaluation.metrics import check_scores, expected_hit_ratio, hit_ratios
-
-__all__ = [
-    "NO_ANSWER",
-    "QUESTION",
-    "System",
-    "ask",
-    "asked",
-    "at_once",
-    "attainable",
-    "check_scores",
-    "choose",
-    "crossed_interval",
-    "difference",
-    "expected_hit_ratio",
-    "hit_ratios",
-    "holm",
-    "interval",
-    "mcnemar",
-    "metrics",
-    "paired_comparison",
-    "resampled_means",
-    "sign_flip_test",
-    "summary",
-    "table",
-    "verdict",
-    "written",
-]

@@ -1,31 +1,39 @@
-"""HitRatio@1 over all draws of candidates: what one draw of 19 others leaves to chance is averaged exactly."""
-
-from typing import Protocol
+"""Metrics of outcomes, and HitRatio@1 averaged over all samples of candidates."""
 
 import numpy as np
+import pandas as pd
 import torch
-from torch import Tensor
+from torch import nn
 
 from ilora.data.dataset import CANDIDATES
 from ilora.data.windows import Sequences
 from ilora.errors import UserError
+from ilora.evaluation.intervals import interval
 
 
-class Recommender(Protocol):
-    """A torch module that scores all items as the next one: (batch, window) item ids -> (batch, n_items)."""
+def compute_metrics(outcomes: pd.DataFrame, seed: int = 0) -> dict[str, dict[str, float]]:
+    """Metrics of `evaluate`'s outcomes with 95 % intervals: name -> {value, low, high, n, users}.
 
-    device: torch.device
-
-    def eval(self) -> object: ...
-
-    def score_all(self, history: Tensor) -> Tensor: ...
+    valid_ratio; hit_ratio: right answers among all, the paper's HitRatio@1; hit_ratio_of_valid: among valid answers, as
+    in the released code. If the system ranks: rank_hit_ratio@k for k = 1, 5, 10 and rank_ndcg@k for k = 5, 10.
+    """
+    values = {"valid_ratio": outcomes["valid"], "hit_ratio": outcomes["hit"]}
+    for k in (1, 5, 10) if "rank" in outcomes else ():
+        rank = outcomes["rank"].to_numpy()
+        values[f"rank_hit_ratio@{k}"] = rank <= k
+        if k > 1:
+            values[f"rank_ndcg@{k}"] = np.where(rank <= k, 1 / np.log2(1 + rank), 0.0)
+    metrics = {name: interval(value, outcomes["user"], seed) for name, value in values.items()}
+    valid = outcomes[outcomes["valid"]]
+    if len(valid):
+        metrics["hit_ratio_of_valid"] = interval(valid["hit"], valid["user"], seed)
+    return metrics
 
 
 def check_scores(scores: np.ndarray, shape: tuple[int, int], system: str) -> np.ndarray:
-    """Scores (questions, items) as they are; -inf is one, and puts an item last.
+    """Return the scores (questions, items) unchanged; -inf is allowed and ranks an item last.
 
-    Raises UserError, naming the system, for another shape, for inf, and for NaN, which no score is greater than: a
-    target with NaN would rank first.
+    Raises UserError, naming the system, for another shape, for inf, and for NaN, which would rank the target first.
     """
     scores = np.asarray(scores)
     if scores.shape != shape:
@@ -41,13 +49,13 @@ def check_scores(scores: np.ndarray, shape: tuple[int, int], system: str) -> np.
 def expected_hit_ratio(
     scores: np.ndarray, history: np.ndarray, target: np.ndarray, size: int = CANDIDATES, system: str = "the system"
 ) -> np.ndarray:
-    """Each row's HitRatio@1 over all draws of candidates: how probably the target scores highest of `size`.
+    """The probability, for each row, that the target has the highest score of `size` candidates, (rows,).
 
-    scores (rows, n_items), history (rows, window), target (rows,) -> (rows,). The others are drawn as in
-    `data.candidates`: distinct, neither in the history nor the target; a tie is won by lot. Exact: with m
-    items to draw from, `better` of them above the target and `ties` equal to it, the mean over j = 0..ties
-    of C(m - better - j, size - 1) / C(m, size - 1), two terms by the hockey-stick identity.
-    Raises UserError for scores that `check_scores` refuses, naming the `system`.
+    scores (rows, n_items), history (rows, window), target (rows,). The other candidates are sampled as in
+    `data.candidates`: distinct, neither in the history nor the target; a tie is broken at random. With m items to
+    sample from, `better` of them above the target and `ties` equal to it, the probability is the mean over j = 0..ties
+    of C(m - better - j, size - 1) / C(m, size - 1); by the hockey-stick identity the sum has two terms.
+    Raises UserError as `check_scores` does, with the name of the `system`.
     """
     scores = check_scores(scores, (len(history), scores.shape[-1]), system)
     n_items, row = scores.shape[1], np.arange(len(scores))
@@ -55,8 +63,9 @@ def expected_hit_ratio(
     free[row[:, None], history] = False
     free[row, target] = False
     free = free[:, :n_items]
-    own = scores[row, target][:, None]
-    m, better, ties = free.sum(1), (free & (scores > own)).sum(1), (free & (scores == own)).sum(1)
+    target_score = scores[row, target][:, None]
+    m = free.sum(1)
+    better, ties = (free & (scores > target_score)).sum(1), (free & (scores == target_score)).sum(1)
 
     def term(x: np.ndarray) -> np.ndarray:  # C(x, size) / C(m, size - 1)
         factors = [np.maximum(x - 1 - j, 0) / (m - j) for j in range(size - 1)]
@@ -67,9 +76,9 @@ def expected_hit_ratio(
 
 @torch.no_grad()
 def hit_ratios(
-    recommender: Recommender, sequences: Sequences, size: int = CANDIDATES, batch_size: int = 512
+    recommender: nn.Module, sequences: Sequences, size: int = CANDIDATES, batch_size: int = 512
 ) -> np.ndarray:
-    """`expected_hit_ratio` of a recommender for each sequence, (n,)."""
+    """`expected_hit_ratio` of each sequence, (n,), for a recommender with `device` and `score_all(history)`."""
     recommender.eval()
     parts = []
     for start in range(0, len(sequences), batch_size):

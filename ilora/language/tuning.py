@@ -126,7 +126,7 @@ def _tune(
         model.check(validation)
 
         def validate() -> dict[str, float]:
-            outcomes = evaluate.ask(model, validation, write=False)
+            outcomes = evaluate(model, validation, generate=False)
             return {"hit_ratio": outcomes["hit"].mean()}
 
         history = fit(model, train, arguments, work, validate, "hit_ratio")

@@ -146,6 +146,6 @@ def _for_small_models() -> Iterator[None]:
 def baselines(dataset: Dataset, encoder: SequenceModel, asked: Questions) -> dict[str, pd.DataFrame]:
     """Outcomes of the recommenders without language, on the same questions and candidates."""
     return {
-        "popularity": evaluate.ask(Popularity.from_dataset(dataset), asked),
-        type(encoder).__name__: evaluate.ask(encoder, asked),
+        "popularity": evaluate(Popularity.from_dataset(dataset), asked),
+        type(encoder).__name__: evaluate(encoder, asked),
     }

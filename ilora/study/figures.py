@@ -63,7 +63,7 @@ def _one_line(names: list[str]) -> list[str]:
 
 @_literal
 def intervals(table: pd.DataFrame, label: str, chance: float | None = None, ax: Axes | None = None) -> Axes:
-    """A point with its 95 % interval for each row of `evaluation.table`, first row on top."""
+    """A point with its 95 % interval for each row of `comparisons.metric_table`, first row on top."""
     ax = ax or plt.subplots(figsize=(6.4, 0.9 + 0.36 * len(table)))[1]
     place = np.arange(len(table))[::-1]
     error = [table["value"] - table["low"], table["high"] - table["value"]]

@@ -12,7 +12,7 @@ import pandas as pd
 from scipy import stats
 
 from ilora.errors import UserError
-from ilora.evaluation.evaluate import written
+from ilora.study.comparisons import format_interval
 from ilora.study.parameters import PARAMETERS
 from ilora.study.results import load_results
 from ilora.study.running import plan
@@ -123,7 +123,7 @@ def conclusion(what: str, interval: Mapping, over: str = "") -> str:
     if over:
         above, below, neither = f"grows with {over}", f"falls with {over}", f"does not change significantly with {over}"
     verb = above if interval["low"] > 0 else below if interval["high"] < 0 else neither
-    return f"{what} {verb}: {written(interval)}, n = {interval['n']} seeds"
+    return f"{what} {verb}: {format_interval(interval)}, n = {interval['n']} seeds"
 
 
 def differences_from_default(runs: pd.DataFrame, name: str, *others: str) -> pd.DataFrame:

@@ -10,7 +10,7 @@ import pandas as pd
 
 from ilora import data, evaluation
 from ilora.errors import UserError
-from ilora.evaluation.intervals import crossed_interval, holm, paired_comparison
+from ilora.study.comparisons import crossed_interval, format_interval, holm, paired_comparison
 from ilora.study.results import load_results
 from ilora.study.table_runner import FREE, SYSTEMS
 
@@ -161,7 +161,7 @@ def formatted(means: Mapping[str, pd.DataFrame], printed: pd.Series | None = Non
 
 
 def _unbroken(interval: Mapping) -> str:
-    return evaluation.written(interval).replace(" ", "\N{NO-BREAK SPACE}")  # so that a page keeps it on one line
+    return format_interval(interval).replace(" ", "\N{NO-BREAK SPACE}")  # so that a page keeps it on one line
 
 
 def runs_by_system(results: Sequence[Mapping]) -> pd.DataFrame:

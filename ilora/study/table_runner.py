@@ -56,7 +56,7 @@ KINDS_OF_WINDOWS = ("last", "all")
 
 @dataclass(frozen=True)
 class System:
-    """A row of the table: `make(dataset, seed, settings)` gives what `evaluation.ask` asks.
+    """A row of the table: `make(dataset, seed, settings)` gives what `evaluation.evaluate` evaluates.
 
     uses: the settings that decide its result, beside those of data and questions.
     seeds: whether it is trained, so that runs with other seeds differ.
@@ -227,10 +227,11 @@ def _answers(
     found = {"hit": [], "valid": [], "questions": []}
     for draw in range(draws):
         questions.set_epoch(draw)
-        outcomes = evaluation.ask(system, questions.take(rows), at_once)
+        outcomes = evaluation.evaluate(system, questions.take(rows), at_once)
         for name in ("hit", "valid"):
             found[name].append("".join("01"[int(value)] for value in outcomes[name]))
-        found["questions"].append(artifacts.digest({"candidates": evaluation.asked(questions).to_numpy().tolist()}))
+        ids = evaluation.question_ids(questions).to_numpy().tolist()
+        found["questions"].append(artifacts.digest({"candidates": ids}))
     found |= {"rows": rows.tolist()} if sample else {}
     return found | {"windows": np.unique(questions.sequences.user, return_counts=True)[1].tolist()}
 

@@ -1,6 +1,6 @@
-"""One `fit` for recommenders and the language model, and its checkpoints."""
+"""One training loop for recommenders and language models, with checkpoints."""
 
-from ilora.training.checkpoints import Checkpoints, load_snapshot
-from ilora.training.loop import Batches, TrainingArguments, fit
+from ilora.training.checkpoints import load_snapshot
+from ilora.training.loop import TrainingArguments, fit
 
-__all__ = ["Batches", "Checkpoints", "TrainingArguments", "fit", "load_snapshot"]
+__all__ = ["TrainingArguments", "fit", "load_snapshot"]

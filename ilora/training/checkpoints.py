@@ -1,7 +1,8 @@
-"""The states of a training run on disk: checkpoints to go on from, snapshots to look at."""
+"""Checkpoints, from which an interrupted run resumes, and snapshots of a model's trained tensors."""
 
 import io
 import logging
+import shutil
 from hashlib import sha256
 from pathlib import Path
 
@@ -15,75 +16,63 @@ from ilora.errors import UserError
 log = logging.getLogger(__name__)
 
 
-def _trainable(model: nn.Module) -> dict[str, Tensor]:
-    """The live tensors that training changes, by name."""
+def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors that training changes, not copied: trainable parameters and buffers, by name."""
     if hasattr(model, "trainable_state"):
         return model.trainable_state()
     state = model.state_dict(keep_vars=True).items()
     return {name: value for name, value in state if value.requires_grad or not isinstance(value, nn.Parameter)}
 
 
-def _copy(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in state.items()}
-
-
-def load_snapshot(model: nn.Module, path: Path) -> None:
-    """Put what `fit` kept of `model` in a snapshot, or in best.safetensors, back into it.
-
-    Raises UserError for the file of a model with other trained tensors; then nothing has changed.
-    """
-    live, saved = _trainable(model), safetensors.torch.load_file(path)
-    if {name: value.shape for name, value in live.items()} != {name: value.shape for name, value in saved.items()}:
-        raise UserError(f"{path} is of a model with other trained tensors: load the model that it was kept of")
-    _restore(live, saved)
+def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
 
 
 @torch.no_grad()
-def _restore(live: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
-    for name, value in live.items():
+def restore(tensors: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
+    for name, value in tensors.items():
         value.copy_(saved[name])
 
 
-def _write(path: Path, content: bytes) -> None:
-    try:
-        artifacts.write_atomic(path, content)
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error}): make room and start again") from error
+def load_snapshot(model: nn.Module, path: Path) -> None:
+    """Load a snapshot of `fit` into the model.  Raises UserError, before any change, if it is of another model."""
+    tensors, saved = trained_tensors(model), safetensors.torch.load_file(path)
+    if {name: value.shape for name, value in tensors.items()} != {name: value.shape for name, value in saved.items()}:
+        raise UserError(f"{path} holds other trained tensors than this model: load the model that it was taken of")
+    restore(tensors, saved)
 
 
-class Checkpoints:
-    """The last two states of a run, files step-NUMBER-SHA256.pt, each there as a whole or not at all."""
+def save_checkpoint(folder: Path, identity: dict, state: dict, history: list[dict], best: tuple | None) -> None:
+    """Write step-NUMBER-SHA256.pt after the last step of the history; keep only this checkpoint and the one before."""
+    content = {"identity": identity, "history": history, "best": best, "model": copied(state["model"])}
+    buffer = io.BytesIO()
+    torch.save(content | {name: state[name].state_dict() for name in ("optimizer", "schedule")}, buffer)
+    step = f"step-{len(history):08d}"
+    path = folder / f"{step}-{sha256(buffer.getvalue()).hexdigest()}.pt"
+    artifacts.write_atomic(path, buffer.getvalue())
+    earlier = sorted(file for file in folder.glob("step-*.pt") if file.name < step)
+    for old in {*folder.glob("step-*.pt")} - {path, *earlier[-1:]}:  # also damaged ones of later steps
+        old.unlink()
+    for unfinished in folder.glob(".step-*"):  # what a killed process was writing
+        shutil.rmtree(unfinished)
 
-    def __init__(self, folder: Path, identity: dict) -> None:
-        self.folder, self.identity = folder, identity
-        self.good: list[Path] = []  # newest first
 
-    def save(self, step: int, live: dict, history: list[dict], best: tuple | None) -> None:
-        """Write the state after `step`; then remove all but the newest two."""
-        state = {"identity": self.identity, "history": history, "best": best, "model": _copy(live["model"])}
-        buffer = io.BytesIO()
-        torch.save(state | {name: live[name].state_dict() for name in ("optimizer", "schedule")}, buffer)
-        path = self.folder / f"step-{step:08d}-{sha256(buffer.getvalue()).hexdigest()}.pt"
-        _write(path, buffer.getvalue())
-        self.good = [path, *self.good][:2]
-        for old in self.folder.glob("*step-*.pt*"):  # damaged ones too, and what a killed process began
-            if old not in self.good:
-                old.unlink()
+def load_checkpoint(folder: Path, identity: dict, state: dict) -> tuple[list[dict], tuple | None]:
+    """Restore `state` from the newest checkpoint; return its history and best state, or ([], None) without one.
 
-    def load(self, live: dict) -> tuple[list[dict], tuple | None]:
-        """Restore the newest undamaged state into `live`; its history and best, or those of a new run."""
-        for path in sorted(self.folder.glob("step-*.pt"), reverse=True):
-            content = path.read_bytes()
-            if sha256(content).hexdigest() not in path.name:
-                log.warning("checkpoint %s is damaged: using the one before it", path)
-                continue
-            state = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
-            if state["identity"] != self.identity:
-                other = dict(state["identity"].items() - self.identity.items())
-                raise UserError(f"{path} is of a run with {other}: choose another folder or remove it")
-            _restore(live["model"], state["model"])
-            live["optimizer"].load_state_dict(state["optimizer"])
-            live["schedule"].load_state_dict(state["schedule"])
-            self.good = [path]
-            return state["history"], state["best"]
-        return [], None
+    Damaged checkpoints are skipped with a warning. Raises UserError for a checkpoint of a run with another identity.
+    """
+    for path in sorted(folder.glob("step-*.pt"), reverse=True):
+        content = path.read_bytes()
+        if sha256(content).hexdigest() not in path.name:
+            log.warning("checkpoint %s is damaged: using the one before it", path)
+            continue
+        saved = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+        if saved["identity"] != identity:
+            different = dict(saved["identity"].items() - identity.items())
+            raise UserError(f"{path} is from a run with {different}: choose another folder or remove it")
+        restore(state["model"], saved["model"])
+        for name in ("optimizer", "schedule"):
+            state[name].load_state_dict(saved[name])
+        return saved["history"], saved["best"]
+    return [], None

@@ -1,8 +1,7 @@
-"""Training: one `fit` for recommenders and the language model, on accelerate.
+"""Training: one `fit` for recommenders and language models, built on accelerate.
 
-A step cuts a global batch of rows into micro-batches, deals them to the processes, and weights each by its
-rows. All that is random in a step follows from (seed, step, micro-batch), not from what ran before. So a
-resumed run repeats the uninterrupted one bit for bit on the CPU, and two processes equal one.
+Each step splits a batch into micro-batches, which the processes share. All randomness of a step is derived from (seed,
+step, micro-batch), so a resumed run repeats an uninterrupted one bit for bit on the CPU, and two processes equal one.
 """
 
 import math
@@ -11,32 +10,31 @@ from collections.abc import Callable, Sized
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import safetensors.torch
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import DistributedType, broadcast_object_list, recursively_apply, send_to_device
+from accelerate.utils import DistributedType, broadcast_object_list, send_to_device
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LinearLR, LRScheduler
+from torch.optim.lr_scheduler import LinearLR
 from tqdm import tqdm
 from transformers import get_scheduler
 
 from ilora import artifacts, devices
 from ilora.errors import UserError
-from ilora.training.checkpoints import Checkpoints, _copy, _restore, _trainable, _write
+from ilora.training.checkpoints import copied, load_checkpoint, restore, save_checkpoint, trained_tensors
 
-KNOWN = {"schedule": ("cosine", "constant"), "precision": ("no", "bf16"), "compile": ("auto", "yes", "no")}
+CHOICES = {"schedule": ("cosine", "constant"), "precision": ("no", "bf16"), "compile": ("auto", "yes", "no")}
 
 
 @dataclass(frozen=True)
 class TrainingArguments:
-    """How to train. A resumed run may change the last four, which change the result by rounding and dropout alone."""
+    """Settings of `fit`.  A resumed run may change the last four: they affect only rounding and dropout masks."""
 
     epochs: int
-    batch_size: int  # rows of one optimiser step, over all processes and micro-batches
+    batch_size: int  # rows of one optimizer step, over all processes and micro-batches
     learning_rate: float  # at the peak of the schedule
     weight_decay: float = 0.0
     warmup: float = 0.05  # share of all steps in which the learning rate rises linearly
@@ -44,29 +42,29 @@ class TrainingArguments:
     floor: float = 0.01  # learning rate at the start and at the end, as a share of the peak
     clip: float = 1.0  # largest norm of the gradient
     seed: int = 0
-    snapshots: int = 0  # states kept on the way, evenly spaced; the last one is that of the last step
+    snapshots: int = 0  # number of evenly spaced snapshots; the last one is taken after the last step
     precision: str = "no"  # or "bf16": autocast
-    micro_batch_size: int | None = None  # rows at once in one process; None: its whole share
+    micro_batch_size: int | None = None  # rows of one forward pass in one process; None: its share of the batch
     save_every: int = 200  # steps between checkpoints
-    device: str = "auto"  # of a single process; several get theirs from `accelerate launch`
-    compile: str = "auto"  # "yes" or "no": a model's `compile_layers`; auto: on a GPU
+    device: str = "auto"  # of a single process; `accelerate launch` sets those of several
+    compile: str = "auto"  # "yes" or "no": call the model's `compile_layers`; auto: only on a GPU
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "learning_rate", "floor", "clip", "save_every"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"training argument {name} must be above 0, not {getattr(self, name)!r}")
-        for name, known in KNOWN.items():
-            if getattr(self, name) not in known:
-                raise UserError(f"training argument {name} must be one of {known}")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise UserError(f"training argument {name} must be one of {choices}")
         if self.snapshots < 0:
             raise UserError(f"training argument snapshots must be at least 0, not {self.snapshots!r}")
 
     def identity(self) -> dict:
-        """The fields that decide the result: a checkpoint is continued only under the same ones."""
+        """The fields that decide the result; a checkpoint is resumed only if they are the same."""
         return asdict(replace(self, micro_batch_size=None, save_every=1, device="", compile="auto"))
 
     def snapshot_steps(self, total: int) -> set[int]:
-        """The steps, of `total`, after which a snapshot is kept; fewer where there are fewer steps."""
+        """The steps, of `total`, after which a snapshot is taken."""
         return {math.ceil(total * part / self.snapshots) for part in range(1, self.snapshots + 1)}
 
 
@@ -80,175 +78,167 @@ def fit(
 ) -> pd.DataFrame:
     """Train `model` in place and return its history, one row per step.
 
-    model: `model.collate([train[i], ...])` makes a batch; `model(batch, progress=, step_seed=)` returns its
-        rows' mean loss; `progress` is step / all steps, `step_seed` one for all micro-batches of a step.
-        Optional: `parameter_groups(weight_decay)`, each may have "lr_scale"; `length(row)`, sorts a batch,
-        so that micro-batches hold rows of like length; `trainable_state()`, the tensors to keep (default:
-        parameters that train, and buffers); `compile_layers()`, called before training, see `arguments.compile`.
-    train: anything with `len(train)` and `train[i]`; `train.set_epoch(epoch)` is called if there.
-    folder: gets checkpoints/step-*.pt, best.safetensors and history.csv, and with `arguments.snapshots` also
-        snapshots/step-*.safetensors, see `load_snapshot`. A run found here is continued.
-    validate: called after each epoch, in eval mode, without gradients, in every process. The model ends in
-        the state with the largest `metrics[monitor]`; without `validate` in the last one.
+    model: `model.collate([train[i], ...])` makes a batch; `model(batch, progress=, step_seed=)` returns the mean
+        loss of its rows; `progress` is step / all steps, `step_seed` is the same for all micro-batches of a step.
+        Optional: `parameter_groups(weight_decay)`, each group may have "lr_scale"; `length(row)`, by which a batch is
+        sorted before it is split; `trainable_state()`, the tensors to save (default: trainable parameters and
+        buffers); `compile_layers()`, see `arguments.compile`.
+    train: has `len(train)` and `train[i]`; `train.set_epoch(epoch)` is called if it exists.
+    folder: receives checkpoints/ and snapshots/, see `load_snapshot`; an interrupted run in it is resumed.
+    validate: called after each epoch in every process, in eval mode, without gradients. The model ends in the state
+        with the largest `metrics[monitor]`; without `validate`, in the state after the last step.
 
-    History: step and epoch (from 1), loss, learning_rate, gradient_norm, seconds (over all sittings),
-    examples (so far), and at an epoch's end the metrics. Raises UserError when loss or gradient is not
-    finite, when a checkpoint cannot be written, and for a folder of another run; its checkpoints stay.
+    Columns of the history: step and epoch (from 1), loss, learning_rate, gradient_norm, seconds (over all sessions),
+    examples (so far), and at the end of an epoch the metrics. Raises UserError if a loss or gradient is not finite, if
+    a checkpoint cannot be written, or if the folder belongs to another run.
     """
-    if not len(train):
-        raise UserError("there are no rows to train on: take a larger data set or a smaller limit")
-    handler = DistributedDataParallelKwargs(find_unused_parameters=True)  # text-only steps skip the projector
-    accelerator = Accelerator(device_placement=False, kwargs_handlers=[handler])
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise UserError("training keeps the model whole in each process: launch it without FSDP and DeepSpeed")
-    main, several = accelerator.is_main_process, accelerator.num_processes > 1
-    inner = model.to(accelerator.device if several else devices.pick_device(arguments.device))
-    batches = Batches(train, arguments)
-    total = arguments.epochs * batches.per_epoch
-    optimizer = torch.optim.AdamW(_groups(inner, arguments), fused=True)
-    schedule = _schedule(optimizer, arguments, total)
-    model = accelerator.prepare(inner)  # its optimizer would look for packages in every step, and has no other use here
-    trained = [parameter for parameter in inner.parameters() if parameter.requires_grad]
-    live = {"model": _trainable(inner), "optimizer": optimizer, "schedule": schedule}
-    checkpoints = Checkpoints(folder / "checkpoints", arguments.identity() | {"rows": len(train)})
-    history, best = checkpoints.load(live)
-    last = history[-1] if history else {"step": 0, "examples": 0, "seconds": 0.0}
-    seen, began = last["examples"], time.monotonic() - last["seconds"]
-    if arguments.compile == "yes" or (arguments.compile == "auto" and next(inner.parameters()).is_cuda):
-        getattr(inner, "compile_layers", lambda: None)()
-    inner.eval()  # until a step trains
-    bar = tqdm(total=arguments.epochs * len(train), initial=seen, unit="row", mininterval=1, disable=not main)
-    unread = []  # a GPU's loss is read in the next step, or before anything is kept: it need not wait for Python
-    for step in range(last["step"], total):
-        rows, rate = batches.of(step), schedule.get_last_lr()[0]
-        content = [train[i] for i in rows]
-        if hasattr(inner, "length"):
-            content.sort(key=inner.length)
-        if not inner.training:  # train() walks over all modules: a good part of a small model's step
-            model.train()
-        loss = _backward(accelerator, model, content, arguments, step, total)
-        norm = accelerator.clip_grad_norm_(trained, arguments.clip)
-        done, seen = step + 1, seen + len(rows)
-        record = {"step": done, "epoch": step // batches.per_epoch + 1, "loss": loss, "learning_rate": rate}
-        history.append(record | {"gradient_norm": norm, "seconds": 0.0, "examples": seen})
-        unread.append((history[-1], rows))
-        save, snapshot = done == total or done % arguments.save_every == 0, done in arguments.snapshot_steps(total)
-        now = save or snapshot or done % batches.per_epoch == 0 or not norm.is_cuda
-        while len(unread) > (not now):
-            read = _read(*unread.pop(0), began, folder)
-            bar.set_postfix(loss=f"{read['loss']:.3f}", rate=f"{read['learning_rate']:.1e}", refresh=False)
+    run = _Run(model, train, arguments, folder)
+    for epoch in range(len(run.history) // run.steps_per_epoch, arguments.epochs):
+        if hasattr(train, "set_epoch"):
+            train.set_epoch(epoch)
+        order = np.random.default_rng([arguments.seed, epoch]).permutation(len(train))
+        batches = np.split(order, range(arguments.batch_size, len(train), arguments.batch_size))
+        for row_numbers in batches[len(run.history) % run.steps_per_epoch :]:  # all, unless resumed within an epoch
+            run.train_step(epoch, row_numbers)
+            if validate and len(run.history) % run.steps_per_epoch == 0:
+                run.validate(validate, monitor)
+            run.save()
+    return run.finish()
+
+
+class _Run:
+    """A run in progress: model, optimizer and schedule, history (a row per finished step), and the best state."""
+
+    def __init__(self, model: nn.Module, train: Sized, arguments: TrainingArguments, folder: Path) -> None:
+        if not len(train):
+            raise UserError("there are no rows to train on: take a larger data set or a smaller limit")
+        handler = DistributedDataParallelKwargs(find_unused_parameters=True)  # text-only steps skip the projector
+        self.accelerator = Accelerator(device_placement=False, kwargs_handlers=[handler])
+        if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            raise UserError("training keeps the model whole in each process: launch it without FSDP and DeepSpeed")
+        self.train, self.arguments, self.folder = train, arguments, folder
+        self.main, several = self.accelerator.is_main_process, self.accelerator.num_processes > 1
+        self.inner = model.to(self.accelerator.device if several else devices.pick_device(arguments.device))
+        self.steps_per_epoch = math.ceil(len(train) / arguments.batch_size)
+        self.total_steps = arguments.epochs * self.steps_per_epoch
+        self.trained = [parameter for parameter in self.inner.parameters() if parameter.requires_grad]
+        optimizer, schedule = _optimizer(self.inner, self.trained, arguments, self.total_steps)
+        self.model = self.accelerator.prepare(self.inner)  # accelerate's optimizer would be slower at each step
+        self.state = {"model": trained_tensors(self.inner), "optimizer": optimizer, "schedule": schedule}
+        self.checkpoints, self.identity = folder / "checkpoints", arguments.identity() | {"rows": len(train)}
+        self.history, self.best = load_checkpoint(self.checkpoints, self.identity, self.state)
+        self.started = time.monotonic() - (self.history[-1]["seconds"] if self.history else 0.0)
+        self.unread = []  # records whose loss is still on the GPU, with their row numbers
+        self.bar = tqdm(total=self.total_steps, initial=len(self.history), unit="step", disable=not self.main)
+        if arguments.compile == "yes" or (arguments.compile == "auto" and next(self.inner.parameters()).is_cuda):
+            getattr(self.inner, "compile_layers", lambda: None)()
+        self.inner.eval()  # until a step trains
+
+    def train_step(self, epoch: int, row_numbers: np.ndarray) -> None:
+        """Update the model on a batch and add a record to the history."""
+        step, optimizer, schedule = len(self.history), self.state["optimizer"], self.state["schedule"]
+        rows, rate = [self.train[i] for i in row_numbers], schedule.get_last_lr()[0]
+        if hasattr(self.inner, "length"):
+            rows.sort(key=self.inner.length)
+        if not self.inner.training:  # train() visits every module: a good part of a small model's step
+            self.model.train()
+        loss = self._backward(rows, step)
+        norm = self.accelerator.clip_grad_norm_(self.trained, self.arguments.clip)
+        examples = (self.history[-1]["examples"] if self.history else 0) + len(rows)
+        record = {"step": step + 1, "epoch": epoch + 1, "loss": loss, "learning_rate": rate, "gradient_norm": norm}
+        self.history.append(record | {"seconds": 0.0, "examples": examples})
+        self.unread.append((self.history[-1], row_numbers))
+        self._read_losses(lag=1 if norm.is_cuda else 0)  # a GPU need not wait for Python before it goes on
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        bar.update(len(rows))
-        if validate and done % batches.per_epoch == 0:
-            history[-1] |= _validated(inner, validate, monitor)
-            if best is None or history[-1][monitor] > best[0]:
-                best = history[-1][monitor], _copy(live["model"])
-        if main and snapshot:  # before a checkpoint from which it would be passed over
-            _write(folder / "snapshots" / f"step-{done:08d}.safetensors", safetensors.torch.save(_copy(live["model"])))
-        if save:
-            if main:
-                checkpoints.save(done, live, history, best)
-            accelerator.wait_for_everyone()
-    bar.close()
-    if best:
-        _restore(live["model"], best[1])
-    if main:
-        artifacts.write_atomic(folder / "best.safetensors", safetensors.torch.save(_copy(live["model"])))
-        artifacts.write_atomic(folder / "history.csv", pd.DataFrame(history).to_csv(index=False))
-    inner.eval()
-    return pd.DataFrame(history)
+        self.bar.update()
+
+    def _backward(self, rows: list, step: int) -> Tensor:
+        """Add the gradient of the mean loss over `rows`; return that loss, the same in every process."""
+        processes, seed = self.accelerator.num_processes, self.arguments.seed
+        at_once = processes * (self.arguments.micro_batch_size or self.arguments.batch_size)
+        parts = processes * math.ceil(self.arguments.batch_size / at_once)  # the same number in every process and step
+        cuts = np.linspace(0, len(rows), parts + 1).round().astype(int)
+        local_parts = range(self.accelerator.process_index, parts, processes)
+        losses = torch.zeros((), device=(device := next(self.inner.parameters()).device))
+        for part in local_parts:
+            micro_batch = rows[cuts[part] : cuts[part + 1]]
+            share = len(micro_batch) / len(rows)
+            devices.seed_all(combined_seed(seed, step, part))
+            # A small last batch can leave a part empty: one row with weight 0 keeps the processes in step.
+            batch = send_to_device(self.inner.collate(micro_batch or rows[:1]), device, non_blocking=True)
+            with self.accelerator.no_sync(self.model) if part != local_parts[-1] else nullcontext():
+                with torch.autocast(device.type, torch.bfloat16, enabled=self.arguments.precision == "bf16"):
+                    loss = self.model(batch, progress=step / self.total_steps, step_seed=combined_seed(seed, step))
+                self.accelerator.backward(loss * (share * processes))  # DDP divides by the number of processes
+            losses += loss.detach() * share
+        return self.accelerator.reduce(losses, reduction="sum")
+
+    def _read_losses(self, lag: int = 0) -> None:
+        """Read losses and gradient norms from the device, except the last `lag`.  Raises UserError if not finite."""
+        while len(self.unread) > lag:
+            record, row_numbers = self.unread.pop(0)
+            loss, norm = float(record["loss"]), float(record["gradient_norm"])
+            record |= {"loss": loss, "gradient_norm": norm, "seconds": time.monotonic() - self.started}
+            if not math.isfinite(loss) or not math.isfinite(norm):
+                raise UserError(
+                    f"loss {loss}, gradient norm {norm} at step {record['step']}, learning rate "
+                    f"{record['learning_rate']:.3g}: lower it or correct training rows {row_numbers.tolist()}; "
+                    f"checkpoints stay in {self.folder}"
+                )
+            self.bar.set_postfix(loss=f"{loss:.3f}", rate=f"{record['learning_rate']:.1e}", refresh=False)
+
+    def validate(self, validate: Callable[[], dict[str, float]], monitor: str) -> None:
+        """Add validation metrics to the last record, and remember the best state."""
+        self._read_losses()
+        self.inner.eval()
+        with torch.no_grad():
+            metrics = {name: float(value) for name, value in validate().items()}
+        if not math.isfinite(metrics.get(monitor, math.nan)):
+            raise ValueError(f"validation must return a finite {monitor!r} to select the best state, not {metrics}")
+        self.history[-1] |= broadcast_object_list([metrics])[0]  # the main process decides
+        if self.best is None or self.history[-1][monitor] > self.best[0]:
+            self.best = self.history[-1][monitor], copied(self.state["model"])
+
+    def save(self) -> None:
+        """Write the snapshot and the checkpoint that are due after this step."""
+        done = len(self.history)
+        snapshot = done in self.arguments.snapshot_steps(self.total_steps)
+        checkpoint = done % self.arguments.save_every == 0 or done == self.total_steps
+        if not snapshot and not checkpoint:
+            return
+        self._read_losses()
+        if self.main and snapshot:  # before the checkpoint: a run that resumes from it would skip this snapshot
+            content = safetensors.torch.save(copied(self.state["model"]))
+            artifacts.write_atomic(self.folder / "snapshots" / f"step-{done:08d}.safetensors", content)
+        if self.main and checkpoint:
+            save_checkpoint(self.checkpoints, self.identity, self.state, self.history, self.best)
+        self.accelerator.wait_for_everyone()
+
+    def finish(self) -> pd.DataFrame:
+        """Put the model into the best state, or leave it in the last one; return the history."""
+        self.bar.close()
+        if self.best:
+            restore(self.state["model"], self.best[1])
+        self.inner.eval()
+        return pd.DataFrame(self.history)
 
 
-def _read(record: dict, rows: np.ndarray, began: float, folder: Path) -> dict:
-    """A step's record, with loss and gradient norm copied from the GPU.  Raises UserError if they are not finite."""
-    record |= {name: float(record[name]) for name in ("loss", "gradient_norm")} | {"seconds": time.monotonic() - began}
-    if not math.isfinite(record["loss"]) or not math.isfinite(record["gradient_norm"]):
-        raise UserError(
-            f"loss {record['loss']}, gradient norm {record['gradient_norm']} at step {record['step']}, learning rate "
-            f"{record['learning_rate']:.3g}: lower it or correct training rows {rows.tolist()}; checkpoints stay in "
-            f"{folder}"
-        )
-    return record
-
-
-def _backward(accelerator: Accelerator, model: nn.Module, rows: list, arguments: TrainingArguments,
-              step: int, total: int) -> Tensor:  # fmt: skip
-    """Add the gradient of the mean loss over a global batch; return that loss, the same in every process."""
-    world = accelerator.num_processes
-    inner = model.module if world > 1 else model
-    at_once = world * (arguments.micro_batch_size or arguments.batch_size)
-    parts = world * math.ceil(arguments.batch_size / at_once)  # the same number in every process and step
-    cuts = np.linspace(0, len(rows), parts + 1).round().astype(int)
-    mine = range(accelerator.process_index, parts, world)
-    losses = torch.zeros((), device=(device := next(inner.parameters()).device))
-    for part in mine:
-        own = rows[cuts[part] : cuts[part + 1]]
-        share = len(own) / len(rows)
-        devices.seed_all(_mix(arguments.seed, step, part))
-        # A small last batch can leave a part empty: one row runs with weight 0, to keep processes in step.
-        batch = _move(inner.collate(own or rows[:1]), device)
-        with accelerator.no_sync(model) if part != mine[-1] else nullcontext():
-            with torch.autocast(device.type, torch.bfloat16, enabled=arguments.precision == "bf16"):
-                loss = model(batch, progress=step / total, step_seed=_mix(arguments.seed, step))
-            accelerator.backward(loss * (share * world))  # DDP divides by `world` again
-        losses += loss.detach() * share
-    return accelerator.reduce(losses, reduction="sum")
-
-
-def _move(batch: Any, device: torch.device) -> Any:
-    """A batch of tensors on the device; a GPU copies it while the CPU goes on."""
-    if device.type == "cuda":
-        batch = recursively_apply(Tensor.pin_memory, batch)
-    return send_to_device(batch, device, non_blocking=True)
-
-
-def _mix(*numbers: int) -> int:
-    """One 32-bit seed from several numbers."""
+def combined_seed(*numbers: int) -> int:
+    """One 32-bit seed computed from several numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-def _validated(model: nn.Module, validate: Callable[[], dict[str, float]], monitor: str) -> dict[str, float]:
-    model.eval()
-    with torch.no_grad():
-        metrics = {name: float(value) for name, value in validate().items()}
-    if not math.isfinite(metrics.get(monitor, math.nan)):
-        raise ValueError(f"validation must give a finite {monitor!r} to choose by, it gave {metrics}")
-    return broadcast_object_list([metrics])[0]  # one process decides for all
-
-
-class Batches:
-    """Global batches of shuffled row numbers, by (seed, step) alone; an epoch's last one may be smaller."""
-
-    def __init__(self, train: Sized, arguments: TrainingArguments) -> None:
-        self.train, self.size, self.seed = train, arguments.batch_size, arguments.seed
-        self.per_epoch = math.ceil(len(train) / self.size)
-        self.epoch, self.cut = -1, []
-
-    def of(self, step: int) -> np.ndarray:
-        """Row numbers of the batch of `step` (from 0), at most (batch_size,)."""
-        if step // self.per_epoch != self.epoch:
-            self.epoch = step // self.per_epoch
-            order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.train))
-            self.cut = np.split(order, range(self.size, len(order), self.size))
-            if hasattr(self.train, "set_epoch"):
-                self.train.set_epoch(self.epoch)
-        return self.cut[step % self.per_epoch]
-
-
-def _groups(model: nn.Module, arguments: TrainingArguments) -> list[dict]:
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def _optimizer(model: nn.Module, trained: list, arguments: TrainingArguments, total_steps: int) -> tuple:
+    """AdamW and its schedule: linear warm-up from floor * peak, then a cosine to floor * peak, or a constant peak."""
     groups = [{"params": trained, "weight_decay": arguments.weight_decay}]
     if hasattr(model, "parameter_groups"):
         groups = model.parameter_groups(arguments.weight_decay)
-    return [group | {"lr": arguments.learning_rate * group.get("lr_scale", 1.0)} for group in groups]
-
-
-def _schedule(optimizer: torch.optim.Optimizer, arguments: TrainingArguments, total: int) -> LRScheduler:
-    """Linear warm-up from floor * peak; then a cosine to floor * peak, as in LLaRA, or the peak for ever."""
-    warm = round(arguments.warmup * total)
+    groups = [group | {"lr": arguments.learning_rate * group.get("lr_scale", 1.0)} for group in groups]
+    optimizer, warmup = torch.optim.AdamW(groups, fused=True), round(arguments.warmup * total_steps)
     if arguments.schedule == "constant":
-        return LinearLR(optimizer, arguments.floor if warm else 1.0, total_iters=max(warm, 1))
-    rates = {"min_lr_rate": arguments.floor, "warmup_lr_rate": arguments.floor}
-    return get_scheduler("cosine_warmup_with_min_lr", optimizer, warm, total, scheduler_specific_kwargs=rates)
+        return optimizer, LinearLR(optimizer, arguments.floor if warmup else 1.0, total_iters=max(warmup, 1))
+    rates = {"min_lr_rate": arguments.floor, "warmup_lr_rate": arguments.floor}  # as in LLaRA
+    cosine = "cosine_warmup_with_min_lr"
+    return optimizer, get_scheduler(cosine, optimizer, warmup, total_steps, scheduler_specific_kwargs=rates)

@@ -1,4 +1,4 @@
-"""Intervals and their parts, exact tests against definitions, and coverage of the intervals."""
+"""Tables and sentences about several systems; exact tests against definitions, and coverage of the intervals."""
 
 from itertools import product
 from math import comb
@@ -7,11 +7,50 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
+from test_evaluation import make_outcomes
 
-from ilora.evaluation import crossed_interval, holm, mcnemar, paired_comparison, sign_flip_test
+from ilora.evaluation import compute_metrics
+from ilora.study import comparisons
+from ilora.study.comparisons import crossed_interval, holm, mcnemar, paired_comparison, sign_flip_test
+
+# ---------------------------------------------------------------- what a page shows
 
 
-def table(seeds=3, draws=4, users=60, windows=2, sd=(0.0, 0.0, 0.0, 1.0), mean=0.0, seed=0):
+def test_a_metric_table_has_integer_counts_and_omits_systems_without_the_metric():
+    systems = {"a": make_outcomes([1, 0, 1]), "invalid": make_outcomes([0, 0], valid=[0, 0])}
+    assert comparisons.metric_table(systems)["n"].tolist() == [3, 2]
+    assert comparisons.metric_table(systems)["n"].dtype.kind == "i"
+    table = comparisons.metric_table(systems, "hit_ratio_of_valid")
+    assert list(table.index) == ["a"] and list(table.columns) == ["value", "low", "high", "n"]
+    assert table.loc["a", "value"] == pytest.approx(2 / 3)
+
+
+def test_formatted_metrics_hold_intervals_or_a_dash():
+    systems = {"a": make_outcomes([1, 0, 1]), "invalid": make_outcomes([0, 0], valid=[0, 0])}
+    table = comparisons.formatted_metrics(systems)
+    assert table.loc["a", "hit_ratio"] == comparisons.format_interval(compute_metrics(systems["a"])["hit_ratio"])
+    assert table.loc["invalid", "hit_ratio_of_valid"] == "-"
+    assert comparisons.format_interval({"value": 0.5234, "low": -0.1, "high": 1, "n": 3}) == "0.523 [-0.100, 1.000]"
+
+
+def test_a_sentence_says_which_system_is_better_or_that_the_difference_is_not_significant():
+    hit = np.arange(300) % 3 == 0
+    systems = {
+        "weak": make_outcomes(hit),
+        "strong": make_outcomes(hit | (np.arange(300) % 3 == 1)),
+        "same": make_outcomes(hit),
+    }
+    for pair in (("strong", "weak"), ("weak", "strong")):
+        assert comparisons.difference_sentence(systems, *pair).startswith("strong is above weak by 0.333 [0.")
+    assert comparisons.difference_sentence(systems, "same", "weak").startswith(
+        "The difference between same and weak is not significant: 0.000 ["
+    )
+
+
+# ---------------------------------------------------------------- intervals over seeds, draws and users
+
+
+def scores(seeds=3, draws=4, users=60, windows=2, sd=(0.0, 0.0, 0.0, 1.0), mean=0.0, seed=0):
     """Values with effects of seeds, draws and users, and noise, of these standard deviations; and their users."""
     rng = np.random.default_rng(seed)
     user = np.repeat(np.arange(users), windows)
@@ -21,7 +60,7 @@ def table(seeds=3, draws=4, users=60, windows=2, sd=(0.0, 0.0, 0.0, 1.0), mean=0
 
 
 def test_the_parts_are_the_errors_of_three_means():
-    values, users = table(windows=1, sd=(1, 1, 1, 1))
+    values, users = scores(windows=1, sd=(1, 1, 1, 1))
     result = crossed_interval(values, users)
     assert result["error_seeds"] == pytest.approx(stats.sem(values.mean((1, 2))))
     assert result["error_draws"] == pytest.approx(stats.sem(values.mean((0, 2))))
@@ -40,14 +79,14 @@ def test_another_draw_moves_a_run_by_as_much_however_many_runs_there_are():
 def test_what_varies_is_named(place, part):
     sd = [0.0, 0.0, 0.0, 0.05]
     sd[place] = 1.0
-    result = crossed_interval(*table(sd=sd))
+    result = crossed_interval(*scores(sd=sd))
     errors = {name: result[f"error_{name}"] for name in ("seeds", "draws", "users")}
     assert max(errors, key=errors.get) == part
     assert errors[part] > 10 * sorted(errors.values())[1]
 
 
 def test_users_alone_give_students_interval():
-    values, users = table(seeds=1, draws=1, windows=1)
+    values, users = scores(seeds=1, draws=1, windows=1)
     result = crossed_interval(values, users)
     low, high = stats.t.interval(0.95, 59, values.mean(), stats.sem(values.ravel()))
     assert (result["low"], result["high"]) == pytest.approx((low, high))
@@ -55,7 +94,7 @@ def test_users_alone_give_students_interval():
 
 
 def test_windows_of_one_user_are_not_counted_as_independent():
-    values, users = table(seeds=1, draws=1, windows=1)
+    values, users = scores(seeds=1, draws=1, windows=1)
     often = crossed_interval(np.repeat(values, 5, axis=2), np.repeat(users, 5))
     assert often["error_users"] == pytest.approx(crossed_interval(values, users)["error_users"])
 
@@ -64,7 +103,7 @@ def test_the_interval_has_its_coverage():
     """Seeds, draws and users vary at once; taking users alone would miss most often."""
     inside, narrow = 0, 0
     for seed in range(400):
-        result = crossed_interval(*table(seeds=5, draws=5, sd=(0.3, 0.3, 1.0, 1.0), mean=0.4, seed=seed))
+        result = crossed_interval(*scores(seeds=5, draws=5, sd=(0.3, 0.3, 1.0, 1.0), mean=0.4, seed=seed))
         inside += result["low"] < 0.4 < result["high"]
         narrow += abs(result["value"] - 0.4) < 1.96 * result["error_users"]
     assert 0.92 <= inside / 400 <= 0.99
@@ -166,8 +205,9 @@ def test_equal_systems_have_no_difference_to_resample():
     assert (result["bootstrap_low"], result["bootstrap_high"]) == (0, 0)
 
 
-def test_the_bootstrap_has_its_coverage():
+def test_the_bootstrap_has_its_coverage(monkeypatch):
     """Windows of a user are alike here: taking them as independent would miss it far more often."""
+    monkeypatch.setattr(comparisons, "PERMUTATIONS", 9)  # of the test, which this does not look at
     inside, narrow = 0, 0
     for seed in range(200):
         first, second, users = uneven(users=60, seed=seed)

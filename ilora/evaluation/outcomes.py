@@ -1,0 +1,127 @@
+"""Outcomes of a system: one row per question with its answer and the rank of the target."""
+
+from collections.abc import Iterator
+from numbers import Integral
+from typing import Protocol
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ilora.data.windows import Questions, Row
+from ilora.errors import UserError
+from ilora.evaluation.intervals import QUESTION_COLUMNS
+from ilora.evaluation.metrics import check_scores
+
+NO_ANSWER = -1  # in place of an item where the answer is invalid
+SORT_WINDOW = 4096  # questions that are sorted by length together, which bounds the memory
+
+
+class System(Protocol):
+    """A system to evaluate: it has `rank` or `generate`, or both. A row is an element of Questions.
+
+    Optional: `check(questions)` raises UserError for questions that the system cannot process; `answer(rows)` returns
+    the results of `rank` and `generate` in less time; `length(row)` lets questions of similar length share a batch.
+    """
+
+    def rank(self, rows: list[Row]) -> Tensor:
+        """(rows, candidates) scores of the candidates."""
+
+    def generate(self, rows: list[Row]) -> list[int | None]:
+        """For each row the column of the candidate that the system names; None for an invalid answer."""
+
+
+def evaluate(system: System, questions: Questions, batch_size: int = 0, generate: bool = True) -> pd.DataFrame:
+    """Outcomes of a system, one row per question in the order of `questions`.
+
+    Columns: those of `question_ids`; answer: the item that `generate` names, or NO_ANSWER if invalid; valid; hit; rank:
+    the target's place among the candidates, from 1. Without `generate`, or with `generate=False`, the answer is the
+    top-ranked candidate; without `rank` there is no column rank. batch_size 0: `default_batch_size`.
+    Raises UserError for scores or answers that are not possible.
+    """
+    generates, ranks = generate and hasattr(system, "generate"), hasattr(system, "rank")
+    if not generates and not ranks:
+        raise ValueError(f"{type(system).__name__} can only generate: evaluate it with generate=True")
+    if isinstance(system, nn.Module):
+        system.eval()
+    if hasattr(system, "check"):
+        system.check(questions)
+    answer, rank = np.full(len(questions), NO_ANSWER), np.zeros(len(questions), int)
+    with tqdm(total=len(questions), unit="question", desc="evaluating", mininterval=1, delay=1) as bar:
+        for numbers, rows in batches_by_length(system, questions, batch_size or default_batch_size(system)):
+            scores, columns = _predict(system, rows, ranks, generates)
+            if ranks:
+                rank[numbers] = _target_rank(scores, np.array([candidates == target for _, candidates, target in rows]))
+            if not generates:
+                columns = scores.argmax(1)
+            named = zip(columns, rows, strict=True)
+            answer[numbers] = [
+                NO_ANSWER if column is None else candidates[column] for column, (_, candidates, _) in named
+            ]
+            bar.update(len(rows))
+    return _outcomes(questions, answer, rank if ranks else None)
+
+
+def default_batch_size(system: System) -> int:
+    """Questions per batch: 64 on a GPU, else 32."""
+    return 64 if getattr(system, "device", torch.device("cpu")).type == "cuda" else 32
+
+
+def _predict(system: System, rows: list[Row], ranks: bool, generates: bool) -> tuple[np.ndarray | None, list | None]:
+    """Scores of the candidates and columns of the generated answers, checked; None for what is not wanted."""
+    if ranks and generates and hasattr(system, "answer"):
+        scores, columns = system.answer(rows)
+    else:
+        scores = system.rank(rows) if ranks else None
+        columns = system.generate(rows) if generates else None
+    name, size = type(system).__name__, len(rows[0][1])
+    if ranks:
+        scores = check_scores(torch.as_tensor(scores).cpu().double().numpy(), (len(rows), size), name)
+    if generates and len(columns) != len(rows):
+        raise UserError(f"{name} gives {len(columns)} answers to {len(rows)} questions: give one, or None, for each")
+    for column in columns if generates else ():
+        if column is not None and not (isinstance(column, Integral) and 0 <= column < size):
+            raise UserError(f"{name} answers {column!r}: give the column of a candidate, 0 to {size - 1}, or None")
+    return scores, columns
+
+
+def batches_by_length(system: System, questions: Questions, batch_size: int) -> Iterator[tuple[np.ndarray, list[Row]]]:
+    """Numbers and rows of questions, in batches of similar length if the system has `length`."""
+    for first in range(0, len(questions), SORT_WINDOW):
+        rows = [questions[i] for i in range(first, min(first + SORT_WINDOW, len(questions)))]
+        order = np.arange(len(rows))
+        if hasattr(system, "length"):
+            order = np.argsort([system.length(row) for row in rows], kind="stable")
+        for batch in np.split(order, range(batch_size, len(order), batch_size)):
+            yield first + batch, [rows[i] for i in batch]
+
+
+def outcomes_from_scores(questions: Questions, scores: np.ndarray) -> pd.DataFrame:
+    """Outcomes of a system with these scores (n, candidates).  Raises UserError as `check_scores` does."""
+    scores = check_scores(scores, questions.candidates.shape, "a system")
+    answer = np.take_along_axis(questions.candidates, scores.argmax(1)[:, None], axis=1)[:, 0]
+    rank = _target_rank(scores, questions.candidates == questions.sequences.target[:, None])
+    return _outcomes(questions, answer, rank)
+
+
+def _target_rank(scores: np.ndarray, is_target: np.ndarray) -> np.ndarray:
+    """(n,) place of the target from 1; among equal scores earlier columns, which are random, come first."""
+    target_score = scores[is_target][:, None]
+    earlier = np.arange(scores.shape[1]) < is_target.argmax(1)[:, None]
+    return 1 + ((scores > target_score) | (scores == target_score) & earlier).sum(1)
+
+
+def question_ids(questions: Questions) -> pd.DataFrame:
+    """What identifies each question: user, position, target, and a digest of its candidates."""
+    sequences, candidates = questions.sequences, pd.DataFrame(questions.candidates)
+    digest = pd.util.hash_pandas_object(candidates, index=False) % 2**16  # small numbers keep result files small
+    columns = (sequences.user, sequences.position, sequences.target, digest.astype(np.int64))
+    return pd.DataFrame(dict(zip(QUESTION_COLUMNS, columns, strict=True)))
+
+
+def _outcomes(questions: Questions, answer: np.ndarray, rank: np.ndarray | None) -> pd.DataFrame:
+    hit = answer == questions.sequences.target
+    outcomes = question_ids(questions).assign(answer=answer, valid=answer != NO_ANSWER, hit=hit)
+    return outcomes if rank is None else outcomes.assign(rank=rank)

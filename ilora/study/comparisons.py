@@ -1,0 +1,148 @@
+"""What pages say about several systems: tables and sentences, intervals over runs, and tests of paired differences.
+
+values  (seeds, draws, n)  a score per training seed, sample of the candidates and question: 1 for a right answer,
+                           or the difference of two systems
+users   (n,)               the user of each question; questions of one user are not independent
+"""
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from ilora.data.dataset import Dataset
+from ilora.data.windows import Questions
+from ilora.data.world import make_world
+from ilora.evaluation import compute_metrics, difference, outcomes_from_scores, resampled_means
+
+PERMUTATIONS = 9999
+
+
+def metric_table(systems: dict[str, pd.DataFrame], metric: str = "hit_ratio") -> pd.DataFrame:
+    """Value, low, high and n of one metric, from the outcomes of each system that has the metric."""
+    rows = {name: compute_metrics(outcomes) for name, outcomes in systems.items()}
+    rows = {name: row[metric] for name, row in rows.items() if metric in row}
+    return pd.DataFrame(list(rows.values()), index=list(rows), columns=["value", "low", "high", "n"])
+
+
+def formatted_metrics(systems: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """The main metrics of each system's outcomes as "value [low, high]", and "-" where a system lacks one."""
+    names = ["hit_ratio", "valid_ratio", "hit_ratio_of_valid", "rank_hit_ratio@1", "rank_ndcg@10"]
+    rows = {system: compute_metrics(outcomes) for system, outcomes in systems.items()}
+    cells = [[format_interval(row[name]) if name in row else "-" for name in names] for row in rows.values()]
+    return pd.DataFrame(cells, index=list(rows), columns=names)
+
+
+def format_interval(interval: dict[str, float]) -> str:
+    """A value or a difference with its interval as text: "0.523 [0.491, 0.552]"."""
+    return "{value:.3f} [{low:.3f}, {high:.3f}]".format(**interval)
+
+
+def difference_sentence(systems: dict[str, pd.DataFrame], first: str, second: str) -> str:
+    """A sentence that says which of two systems has the higher HitRatio@1, for the title of a figure."""
+    change = difference(systems[first], systems[second])
+    if change["low"] <= 0 <= change["high"]:
+        return f"The difference between {first} and {second} is not significant: {format_interval(change)}"
+    if change["high"] < 0:
+        return difference_sentence(systems, second, first)
+    return f"{first} is above {second} by {format_interval(change)}"
+
+
+def best_possible_outcomes(
+    dataset: Dataset, questions: Questions, conflict: float, users: int, seed: int
+) -> dict[str, pd.DataFrame]:
+    """Outcomes of the best possible predictors in the world, by what they know; empty for real data."""
+    if dataset.name != "world":
+        return {}
+    world = make_world(users=users, conflict=conflict, seed=seed)
+    sequences, candidates = questions.sequences, questions.candidates
+    best = {}
+    for known in ("nothing", "history", "group"):
+        column = world.best_choice(sequences.history, candidates, known, world.groups[sequences.user])
+        best[f"best, knowing {known}"] = outcomes_from_scores(questions, np.eye(candidates.shape[1])[column])
+    return best
+
+
+def crossed_interval(values: np.ndarray, users: np.ndarray) -> dict[str, float | None]:
+    """Mean of values (seeds, draws, n) with a 95 % interval over seeds, draws and users, and the error due to each.
+
+    The variance of the mean is the sum of three variances: over seeds, over draws, and over users as clusters. Each
+    contains part of their interaction, so the sum errs on the large side. The interval is Student's, with
+    Satterthwaite's degrees of freedom. A source with a single value (one seed) is left out: its error is None.
+
+    Returns value, low, high, n, users, seeds, draws; error_seeds, error_draws, error_users: standard errors of the
+    mean; sd_draws: standard deviation of one run's result over draws.
+    """
+    values = np.asarray(values, float)
+    (seeds, draws, n), mean = values.shape, values.mean()
+    of_users = _sum_by_user(values.mean((0, 1)) - mean, users)
+    sizes = {"seeds": seeds, "draws": draws, "users": len(of_users)}
+    variance = {}
+    if seeds > 1:
+        variance["seeds"] = values.mean((1, 2)).var(ddof=1) / seeds
+    if draws > 1:
+        variance["draws"] = values.mean((0, 2)).var(ddof=1) / draws
+    if len(of_users) > 1:
+        variance["users"] = (of_users**2).sum() / n**2 * len(of_users) / (len(of_users) - 1)
+    total = sum(variance.values())
+    freedom = total**2 / sum(part**2 / (sizes[source] - 1) for source, part in variance.items()) if total else 1
+    half = stats.t.ppf(0.975, freedom) * np.sqrt(total)
+    errors = {source: float(np.sqrt(variance[source])) if source in variance else None for source in sizes}
+    return {
+        "value": float(mean), "low": float(mean - half), "high": float(mean + half), "n": n, **sizes,
+        **{f"error_{source}": error for source, error in errors.items()},
+        "sd_draws": float(np.sqrt(values.mean(2).var(axis=1, ddof=1).mean())) if draws > 1 else None,
+    }  # fmt: skip
+
+
+def _sum_by_user(values: np.ndarray, users: np.ndarray) -> np.ndarray:
+    """Sums of values (n,) over the questions of each user, (number of users,)."""
+    return np.bincount(np.unique(users, return_inverse=True)[1], values)
+
+
+def mcnemar(first: np.ndarray, second: np.ndarray) -> float:
+    """Two-sided p of McNemar's exact test for the right answers (n,) of two systems to the same questions."""
+    only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
+    either = only_first + only_second
+    return float(stats.binomtest(only_first, either).pvalue) if either else 1.0
+
+
+def sign_flip_test(differences: np.ndarray, users: np.ndarray, seed: int = 0) -> float:
+    """Two-sided p of paired differences (n,), flipping the signs of whole users.
+
+    Enumerates all 2^users sign patterns if there are at most PERMUTATIONS, else samples that many.
+    """
+    sums = _sum_by_user(differences, users)
+    sums = sums[sums != 0]
+    if len(sums) < 2:  # both signs are equally extreme
+        return 1.0
+    test = stats.permutation_test(
+        (sums,), lambda x, axis: x.sum(axis), permutation_type="samples", n_resamples=PERMUTATIONS, vectorized=True,
+        batch=1000, rng=np.random.default_rng(seed),
+    )  # fmt: skip
+    return float(test.pvalue)
+
+
+def holm(p: pd.Series) -> pd.Series:
+    """p values adjusted by Holm's method; rejecting those below 0.05 keeps the familywise error rate at 5 %."""
+    ascending = p.sort_values()
+    return (ascending * np.arange(len(p), 0, -1)).cummax().clip(upper=1)[p.index]
+
+
+def paired_comparison(first: np.ndarray, second: np.ndarray, users: np.ndarray, seed: int = 0) -> dict[str, float]:
+    """Compare the right answers of two systems, (seeds, draws, n) each, to the same questions.
+
+    Runs are paired in order; a single run is paired with every run of the other system. Returns `crossed_interval` of
+    the difference; for its mean over seeds and draws, `p` of `sign_flip_test` and bootstrap_low, bootstrap_high, the
+    percentile interval of a bootstrap over users (Efron 1979); the median, least and largest p of `mcnemar` over pairs
+    of runs and draws.
+    """
+    first, second = np.broadcast_arrays(first, second)
+    differences = first.astype(float) - second
+    mean = differences.mean((0, 1))
+    low, high = np.quantile(resampled_means(mean, users, seed), (0.025, 0.975))
+    pairs = zip(first.reshape(-1, len(mean)), second.reshape(-1, len(mean)), strict=True)
+    least, median, largest = np.quantile([mcnemar(*pair) for pair in pairs], (0, 0.5, 1))
+    return crossed_interval(differences, users) | {
+        "p": sign_flip_test(mean, users, seed), "bootstrap_low": float(low), "bootstrap_high": float(high),
+        "mcnemar_median": float(median), "mcnemar_least": float(least), "mcnemar_largest": float(largest),
+    }  # fmt: skip
