@@ -16,16 +16,8 @@ class Caser(SequenceModel):
     and a ReLU before the output, without which z can be opposite to an embedding.
     """
 
-    def __init__(
-        self,
-        n_items: int,
-        dim: int = 64,
-        window: int = 10,
-        filters: int = 16,
-        heights: int = 4,
-        vertical: int = 4,
-        dropout: float = 0.3,
-    ) -> None:
+    def __init__(self, n_items: int, dim: int = 64, window: int = 10, filters: int = 16, heights: int = 4,
+                 vertical: int = 4, dropout: float = 0.3) -> None:  # fmt: skip
         super().__init__(n_items, dim, window, dropout, filters=filters, heights=heights, vertical=vertical)
         heights = min(heights, window)
         self.horizontal = nn.ModuleList(nn.Conv1d(dim, filters, height) for height in range(1, heights + 1))

@@ -100,10 +100,12 @@ def _fit(model: SequenceModel, dataset: Dataset, arguments: TrainingArguments, w
     # MoRec learns from every state of a row: one row covers `window` targets and encodes their titles once.
     step = model.window if morec else 1
     rows = TrainingRows(sequences(dataset, "train", model.window, min_history=1), step, arguments.seed)
+
+    def validate() -> dict[str, float]:
+        return {"hit_ratio": hit_ratios(model, validation).mean()}
+
     with nullcontext() if morec else _small_model():
-        return fit(
-            model, rows, arguments, work, lambda: {"hit_ratio": hit_ratios(model, validation).mean()}, "hit_ratio"
-        )
+        return fit(model, rows, arguments, work, validate, "hit_ratio")
 
 
 @contextmanager
@@ -137,6 +139,7 @@ def choose_regularisation(
 
 def baselines(dataset: Dataset, encoder: SequenceModel, questions: Questions) -> dict[str, pd.DataFrame]:
     """Outcomes of popularity and of the encoder on the same questions."""
-    popularity = Popularity.from_dataset(dataset)
-    return {name: evaluate.ask(model, questions) for name, model in
-            (("popularity", popularity), (type(encoder).__name__, encoder))}  # fmt: skip
+    return {
+        "popularity": evaluate.ask(Popularity.from_dataset(dataset), questions),
+        type(encoder).__name__: evaluate.ask(encoder, questions),
+    }
