@@ -99,9 +99,8 @@ def main() -> None:
                 history = ids[np.take_along_axis(history, shift, 1)]
                 batch = {"item_id_list": torch.tensor(history), "item_length": torch.tensor(length)}
                 batch["user_id"] = torch.zeros(len(history), dtype=torch.long)  # the unknown user
-                values = (
-                    model.full_sort_predict(Interaction(batch).to(config["device"])).cpu().numpy()[:, ids[:n_items]]
-                )
+                values = model.full_sort_predict(Interaction(batch).to(config["device"])).cpu().numpy()
+                values = values[:, ids[:n_items]]
                 values[:, missing] = -1e9
                 parts.append(values)
             return np.concatenate(parts)
