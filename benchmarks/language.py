@@ -64,8 +64,8 @@ class Bench:
                     parameter += 1e-3 * torch.randn_like(parameter)
         self.batch_size = options.batch_size
         self.train = data.questions(source, "train", limit=options.examples)
-        self.questions = data.questions(source, "test", limit=options.questions)
-        self.rows = [self.questions[row] for row in range(len(self.questions))]
+        self.asked = data.questions(source, "test", limit=options.questions)
+        self.rows = [self.asked[row] for row in range(len(self.asked))]
         self.clients = self.rows[: options.clients]
         self.together = evaluation.at_once(self.model)
 
@@ -97,7 +97,7 @@ class Bench:
 
     def answers(self) -> tuple[Ways, Callable]:
         ways = {
-            "like length": lambda: answer_by_length(self.model, self.questions, self.together),
+            "like length": lambda: answer_by_length(self.model, self.asked, self.together),
             "one at a time": lambda: [self.model.generate([row])[0] for row in self.rows],
             "as they come": lambda: [c for part in cut(self.rows, TOGETHER) for c in self.model.generate(part)],
         }
@@ -113,8 +113,8 @@ class Bench:
 
     def evaluation(self) -> tuple[Ways, Callable]:
         ways = {
-            "one pass": lambda: evaluation.ask(self.model, self.questions, self.together),
-            "rank, then generate": lambda: evaluation.ask(Apart(self.model), self.questions, TOGETHER),
+            "one pass": lambda: evaluation.ask(self.model, self.asked, self.together),
+            "rank, then generate": lambda: evaluation.ask(Apart(self.model), self.asked, TOGETHER),
         }
 
         def agreement(results: dict[str, pd.DataFrame]) -> dict[str, float]:
@@ -186,7 +186,7 @@ def collate_text(model: LanguageRecommender, rows: Sequence[Row]) -> dict[str, T
     prompts, batch = model.prompts, dict(tokenised(model, texts(model, rows, answers=True), "right"))
     ids, real = batch["input_ids"], batch.pop("attention_mask").bool()
     answers = prompts.tokenizer([f" {prompts.titles[target]}" for *_, target in rows], add_special_tokens=False)
-    start = real.sum(1) - torch.tensor([len(tokens) + 1 for tokens in answers["input_ids"]])  # + 1: the end token
+    start = real.sum(1) - torch.tensor([len(tokens) + 1 for tokens in answers["input_ids"]])  # with the end
     batch["prompt"] = torch.arange(ids.shape[1]) < start[:, None]
     batch["labels"] = ids.where(real & ~batch["prompt"], NO_LABEL)
     batch["at"] = torch.arange(ids.shape[1]).expand(ids.shape)
@@ -200,7 +200,7 @@ def collate_text(model: LanguageRecommender, rows: Sequence[Row]) -> dict[str, T
 
 
 def full_loss(model: LanguageRecommender, batch: dict[str, Tensor], hybrid: bool) -> Tensor:
-    """Mean of -log P(target) over the rows, from all logits."""
+    """Mean over rows of -log P(answer), from all logits."""
     logits = model._logits(batch, hybrid)[:, :-1].float()
     labels = batch["labels"][:, 1:]
     loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=NO_LABEL, reduction="sum")
@@ -208,7 +208,7 @@ def full_loss(model: LanguageRecommender, batch: dict[str, Tensor], hybrid: bool
 
 
 class Usual(transformers.Trainer):
-    """transformers' Trainer with the curriculum of `fit` and `full_loss`."""
+    """Trainer on the curriculum of `fit`, with `full_loss`."""
 
     def compute_loss(self, model: LanguageRecommender, inputs: dict[str, Tensor], *_: object, **__: object) -> Tensor:
         step, total = self.state.global_step, self.state.max_steps
@@ -236,10 +236,10 @@ def train_by_fit(model: LanguageRecommender, train: Questions, batch_size: int, 
         fit(model, train, arguments, Path(folder))
 
 
-def answer_by_length(model: LanguageRecommender, questions: Questions, together: int) -> list[int | None]:
+def answer_by_length(model: LanguageRecommender, asked: Questions, together: int) -> list[int | None]:
     """Greedy predictions in the batches of evaluation."""
-    answers: list[int | None] = [None] * len(questions)
-    for index, rows in evaluate._batches(model, questions, together):
+    answers: list[int | None] = [None] * len(asked)
+    for index, rows in evaluate._batches(model, asked, together):
         for place, column in zip(index, model.generate(rows), strict=True):
             answers[place] = column
     return answers
@@ -257,7 +257,7 @@ class Apart:
 
 @torch.no_grad()
 def prompts_of(model: LanguageRecommender, rows: Sequence[Row]) -> tuple[dict, Tensor]:
-    """The inputs of the language model for these rows, and of their gate, (rows, gate_dim)."""
+    """What the language model reads for these rows, and what their gate reads, (rows, gate_dim)."""
     batch = model._batch(rows)
     mask = batch["prompt"].long()
     positions = (mask.cumsum(1) - 1).clamp(min=0)

@@ -3,7 +3,7 @@
     python benchmarks/padding.py --data-dir FOLDER     # with MovieLens; without the option it is downloaded
 
     as they come     batches in random order, each padded to its longest prompt
-    training         `fit`: the rows of a step are sorted by length, then cut into micro-batches
+    training         `fit`: a step's rows are sorted by length, then cut into micro-batches
     evaluation       `ask`: some thousand rows are sorted by length, then cut into batches
 
 Prompts are hybrid and include the answer. The tokenizer is that of --base-model.
@@ -46,8 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     prompts = Prompts(
         AutoTokenizer.from_pretrained(options.base_model), source.items["title"], source.noun, source.verb
     )
-    questions = data.questions(source, "train", limit=options.examples)
-    rows = (questions[row] for row in np.random.default_rng(0).permutation(len(questions)))
+    asked = data.questions(source, "train", limit=options.examples)
+    rows = (asked[row] for row in np.random.default_rng(0).permutation(len(asked)))
     length = np.array([prompts.length(row[0], row[1], behaviour=True) + prompts.size[row[2]] for row in rows])
     shares = {
         "as they come": share(length, options.micro_batch_size, options.micro_batch_size),

@@ -23,11 +23,11 @@ LIMITS = {"seconds": {"at_most": 120}, "peak_gib": {"at_most": 6}}
 CPU = torch.device("cpu")
 
 
-def make_dataset(world: World) -> data.Dataset:
+def read(world: World) -> data.Dataset:
     items = tables.item_table(world.items["title"], world.items["text"])
-    assembled = tables.assemble(items, *world.events[["user", "item", "time"]].to_numpy().T, range(len(world.groups)))
+    found = tables.assemble(items, *world.events[["user", "item", "time"]].to_numpy().T, range(len(world.groups)))
     with tempfile.TemporaryDirectory() as folder:
-        data.Dataset(assembled.items, assembled.events, assembled.users, name="world").save(folder)
+        data.Dataset(found.items, found.events, found.users, name="world").save(folder)
         return data.load_dataset(folder)
 
 
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run, out = measure.start("world", options)
     seconds = {}
     seconds["generate"], world = measure.timed(partial(make_world, options.users, events_per_user=options.events), CPU)
-    seconds["read"], source = measure.timed(partial(make_dataset, world), CPU)
+    seconds["read"], source = measure.timed(partial(read, world), CPU)
     del world
     counts = {"events": len(source.events), "windows": 0, "candidates": 0}
     seconds |= {"split": 0.0, "candidates": 0.0}

@@ -34,6 +34,10 @@ class Recommender(nn.Module):
         """Score all items: (batch, window) -> (batch, n_items)."""
         raise NotImplementedError
 
+    def score(self, history: Tensor, candidates: Tensor) -> Tensor:
+        """Score the candidates of each history: (batch, window), (batch, C) item ids -> (batch, C)."""
+        return self.score_all(history).gather(1, candidates)
+
     def pad(self, histories: Sequence[Sequence[int]]) -> Tensor:
         """Cut or pad histories of any length to (batch, window)."""
         recent = [history[-self.window :] for history in histories]
@@ -46,8 +50,7 @@ class Recommender(nn.Module):
     def rank(self, rows: list[tuple[np.ndarray, np.ndarray, int]]) -> Tensor:
         """Score the candidates of rows of `data.Questions`: (rows, candidates)."""
         histories, candidates, _ = zip(*rows, strict=True)
-        scores = self.score_all(self.pad(histories).to(self.device))  # (rows, n_items)
-        return scores.gather(1, torch.from_numpy(np.stack(candidates)).to(self.device))
+        return self.score(self.pad(histories).to(self.device), torch.from_numpy(np.stack(candidates)).to(self.device))
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:
         """All parameters, with L2 regularisation as in Adam: the gradient gets weight_decay times the weights."""

@@ -137,9 +137,9 @@ def choose_regularisation(
     return dict(grid[table["hit_ratio"].idxmax()]), table
 
 
-def baselines(dataset: Dataset, encoder: SequenceModel, questions: Questions) -> dict[str, pd.DataFrame]:
+def baselines(dataset: Dataset, encoder: SequenceModel, asked: Questions) -> dict[str, pd.DataFrame]:
     """Outcomes of popularity and of the encoder on the same questions."""
     return {
-        "popularity": evaluate.ask(Popularity.from_dataset(dataset), questions),
-        type(encoder).__name__: evaluate.ask(encoder, questions),
+        "popularity": evaluate.ask(Popularity.from_dataset(dataset), asked),
+        type(encoder).__name__: evaluate.ask(encoder, asked),
     }
