@@ -146,7 +146,7 @@ def test_a_batch_of_all_items_gives_the_full_cross_entropy(model):
 def test_fit_recommender_trains_and_loads_it(tmp_path, monkeypatch):
     monkeypatch.setenv("ILORA_HOME", str(tmp_path))
     text_encoder = str(encoder(tmp_path / "text", layers=1, pooling_mode="mean"))
-    settings = {"window": 6, "device": "cpu", "batch_size": 8, "epochs": 8, "learning_rate": 0.001, "seed": 1}
+    settings = {"window": 6, "device": "cpu", "batch_size": 8, "epochs": 3, "learning_rate": 0.003, "seed": 1}
     model, history = fit_recommender(titled(), kind="MoRec", text_encoder=text_encoder, **settings)
     epochs = history.groupby("epoch")["loss"].mean()
     assert epochs.iloc[-1] < epochs.iloc[0] - 0.2

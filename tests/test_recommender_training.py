@@ -10,7 +10,7 @@ from ilora.evaluation import hit_ratios
 from ilora.recommenders import Popularity, choose_regularisation, fit_recommender, training
 from ilora.recommenders.training import TrainingRows
 
-FAST = {"epochs": 8, "window": 6, "device": "cpu", "learning_rate": 0.005, "batch_size": 32, "dropout": 0.1}
+FAST = {"epochs": 3, "window": 6, "device": "cpu", "learning_rate": 0.01, "batch_size": 32, "dropout": 0.1}
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +57,7 @@ def test_fit_recommender_learns_the_rule(kind):
     assert type(model).__name__ == kind
     assert hit_ratios(model, test).mean() > 0.9
     assert hit_ratios(Popularity.from_dataset(data), test).mean() < 0.3
-    assert history["hit_ratio"].notna().sum() == 8
+    assert history["hit_ratio"].notna().sum() == 3
     best = history["hit_ratio"].max()
     assert hit_ratios(model, sequences(data, "validation", window=6)).mean() == pytest.approx(best, abs=1e-6)
 

@@ -41,10 +41,7 @@ class MoRec(SASRec):
 
     @classmethod
     def from_dataset(cls, dataset: Dataset, text_encoder: str | Path, **config: int | float) -> "MoRec":
-        """Start from a sentence-transformers model, a folder or a name on the Hugging Face hub.
-
-        config: arguments of SASRec. Raises UserError if the text encoder cannot be used.
-        """
+        """Start from a sentence-transformers model, a folder or a name on the hub; UserError if it is not usable."""
         encoder, tokens, pooling = _load(str(text_encoder), list(dataset.items["title"]))
         text = json.loads(encoder.config.to_json_string())
         model = cls(len(tokens), text, pooling, tokens.shape[1], **config)

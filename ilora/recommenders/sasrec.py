@@ -7,10 +7,7 @@ from ilora.recommenders.base import SequenceModel
 
 
 class Block(nn.Module):
-    """A Transformer layer: a = LayerNorm(x + Attention(x)), then y = LayerNorm(a + FeedForward(a)).
-
-    Dropout is applied to each sublayer's output and to the attention weights.
-    """
+    """A Transformer layer: a = LayerNorm(x + Attention(x)), then y = LayerNorm(a + FeedForward(a))."""
 
     def __init__(self, dim: int, heads: int, dropout: float) -> None:
         super().__init__()

@@ -126,7 +126,7 @@ def choose_regularisation(
 ) -> tuple[dict[str, float], pd.DataFrame]:
     """Choose dropout and L2 by validation HitRatio@1; returns them and a table: dropout, l2, hit_ratio, epoch.
 
-    settings: other arguments of `fit_recommender`; epochs is EPOCHS[kind] unless given.
+    settings: other arguments of `fit_recommender`; the default of epochs is EPOCHS[kind].
     """
     rows = []
     for values in tqdm(grid, desc=f"dropout and L2 of {kind}", delay=1):
