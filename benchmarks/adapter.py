@@ -1,25 +1,25 @@
-"""What the adapter costs: variants of one model measured in turn, as ratios, within one run.
+"""Measure the time and memory of the adapter: variants of one model take turns in one run.
 
     python benchmarks/adapter.py                 # on the GPU if torch sees one, else on the CPU
     python benchmarks/adapter.py --shape calls --device cpu --tokens 16
 
-On a CPU the model is a Llama of two layers and hidden size 1,024 in float32; on a GPU it has the shape of
-Llama-2-7B, in bfloat16, with the adapter trained under autocast, and all of it takes less than eight minutes. The shape
-`calls` is so small that nearly all of its time goes by in Python and in calling kernels: what a GPU waits for that has
-few rows to compute, measured where no GPU is. It is in bfloat16 under autocast, as on a GPU. The
-weights are random, frozen and shared by all variants. LoRA and iLoRA have rank 8 on all seven projections, iLoRA 4
-experts. PARTS says what is compared, the most important first; what fails is reported, and the others go on.
+On a CPU the model is a Llama with two layers and hidden size 1,024 in float32. On a GPU it has the shape of
+Llama-2-7B, in bfloat16 under autocast, and the benchmark takes less than eight minutes. The shape `calls` is so small
+that it measures the time in Python and in kernel calls, which a GPU waits for when it has few rows; it can be
+measured on a CPU, in bfloat16 under autocast. Weights are random, frozen and shared by all variants. LoRA and iLoRA
+have rank 8 on all seven projections, and iLoRA has 4 experts. PARTS lists the comparisons, the most important first.
+A part that fails is reported, and the next one starts.
 
-Time is that of a forward and backward pass. Memory is the peak of one such step above what was held before it: on a
-GPU by torch.cuda.max_memory_allocated, on a CPU by the running total that torch's profiler records at every call of
-torch's allocator (exact and repeatable, but without what matrix libraries take for themselves).
+Time is that of a forward and a backward pass. Memory is the peak of one such step minus the memory before it: on a
+GPU from torch.cuda.max_memory_allocated, on a CPU from the allocations that torch's profiler records (exact and
+repeatable, but without the work space of matrix libraries).
 
-The share of the matrix rate is the operations of LoRA's step with answer logits, as torch's FlopCounterMode counts
-them, for each second, over those of a large square matrix product of the same type on the same device: what is
-recomputed or computed in vain lowers it.
+The share of the matrix rate compares operations per second of a step (those of LoRA with answer logits, counted by
+FlopCounterMode) with those of a large square matrix product of the same type on the same device. Recomputation
+lowers it.
 
-Packing, several prompts in one row without padding, is not here: a gate has one weight a row. padding.py says what it
-could gain at most.
+Packing several prompts into one row without padding is not measured, because a gate has one weight per row.
+padding.py measures how much it could save.
 """
 
 import argparse
@@ -56,7 +56,7 @@ SHAPES = {  # the sizes of the model, and the side of the matrix product
 }
 EAGER = {"LoRA": {"experts": 1}, "iLoRA": {}}
 COMPILED = {"LoRA, compiled": {"experts": 1, "compiled": True}, "iLoRA, compiled": {"compiled": True}, "iLoRA": {}}
-PARTS = {  # part -> variant -> what makes it; ratios are to the first
+PARTS = {  # part -> variant -> arguments of Bench.step; ratios are to the first variant
     "adapter": EAGER,
     "compile": COMPILED,
     "adapter, more rows": EAGER,
@@ -66,15 +66,15 @@ PARTS = {  # part -> variant -> what makes it; ratios are to the first
     "largest batch": {"LoRA": {"experts": 1}, "iLoRA": {}, "checkpointed": {"checkpointed": True}},
     "logits": {"all logits": {"all_logits": True}, "answer logits": {}},
 }
-GPU_ONLY = {"compile", "compile, more rows", "adapter, more rows", "largest batch"}  # unless they are asked for
+GPU_ONLY = {"compile", "compile, more rows", "adapter, more rows", "largest batch"}  # unless --parts names them
 MOST = {"at_most": 1.02}
 GOALS = {"adapter": {"iLoRA": MOST}, "compile": {"iLoRA, compiled": MOST}}
 GOALS |= {f"{part}, more rows": goal for part, goal in GOALS.items()}
-SHARE = 0.5  # of the matrix rate, the goal
+SHARE = 0.5  # the goal for the share of the matrix rate
 
 
 class PerExpert(ILoraVariant):
-    """Eq. 12 as it stands, and as the released code computes it: every expert's output, weighted and summed."""
+    """Eq. 12 literally, as in the released code: the weighted sum of the outputs of all experts."""
 
     def forward(self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **_: object) -> Tensor:
         w = module.conditioning.weights_of(module, active_adapter)  # (b, K)
@@ -89,27 +89,27 @@ class PerExpert(ILoraVariant):
 
 
 class Bench:
-    """The frozen model, a batch for it, and the steps over it that the parts compare."""
+    """The frozen model, a batch, and the steps that the parts compare."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.device = devices.pick_device(options.device)
         self.rows, self.tokens, self.answer, self.rounds = options.rows, options.tokens, options.answer, options.rounds
         self.rows_of = {"experts": max(1, self.rows // 2)}  # every expert's output takes the most memory
         self.rows_of |= {part: options.more_rows for part in PARTS if part.endswith("more rows")}
-        own = options.shape or self.device.type
-        self.compiler = "eager" if own == "smoke" else "inductor"  # the one traces alone, and needs no C++ compiler
-        self.dtype = torch.bfloat16 if own in ("cuda", "calls") else torch.float32
-        shape, self.side = SHAPES[own]
+        name = options.shape or self.device.type
+        self.compiler = "eager" if name == "smoke" else "inductor"  # "eager" needs no C++ compiler
+        self.dtype = torch.bfloat16 if name in ("cuda", "calls") else torch.float32
+        shape, self.side = SHAPES[name]
         config = LlamaConfig(**dict(zip(SIZES, shape, strict=True)), max_position_embeddings=4096, use_cache=False)
         devices.seed_all(0)
         with torch.device(self.device):
             self.base = AutoModelForCausalLM.from_config(config, dtype=self.dtype).requires_grad_(False)
             self.ids = torch.randint(1, config.vocab_size, (self.rows, self.tokens))
-            self.z = torch.randn(self.rows, 64)  # of more rows, the same again
+            self.z = torch.randn(self.rows, 64)  # repeated if a step has more rows
         self.matrix_rate = self.flops = None
 
     def model(self, experts: int, written_out: bool, checkpointed: bool, compiled: bool) -> PeftModel:
-        """A copy of the model's modules, not of its weights, with LoRA (experts 1) or iLoRA, in training mode."""
+        """The model with LoRA (experts 1) or iLoRA, in training mode; all models share the frozen weights."""
         modules = copy.deepcopy(self.base, {id(weight): weight for weight in self.base.parameters()})
         model = get_peft_model(modules, adapter_config(rank=8, dropout=0.0, experts=experts)).train()
         if written_out:
@@ -125,9 +125,9 @@ class Bench:
 
     def step(self, rows: int, experts: int = 4, written_out: bool = False, checkpointed: bool = False,
              compiled: bool = False, all_logits: bool = False) -> Callable[[], None]:  # fmt: skip
-        """Forward and backward of the mean -log P(answer), where the answer is each row's last tokens."""
-        model, again = self.model(experts, written_out, checkpointed, compiled), torch.arange(rows) % self.rows
-        ids, z = self.ids[again], self.z[again]
+        """Forward and backward pass of the mean -log P(answer); the answer is the last tokens of each row."""
+        model, repeated = self.model(experts, written_out, checkpointed, compiled), torch.arange(rows) % self.rows
+        ids, z = self.ids[repeated], self.z[repeated]
         keep = self.tokens if all_logits else self.answer + 1
         labels = F.pad(ids[:, -self.answer :], (self.tokens - self.answer, 0), value=-100)
         guidance = {"sequence_embeds": z} if experts > 1 else {}
@@ -142,7 +142,7 @@ class Bench:
         return run
 
     def matmul(self) -> dict:
-        """Operations for each second of a square matrix product on random data, and those of LoRA's step."""
+        """Operations per second of a square matrix product on random data, and operations of a step of LoRA."""
         a, b = torch.randn(2, self.side, self.side, device=self.device, dtype=self.dtype)
         product = partial(torch.mm, a, b)
         seconds = float(np.median([measure.timed(product, self.device)[0] for _ in range(self.rounds + 3)][3:]))
@@ -157,27 +157,27 @@ class Bench:
         }
 
     def compare(self, part: str) -> dict:
-        """For each variant: seconds, MiB, both as ratios to the first one, and rates; warmed up by three steps each."""
+        """Seconds, MiB, their ratios to the first variant, and rates of each variant, after three warm-up steps."""
         rows = self.rows_of.get(part, self.rows)
         steps = {name: self.step(rows, **how) for name, how in PARTS[part].items()}
         for step in steps.values():
             step()
         mib = {name: self.memory(step) for name, step in steps.items()}
-        found, _ = measure.compare(steps, self.rounds, self.device, GOALS.get(part))
+        result, _ = measure.compare(steps, self.rounds, self.device, GOALS.get(part))
         held = torch.cuda.memory_allocated(self.device) / 2**20 if self.device.type == "cuda" else math.nan
         first = next(iter(mib.values()))
         for name in steps:
-            found[name] |= {"step_mib": round(mib[name], 1), "memory_ratio": round(mib[name] / first, 4)}
-            found[name]["tokens_per_second"] = round(rows * self.tokens / found[name]["seconds"]["median"], 1)
+            result[name] |= {"step_mib": round(mib[name], 1), "memory_ratio": round(mib[name] / first, 4)}
+            result[name]["tokens_per_second"] = round(rows * self.tokens / result[name]["seconds"]["median"], 1)
             if self.flops:  # unless that part failed
-                per_second = self.flops * rows / self.rows / found[name]["seconds"]["median"]
-                found[name]["share_of_matrix_rate"] = round(per_second / self.matrix_rate, 4)
-            found[name] |= {"peak_mib": round(held + mib[name], 1)} if held > 0 else {}
-        return found | {"rows": rows}
+                per_second = self.flops * rows / self.rows / result[name]["seconds"]["median"]
+                result[name]["share_of_matrix_rate"] = round(per_second / self.matrix_rate, 4)
+            result[name] |= {"peak_mib": round(held + mib[name], 1)} if held > 0 else {}
+        return result | {"rows": rows}
 
     def largest(self, part: str) -> dict:
-        """The most rows of a step that fit, to 3 %; the first number tried is the memory at hand over that of a row."""
-        found = {}
+        """The largest number of rows that fits, to 3 %, starting from free memory divided by that of a row."""
+        result = {}
         for name, how in PARTS[part].items():
             step = self.step(self.rows, **how)
             step()
@@ -189,8 +189,8 @@ class Bench:
             else:
                 while not self.fits(rows := int(0.97 * rows), how):
                     pass
-            found[name] = {"rows": rows}
-        return found
+            result[name] = {"rows": rows}
+        return result
 
     def fits(self, rows: int, how: dict) -> bool:
         try:
@@ -202,7 +202,7 @@ class Bench:
             free()
 
     def memory(self, step: Callable[[], None]) -> float:
-        """MiB at the peak of a step above what was held before it."""
+        """Peak memory of a step minus the memory before it, in MiB."""
         if self.device.type == "cuda":
             before = torch.cuda.memory_allocated(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -219,20 +219,20 @@ class Bench:
 
 
 def room(device: torch.device) -> float:
-    """MiB that a step may take on a GPU."""
+    """Free memory of a GPU in MiB."""
     free()
     return torch.cuda.mem_get_info(device)[0] / 2**20
 
 
 def free() -> None:
     gc.collect()
-    torch.cuda.empty_cache()  # nothing without a GPU
+    torch.cuda.empty_cache()  # does nothing without a GPU
     torch.compiler.reset()
 
 
-def show(part: str, found: dict) -> None:
-    """One line a variant, as soon as the part is measured."""
-    variants = {name: value for name, value in found.items() if isinstance(value, dict)}
+def show(part: str, result: dict) -> None:
+    """Print one line per variant."""
+    variants = {name: value for name, value in result.items() if isinstance(value, dict)}
     for name, value in variants.items():
         columns = [f"{part:20}{name:22}"]
         if "time_ratio" in value:
@@ -247,19 +247,19 @@ def show(part: str, found: dict) -> None:
             columns += [f"{value['rows']} rows"]
         print(*columns, flush=True)
     if not variants:
-        print(f"{part:20}{found}", flush=True)
+        print(f"{part:20}{result}", flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = measure.parser(__doc__, rounds=15, rows=8, more_rows=24, tokens=256, answer=8)
     parser.add_argument("--parts", nargs="+", choices=PARTS, help=f"which parts (all; on a CPU without {GPU_ONLY})")
-    parser.add_argument("--minutes", type=float, help="begin no further part after this time (on a GPU 6.5)")
-    parser.add_argument("--shape", choices=("smoke", "calls"), help="(the device's) smoke: numbers mean nothing")
+    parser.add_argument("--minutes", type=float, help="start no further part after this time (on a GPU 6.5)")
+    parser.add_argument("--shape", choices=("smoke", "calls"), help="(that of the device) smoke is for tests")
     options = parser.parse_args(arguments)
     if options.shape == "smoke" and not options.out:
-        parser.error("--shape smoke measures nothing: say with --out where its JSON belongs")
+        parser.error("--shape smoke measures nothing: choose where to write its JSON with --out")
     if options.tokens <= options.answer:
-        parser.error(f"{options.tokens} tokens have no answer of {options.answer} at their end: say more --tokens")
+        parser.error(f"{options.tokens} tokens are too few for an answer of {options.answer}: choose more --tokens")
     run, out = measure.start("adapter_calls" if options.shape == "calls" else "adapter", options, "parts", "minutes")
     on_gpu, metrics = run.device.type == "cuda", {}
     minutes = options.minutes or (6.5 if on_gpu else math.inf)
@@ -269,9 +269,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for part in ("matmul", *(options.parts or usual)):
         try:
             if run.seconds > 60 * minutes:
-                raise TimeoutError(f"not begun, {minutes} minutes are over")
+                raise TimeoutError(f"not started: {minutes} minutes are over")
             metrics[part] = work.get(part, bench.compare)(part)
-        except Exception as error:  # whatever fails is reported, and the other parts go on
+        except Exception as error:  # report it and continue with the next part
             metrics[part] = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
         show(part, metrics[part])
         run.save(metrics, path=out)

@@ -1,13 +1,13 @@
-"""Gradients of eight clusters of sequences, against a backward pass a sequence and against training on them.
+"""Compare the gradients of eight clusters of sequences with one backward pass per sequence and with training.
 
     python benchmarks/gradients.py               # on the GPU if torch sees one, else on the CPU
 
-    clusters         `group_gradients`: backward in batches of one cluster and of sequences of similar length
-    usual loop       a backward pass a sequence, its prompt tokenised from text, every logit computed
-    loop             a backward pass a sequence, but with the prompts and the logits of `clusters`
-    pass             forward and backward in batches of like length, as training has it: the least it can cost
+    clusters         `group_gradients`: one backward pass per batch of sequences of one cluster and similar length
+    usual loop       one backward pass per sequence, with the prompt tokenised from text and all logits computed
+    loop             one backward pass per sequence, with the prompts and logits of `clusters`
+    pass             forward and backward in batches of similar length, as in training: the lower bound
 
-The adapters are untrained, with B away from zero: what is timed does not depend on what they have learned.
+The adapters are untrained, with B different from zero: the time does not depend on what they have learned.
 """
 
 from argparse import Namespace
@@ -25,11 +25,11 @@ from ilora.language import LanguageRecommender, adapter_config
 from ilora.recommenders import SASRec
 from ilora.study import gradients
 
-GOALS = {"usual loop": {"at_least": 5}, "pass": {"at_least": 0.83}}  # at most 1.2 times the pass
+GOALS = {"usual loop": {"at_least": 5}, "pass": {"at_least": 0.83}}  # at most 1.2 times the time of the pass
 
 
 def prepare(options: Namespace) -> tuple[LanguageRecommender, Questions]:
-    """An untrained iLoRA on the world, whose A and B both have gradients, and the sequences."""
+    """An untrained iLoRA on the world whose A and B both have gradients, and the questions."""
     devices.seed_all(0)
     source = data.load("world", users=options.users)
     plain = language.untuned(source, device=options.device)
@@ -42,51 +42,51 @@ def prepare(options: Namespace) -> tuple[LanguageRecommender, Questions]:
     return model.eval(), data.questions(source, "train", limit=options.sequences)
 
 
-def usual_loop(model: LanguageRecommender, asked: Questions, labels: np.ndarray) -> dict[str, Tensor]:
-    """What `gradients.group_gradients` gives, from a backward pass a sequence."""
+def usual_loop(model: LanguageRecommender, questions: Questions, labels: np.ndarray) -> dict[str, Tensor]:
+    """The result of `gradients.group_gradients`, from one backward pass per sequence."""
     kinds = gradients.adapter_parameters(model)
-    found = {kind: torch.zeros(labels.max() + 1, sum(p.numel() for p in own)) for kind, own in kinds.items()}
+    sums = {kind: torch.zeros(labels.max() + 1, sum(p.numel() for p in group)) for kind, group in kinds.items()}
     for row, label in enumerate(labels):
         model.zero_grad()
-        batch = {name: value.to(model.device) for name, value in collate_text(model, [asked[row]]).items()}
+        batch = {name: value.to(model.device) for name, value in collate_text(model, [questions[row]]).items()}
         with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
             loss = full_loss(model, batch, hybrid=True)
         loss.backward()
-        for kind, own in kinds.items():
-            found[kind][label] += torch.cat([parameter.grad.flatten() for parameter in own]).cpu()
+        for kind, group in kinds.items():
+            sums[kind][label] += torch.cat([parameter.grad.flatten() for parameter in group]).cpu()
     model.zero_grad()
-    return found
+    return sums
 
 
-def one_pass(model: LanguageRecommender, asked: Questions, batch_size: int) -> None:
-    """What an epoch of training does but for the optimiser."""
-    rows = sorted((asked[row] for row in range(len(asked))), key=model.length)
+def one_pass(model: LanguageRecommender, questions: Questions, batch_size: int) -> None:
+    """An epoch of training without the optimiser."""
+    rows = sorted((questions[row] for row in range(len(questions))), key=model.length)
     for start in range(0, len(rows), batch_size):
         gradients.summed_loss(model, rows[start : start + batch_size]).backward()
     model.zero_grad()
 
 
-def largest_difference(found: dict[str, dict[str, Tensor]], others: Sequence[str]) -> float:
-    """Between gradients of a kind of module, as a share of their norm."""
-    own = found["clusters"]
-    return max(float((own[kind] - found[name][kind]).norm() / own[kind].norm()) for name in others for kind in own)
+def largest_difference(results: dict[str, dict[str, Tensor]], ways: Sequence[str]) -> float:
+    """Between the gradients of two ways for a kind of module, relative to their norm."""
+    first, others = results["clusters"], [results[name] for name in ways]
+    return max(float((first[kind] - other[kind]).norm() / first[kind].norm()) for other in others for kind in first)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = measure.parser(__doc__, rounds=3, sequences=1000, batch_size=32, users=2000).parse_args(arguments)
     run, out = measure.start("gradients", options)
-    model, asked = prepare(options)
-    z = gradients.representations(model.encoder, asked.sequences.history)
+    model, questions = prepare(options)
+    z = gradients.representations(model.encoder, questions.sequences.history)
     labels, _ = gradients.clusters(z)
     ways = {
-        "clusters": lambda: gradients.group_gradients(model, asked, labels, options.batch_size),
-        "usual loop": lambda: usual_loop(model, asked, labels),
-        "loop": lambda: gradients.group_gradients(model, asked, labels, batch_size=1),
-        "pass": lambda: one_pass(model, asked, options.batch_size),
+        "clusters": lambda: gradients.group_gradients(model, questions, labels, options.batch_size),
+        "usual loop": lambda: usual_loop(model, questions, labels),
+        "loop": lambda: gradients.group_gradients(model, questions, labels, batch_size=1),
+        "pass": lambda: one_pass(model, questions, options.batch_size),
     }
-    measured, found = measure.compare(ways, options.rounds, run.device, GOALS)
-    measured["rows"] = len(asked)
-    measured["agreement"] = {"largest difference": largest_difference(found, ["usual loop", "loop"])}
+    measured, results = measure.compare(ways, options.rounds, run.device, GOALS)
+    measured["rows"] = len(questions)
+    measured["agreement"] = {"largest difference": largest_difference(results, ["usual loop", "loop"])}
     many = np.random.default_rng(0).normal(size=(options.sequences * 40, z.shape[1]))
     clustering, _ = measure.timed(lambda: gradients.clusters(many), torch.device("cpu"))
     measure.show("gradients", measured)

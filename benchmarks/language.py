@@ -1,18 +1,17 @@
-"""What the language recommender's work costs against the usual way to do it: same model, same data, same results.
+"""Compare the language recommender with the usual ways to do the same work: same model, data and results.
 
     python benchmarks/language.py                # on the GPU if torch sees one, else on the CPU
 
-The model is the embedded one, or that of --dataset, with iLoRA of 4 experts whose B is a little away from zero: the
-adapter has all its work, and answers are nearly those of the base. PARTS says what is compared. In the usual way of
-training and of prompts a prompt is text that the tokenizer reads; in training every logit is computed, too.
+The model is the embedded one with iLoRA of 4 experts. Its B is close to zero but not zero, so that the adapter does
+all its work and predictions stay close to those of the base model.
 
-    training     `fit`, and transformers' Trainer with a collator that tokenises text, on as many sequences
-    prompts      prompts from pieces that were tokenised once, and from their text; in batches, and one by one
-    ranking      20 candidates behind one prompt, and 20 forward passes
-    answers      greedy answers of a test split by like length, one prompt at a time, and in batches as they come
-    evaluation   answers and ranks in one pass, and each on its own in batches as they come
-    serving      users in one forward pass, and each user's LoRA merged into the weights, run and taken out again;
-    next token   the same for one more token of each, behind prompts that were read
+    training     `fit`, or transformers' Trainer with a collator that tokenises text and a loss over all logits
+    prompts      prompts from pieces that were tokenised once, or from text in batches or one by one
+    ranking      20 candidates after one prompt, or 20 forward passes
+    answers      greedy predictions in batches of similar length, one prompt at a time, or in unsorted batches
+    evaluation   predictions and ranks in one pass, or separately and in unsorted batches
+    serving      all users in one forward pass, or each user's LoRA merged into the weights and removed again
+    next token   the same for one more token per user, with the prompts in the cache
 """
 
 import argparse
@@ -39,8 +38,8 @@ from ilora.training.loop import combined_seed
 
 Row = tuple[np.ndarray, np.ndarray, int]
 Ways = dict[str, Callable]
-TOGETHER = 16  # rows of a batch in evaluation as it is usual
-GOALS = {  # part -> way -> how many times the first way's time it should take
+TOGETHER = 16  # rows per batch in the usual evaluation
+GOALS = {  # part -> way -> goal for the ratio of its time to that of the first way
     "training": {"Trainer": {"at_least": 2}},
     "prompts": {"text": {"at_least": 10}},
     "ranking": {"20 passes": {"at_least": 8}},
@@ -51,7 +50,7 @@ GOALS = {  # part -> way -> how many times the first way's time it should take
 
 
 class Bench:
-    """A model, sequences to train on, questions of the test split, and for each part its ways and how they agree."""
+    """A model, training and test questions, and for each part its ways and a function that compares their results."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         devices.seed_all(0)
@@ -75,7 +74,7 @@ class Bench:
             "fit": lambda: train_by_fit(self.model, self.train, self.batch_size),
             "Trainer": lambda: train_by_trainer(self.model, self.train, self.batch_size),
         }
-        return ways, lambda found: {}  # each goes on where the other one ended
+        return ways, lambda results: {}  # each trains the model further
 
     def prompts(self) -> tuple[Ways, Callable]:
         model, batches = self.model, cut(self.rows, self.batch_size)
@@ -86,7 +85,7 @@ class Bench:
             "text": lambda: [tokenised(model, texts(model, rows))["input_ids"] for rows in batches],
             "text, one by one": lambda: [tokenised(model, texts(model, [row])) for row in self.rows],
         }
-        return ways, lambda found: {"equal ids": all(map(torch.equal, found["pieces"], found["text"]))}
+        return ways, lambda results: {"equal ids": all(map(torch.equal, results["pieces"], results["text"]))}
 
     def ranking(self) -> tuple[Ways, Callable]:
         batches = cut(self.rows, self.together)
@@ -103,8 +102,8 @@ class Bench:
             "as they come": lambda: [c for part in cut(self.rows, TOGETHER) for c in self.model.generate(part)],
         }
 
-        def agreement(found: dict[str, list]) -> dict[str, float]:
-            first, *others = (np.array([-1 if c is None else c for c in columns]) for columns in found.values())
+        def agreement(results: dict[str, list]) -> dict[str, float]:
+            first, *others = (np.array([-1 if c is None else c for c in columns]) for columns in results.values())
             return {
                 "equal answers": np.mean([first == other for other in others]),
                 "valid answers": (first >= 0).mean(),
@@ -118,27 +117,28 @@ class Bench:
             "rank, then generate": lambda: evaluation.evaluate(Apart(self.model), self.asked, TOGETHER),
         }
 
-        def agreement(found: dict[str, pd.DataFrame]) -> dict[str, float]:
-            one, other = found.values()
-            return {f"equal {column}s": float((one[column] == other[column]).mean()) for column in ("answer", "rank")}
+        def agreement(results: dict[str, pd.DataFrame]) -> dict[str, float]:
+            first, second = results.values()
+            equal = {column: (first[column] == second[column]).mean() for column in ("answer", "rank")}
+            return {f"equal {column}s": float(share) for column, share in equal.items()}
 
         return ways, agreement
 
     def serving(self) -> tuple[Ways, Callable]:
         together, z = prompts_of(self.model, self.clients)
-        alone = [prompts_of(self.model, [row])[0] for row in self.clients]
-        return self._served(together, alone, z)
+        single = [prompts_of(self.model, [row])[0] for row in self.clients]
+        return self._served(together, single, z)
 
     def next_token(self) -> tuple[Ways, Callable]:
         together, z = prompts_of(self.model, self.clients)
-        alone = [prompts_of(self.model, [row])[0] for row in self.clients]
-        alone = [read(self.model, inputs, z[[row]]) for row, inputs in enumerate(alone)]
-        return self._served(read(self.model, together, z), alone, z)
+        single = [prompts_of(self.model, [row])[0] for row in self.clients]
+        single = [after_prompts(self.model, inputs, z[[row]]) for row, inputs in enumerate(single)]
+        return self._served(after_prompts(self.model, together, z), single, z)
 
-    def _served(self, together: dict, alone: list[dict], z: Tensor) -> tuple[Ways, Callable]:
+    def _served(self, together: dict, single: list[dict], z: Tensor) -> tuple[Ways, Callable]:
         ways = {
             "one pass": lambda: serve_together(self.model, together, z),
-            "merged": lambda: serve_merged(self.model, alone, z),
+            "merged": lambda: serve_merged(self.model, single, z),
         }
         return ways, largest_difference
 
@@ -153,25 +153,25 @@ def cut(rows: Sequence, size: int) -> list[Sequence]:
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
-def largest_difference(found: dict[str, Tensor]) -> dict[str, float]:
-    """Of what two ways gave, as a share of its standard deviation."""
-    one, other = found.values()
-    return {"largest difference": float((one - other).abs().max() / one.std())}
+def largest_difference(results: dict[str, Tensor]) -> dict[str, float]:
+    """Between the results of two ways, relative to their standard deviation."""
+    first, second = results.values()
+    return {"largest difference": float((first - second).abs().max() / first.std())}
 
 
 # ---------------------------------------------------------------- the usual ways
 
 
 def texts(model: LanguageRecommender, rows: Sequence[Row], answers: bool = False) -> list[str]:
-    """Each row's prompt, and with `answers` what is to be answered, as the tokenizer is to read it."""
+    """The prompt of each row as text; with `answers` it ends in the target."""
     prompts, mark = model.prompts, ITEM_TOKEN if model.encoder is not None else ""
     opening, offer, question = wording(*prompts.words)
-    found = []
+    lines = []
     for history, candidates, target in rows:
-        read, offered = (";".join(f" {prompts.titles[i]}{mark}" for i in items) for items in (history, candidates))
-        text = f"{prompts.tokenizer.bos_token or ''}{opening}{read}{offer}{offered}{question}"
-        found.append(text + (f" {prompts.titles[target]}{prompts.tokenizer.eos_token}" if answers else ""))
-    return found
+        items, offered = (";".join(f" {prompts.titles[i]}{mark}" for i in row) for row in (history, candidates))
+        text = f"{prompts.tokenizer.bos_token or ''}{opening}{items}{offer}{offered}{question}"
+        lines.append(text + (f" {prompts.titles[target]}{prompts.tokenizer.eos_token}" if answers else ""))
+    return lines
 
 
 def tokenised(model: LanguageRecommender, texts: list[str], padding_side: str = "left") -> dict[str, Tensor]:
@@ -182,7 +182,7 @@ def tokenised(model: LanguageRecommender, texts: list[str], padding_side: str = 
 
 
 def collate_text(model: LanguageRecommender, rows: Sequence[Row]) -> dict[str, Tensor]:
-    """What `full_loss` reads, from text."""
+    """Make a batch for `full_loss` from text."""
     prompts, batch = model.prompts, dict(tokenised(model, texts(model, rows, answers=True), "right"))
     ids, real = batch["input_ids"], batch.pop("attention_mask").bool()
     answers = prompts.tokenizer([f" {prompts.titles[target]}" for *_, target in rows], add_special_tokens=False)
@@ -237,7 +237,7 @@ def train_by_fit(model: LanguageRecommender, train: Questions, batch_size: int, 
 
 
 def answer_by_length(model: LanguageRecommender, asked: Questions, together: int) -> list[int | None]:
-    """Greedy answers in the batches of evaluation."""
+    """Greedy predictions in the batches of evaluation."""
     answers: list[int | None] = [None] * len(asked)
     for index, rows in batches_by_length(model, asked, together):
         for place, column in zip(index, model.generate(rows), strict=True):
@@ -246,7 +246,7 @@ def answer_by_length(model: LanguageRecommender, asked: Questions, together: int
 
 
 class Apart:
-    """A language recommender that ranks and writes in passes of their own, batches as they come."""
+    """A language recommender without the pass that both ranks and writes."""
 
     def __init__(self, model: LanguageRecommender) -> None:
         self.rank, self.generate, self.device = model.rank, model.generate, model.device
@@ -266,44 +266,44 @@ def prompts_of(model: LanguageRecommender, rows: Sequence[Row]) -> tuple[dict, T
 
 
 @torch.no_grad()
-def read(model: LanguageRecommender, inputs: dict, z: Tensor) -> dict:
-    """What it reads next, when these prompts are in its cache and each row has written its likeliest token."""
+def after_prompts(model: LanguageRecommender, inputs: dict, z: Tensor) -> dict:
+    """The inputs after the prompts: the most likely token of each row, and the cache that contains its prompt."""
     cache = DynamicCache()
-    written = model.language_model(**inputs, past_key_values=cache, sequence_embeds=z).logits[:, -1].argmax(-1)
+    token = model.language_model(**inputs, past_key_values=cache, sequence_embeds=z).logits[:, -1].argmax(-1)
     positions, mask = inputs["position_ids"][:, -1:] + 1, F.pad(inputs["attention_mask"], (0, 1), value=1)
-    return {"input_ids": written[:, None], "position_ids": positions, "attention_mask": mask, "past_key_values": cache}
+    return {"input_ids": token[:, None], "position_ids": positions, "attention_mask": mask, "past_key_values": cache}
 
 
 @torch.no_grad()
 def next_logits(model: LanguageRecommender, inputs: dict, z: Tensor | None = None) -> Tensor:
-    """(rows, vocabulary); z of the rows, or None where a user's adapter is merged."""
+    """Logits of the next token, (rows, vocabulary); z is None if a user's adapter is merged."""
     guidance = {} if z is None else {"sequence_embeds": z}
     logits = model.language_model(**inputs, **guidance, logits_to_keep=1).logits[:, -1]
     if "past_key_values" in inputs:
-        inputs["past_key_values"].crop(-1)  # as it was
+        inputs["past_key_values"].crop(-1)  # undo
     return logits
 
 
 def serve_together(model: LanguageRecommender, inputs: dict, z: Tensor) -> Tensor:
-    """`next_logits` of all users at once, as this package asks a model for them."""
+    """`next_logits` of all users at once, as this package computes them."""
     return next_logits(model, inputs, z)
 
 
-def serve_merged(model: LanguageRecommender, alone: list[dict], z: Tensor) -> Tensor:
-    """`next_logits` of each user alone, the adapter of each merged into the weights for that."""
-    found = []
-    for row, inputs in enumerate(alone):
+def serve_merged(model: LanguageRecommender, single: list[dict], z: Tensor) -> Tensor:
+    """`next_logits` of one user at a time, with the adapter merged into the weights."""
+    parts = []
+    for row, inputs in enumerate(single):
         with model.language_model.base_model.sequence_embeds(z[[row]]):
             model.language_model.merge_adapter()
-        found.append(next_logits(model, inputs))
+        parts.append(next_logits(model, inputs))
         model.language_model.unmerge_adapter()
-    return torch.cat(found)
+    return torch.cat(parts)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     numbers = {"examples": 1024, "questions": 128, "clients": 64, "batch_size": 32, "users": 2000}
     parser = measure.parser(__doc__, rounds=5, **numbers)
-    parser.add_argument("--dataset", default="world", help="(world)")
+    parser.add_argument("--dataset", default="world", help="the data set (world)")
     parser.add_argument("--data-dir", default="", help="the folder with its files")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="which parts (all)")
     options = parser.parse_args(arguments)
@@ -313,9 +313,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     counted = {"training": bench.train, "serving": bench.clients, "next token": bench.clients}
     for part in options.parts:
         ways, agreement = PARTS[part](bench)
-        metrics[part], found = measure.compare(ways, options.rounds, run.device, GOALS.get(part))
+        metrics[part], results = measure.compare(ways, options.rounds, run.device, GOALS.get(part))
         metrics[part]["rows"] = len(counted.get(part, bench.rows))
-        metrics[part]["agreement"] = agreement(found)
+        metrics[part]["agreement"] = agreement(results)
         measure.show(part, metrics[part])
         run.save(metrics, path=out)
     print(out)

@@ -1,12 +1,12 @@
-"""How much of a batch of prompts is padding: the most that packing prompts into rows without padding could save.
+"""Measure the share of padding in batches of prompts, which is the most that packing prompts could save.
 
-    python benchmarks/padding.py --data-dir FOLDER     # of MovieLens; without one it is downloaded
+    python benchmarks/padding.py --data-dir FOLDER     # with MovieLens; without the option it is downloaded
 
     as they come     batches in random order, each padded to its longest prompt
     training         `fit`: a step's rows are sorted by length, then cut into micro-batches
     evaluation       `evaluate`: some thousand rows are sorted by length, then cut into batches
 
-Prompts are hybrid, with answers; the tokenizer is that of --base-model, the embedded one if none is named.
+Prompts are hybrid and include the answer. The tokenizer is that of --base-model.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,23 +22,23 @@ from ilora.language.pretraining import EMBEDDED
 
 
 def batches(length: np.ndarray, together: int, size: int) -> Iterator[np.ndarray]:
-    """Lengths (n,) in batches of `size`, sorted within every `together` of them."""
+    """Cut lengths (n,) into batches of `size`, after sorting every `together` of them."""
     for start in range(0, len(length), together):
         rows = np.sort(length[start : start + together])
         yield from np.split(rows, range(size, len(rows), size))
 
 
 def share(length: np.ndarray, together: int, size: int) -> float:
-    """Of the tokens of all batches, those that are padding."""
+    """The share of padding among the tokens of all batches."""
     tokens = sum(rows.max() * len(rows) for rows in batches(length, together, size))
     return float(1 - length.sum() / tokens)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = measure.parser(__doc__, examples=20_000, batch_size=128, micro_batch_size=32, users=2000)
-    parser.add_argument("--dataset", default="movielens", help="(movielens)")
+    parser.add_argument("--dataset", default="movielens", help="the data set (movielens)")
     parser.add_argument("--data-dir", default="", help="the folder with its files")
-    parser.add_argument("--base-model", default=str(EMBEDDED), help="whose tokenizer (the embedded one)")
+    parser.add_argument("--base-model", default=str(EMBEDDED), help="the model of the tokenizer (embedded)")
     options = parser.parse_args(arguments)
     options.device = "cpu"  # nothing is computed
     run, out = measure.start("padding", options, "data_dir", "base_model")

@@ -1,11 +1,11 @@
-"""Trains a recommender of RecBole 1.2.1 on the windows of a data set, in a process of its own.
+"""Train a recommender of RecBole 1.2.1 on given windows; started by recommender.py.
 
     PYTHONPATH=FOLDER python benchmarks/recbole_worker.py WINDOWS.npz MODEL EPOCHS SEED OUT.npz
 
-RecBole's model, data loader and training step are used unchanged, with its default settings and batches of 256.
-Each epoch, HitRatio@1 is computed on validation, over all draws of candidates; the test windows are scored by the model
-of the best epoch. seconds: since the start of training, at the end of each epoch.
-RecBole predates NumPy 2 and pandas 3 and imports packages that training does not need: both are worked around here.
+RecBole's model, data loader and training step are unchanged, with default settings and batches of 256. The expected
+HitRatio@1 on validation is computed after each epoch; the model of the best epoch scores the test windows.
+OUT.npz holds both, and the seconds from the start of training to the end of each epoch.
+RecBole predates NumPy 2 and pandas 3 and imports packages that training does not need; this file works around both.
 """
 
 import copy
@@ -24,11 +24,11 @@ import torch
 
 from ilora.evaluation import expected_hit_ratio
 
-ALIASES = {"float": float, "int": int, "bool": bool, "object": object, "str": str, "float_": np.float64,
+REMOVED = {"float": float, "int": int, "bool": bool, "object": object, "str": str, "float_": np.float64,
            "complex_": np.complex128, "unicode_": np.str_, "string_": np.bytes_}  # fmt: skip
-for alias, kind in ALIASES.items():
-    if alias not in np.__dict__:
-        setattr(np, alias, kind)
+for name, type_ in REMOVED.items():
+    if name not in np.__dict__:
+        setattr(np, name, type_)
 aggregate = pd.Series.agg
 pd.Series.agg = lambda series, how, *more: series.map(len) if how is len else aggregate(series, how, *more)
 for package in ("ray", "thop", "torch.utils.tensorboard", "sklearn", "sklearn.metrics", "tabulate", "texttable"):
@@ -45,7 +45,7 @@ from recbole.utils import get_model, get_trainer, init_seed  # noqa: E402
 
 
 def write_files(folder: Path, windows: dict[str, np.ndarray]) -> None:
-    """RecBole's atomic files: a row is a user, the history without padding and the target."""
+    """Write the windows as RecBole's atomic files: user, history without padding, target."""
     header = "user_id:token\titem_id_list:token_seq\titem_id:token\n"
     for split in ("train", "validation", "test"):
         lines = [header]
@@ -72,7 +72,7 @@ def main() -> None:
             "train_batch_size": 256, "epochs": int(epochs), "seed": int(seed), "use_gpu": torch.cuda.is_available(),
             "show_progress": False, "state": "ERROR",
         }  # fmt: skip
-        sys.argv = sys.argv[:1]  # RecBole would read it
+        sys.argv = sys.argv[:1]  # RecBole would parse the arguments
         config = Config(model=model_name, dataset="windows", config_dict=settings)
         logging.disable(logging.WARNING)
         init_seed(config["seed"], config["reproducibility"])
@@ -81,12 +81,12 @@ def main() -> None:
         loader = get_dataloader(config, "train")(config, train, None, shuffle=True)
         model = get_model(model_name)(config, train).to(config["device"])
         trainer = get_trainer(config["MODEL_TYPE"], model_name)(config, model)
-        torch.autograd.set_detect_anomaly(False)  # one of RecBole's models switches it on when it is imported
+        torch.autograd.set_detect_anomaly(False)  # switched on by the import of one of RecBole's models
 
-        ids = np.zeros(n_items + 1, dtype=np.int64)  # ours -> RecBole's; items in no window have none
-        known = dataset.field2token_id["item_id"]
+        ids = np.zeros(n_items + 1, dtype=np.int64)  # our item id -> RecBole's; 0 for items in no window
+        tokens = dataset.field2token_id["item_id"]
         for item in range(n_items):
-            ids[item] = known.get(str(item), 0)
+            ids[item] = tokens.get(str(item), 0)
         missing = ids[:n_items] == 0
 
         @torch.no_grad()
@@ -95,29 +95,30 @@ def main() -> None:
             parts = []
             for history in np.array_split(windows[f"{split}_history"].astype(np.int64), 20):
                 length = (history != padding).sum(1)
-                shift = (np.arange(10) + 10 - length[:, None]) % 10  # padding goes to the right
+                shift = (np.arange(10) + 10 - length[:, None]) % 10  # moves the padding to the right
                 history = ids[np.take_along_axis(history, shift, 1)]
                 batch = {"item_id_list": torch.tensor(history), "item_length": torch.tensor(length)}
-                batch["user_id"] = torch.zeros(len(history), dtype=torch.long)  # unknown, as test users are
-                given = model.full_sort_predict(Interaction(batch).to(config["device"])).cpu().numpy()[:, ids[:n_items]]
-                given[:, missing] = -1e9
-                parts.append(given)
+                batch["user_id"] = torch.zeros(len(history), dtype=torch.long)  # the unknown user
+                values = model.full_sort_predict(Interaction(batch).to(config["device"])).cpu().numpy()
+                values = values[:, ids[:n_items]]
+                values[:, missing] = -1e9
+                parts.append(values)
             return np.concatenate(parts)
 
-        def hit_ratio(split: str, given: np.ndarray) -> np.ndarray:
+        def hit_ratio(split: str) -> np.ndarray:
             history, target = (windows[f"{split}_{x}"].astype(np.int64) for x in ("history", "target"))
-            return expected_hit_ratio(given, history, target)
+            return expected_hit_ratio(scores(split), history, target)
 
-        validation, seconds, began = [], [], time.perf_counter()
+        validation, seconds, start = [], [], time.perf_counter()
         for epoch in range(int(epochs)):
             trainer._train_epoch(loader, epoch)
-            validation.append(hit_ratio("validation", scores("validation")).mean())
-            seconds.append(time.perf_counter() - began)
+            validation.append(hit_ratio("validation").mean())
+            seconds.append(time.perf_counter() - start)
             if validation[-1] == max(validation):
                 best = copy.deepcopy(model.state_dict())
             print(f"RecBole's {model_name}, epoch {epoch + 1}: {validation[-1]:.4f}, {seconds[-1]:.0f} s", flush=True)
         model.load_state_dict(best)
-        np.savez(out, validation=validation, test=hit_ratio("test", scores("test")), seconds=seconds)
+        np.savez(out, validation=validation, test=hit_ratio("test"), seconds=seconds)
 
 
 if __name__ == "__main__":

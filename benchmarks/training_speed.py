@@ -1,8 +1,8 @@
-"""Examples a second in training and questions a second in ranking, of LoRA and iLoRA, with layers compiled or not.
+"""Measure training examples and ranked questions per second, for LoRA and iLoRA, with and without compiled layers.
 
     python benchmarks/training_speed.py --base-model smollm2 --dataset movielens --data-dir DIR
 
-For a GPU. `fit` trains on as many steps as `--steps`, once to warm up and once timed, so that compiling is not in it.
+This is for a GPU. Training and ranking run twice, and only the second run counts, without the time to compile.
 """
 
 import argparse
@@ -48,9 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             training = partial(train, model, rows, options, compiled)
             ranking = partial(evaluation.evaluate, model, questions, generate=False)
             first, seconds = (measure.timed(training, device)[0] for _ in range(2))
-            asking = [measure.timed(ranking, device)[0] for _ in range(2)][1]
-            print(f"{name}, compile {compiled}: {len(rows) / seconds:.0f} examples/s, {len(questions) / asking:.0f} "
-                  f"questions/s; {first - seconds:.0f} s more the first time", flush=True)  # fmt: skip
+            ranked = [measure.timed(ranking, device)[0] for _ in range(2)][1]
+            print(f"{name}, compile {compiled}: {len(rows) / seconds:.0f} examples/s, {len(questions) / ranked:.0f} "
+                  f"questions/s; {first - seconds:.0f} s longer in the first run", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""One million readers of the generated world, 30 events each, in one process: seconds of each step, and peak memory.
+"""Measure time and peak memory for one million users of the generated world, with 30 events each.
 
 python benchmarks/world.py
 
-generate         the events are drawn
-read             they become a data set, which is written and read again
-split            every window of every split
-candidates       twenty for each of these windows, a million windows at a time, as they depend on their row alone
+generate         sample the events
+read             make a data set of them, save it and load it
+split            cut the windows of all splits
+candidates       sample 20 candidates for each window, a million windows at a time
 """
 
 import tempfile
@@ -19,7 +19,7 @@ from ilora import data
 from ilora.data import World, make_world
 from ilora.data.dataset import assemble, item_table
 
-AT_ONCE = 2**20  # windows
+WINDOWS_AT_ONCE = 2**20
 LIMITS = {"seconds": {"at_most": 120}, "peak_gib": {"at_most": 6}}
 CPU = torch.device("cpu")
 
@@ -32,15 +32,15 @@ def read(world: World) -> data.Dataset:
         return data.load_dataset(folder)
 
 
-def draw_candidates(windows: data.Sequences, n_items: int) -> int:
-    """How many were drawn."""
-    parts = range(0, len(windows), AT_ONCE)
-    return sum(data.candidates(windows.take(slice(at, at + AT_ONCE)), n_items, seed=0).size for at in parts)
+def sample_candidates(windows: data.Sequences, n_items: int) -> int:
+    """Sample candidates for all windows; returns their number."""
+    parts = (windows.take(slice(at, at + WINDOWS_AT_ONCE)) for at in range(0, len(windows), WINDOWS_AT_ONCE))
+    return sum(data.candidates(part, n_items, seed=0).size for part in parts)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = measure.parser(__doc__, users=1_000_000, events=30).parse_args(arguments)
-    options.device = "cpu"  # it has no use for another one
+    options.device = "cpu"  # nothing runs on a GPU
     run, out = measure.start("world", options)
     seconds = {}
     seconds["generate"], world = measure.timed(partial(make_world, options.users, events_per_user=options.events), CPU)
@@ -49,12 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     counts = {"events": len(source.events), "windows": 0, "candidates": 0}
     seconds |= {"split": 0.0, "candidates": 0.0}
     for split in data.SPLITS:
-        taken, windows = measure.timed(partial(data.sequences, source, split), CPU)
-        seconds["split"] += taken
-        taken, drawn = measure.timed(partial(draw_candidates, windows, len(source.items)), CPU)
-        seconds["candidates"] += taken
+        elapsed, windows = measure.timed(partial(data.sequences, source, split), CPU)
+        seconds["split"] += elapsed
+        elapsed, count = measure.timed(partial(sample_candidates, windows, len(source.items)), CPU)
+        seconds["candidates"] += elapsed
         counts["windows"] += len(windows)
-        counts["candidates"] += drawn
+        counts["candidates"] += count
         del windows
     whole = {"seconds": {"value": sum(seconds.values())}, "peak_gib": {"value": run.peak_memory_mib / 2**10}}
     measured = {name: value | LIMITS[name] for name, value in whole.items()} | {"parts": seconds} | counts

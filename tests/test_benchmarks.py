@@ -1,4 +1,4 @@
-"""The benchmarks at sizes that measure nothing: that both ways give the same, and what a result must hold."""
+"""The benchmarks at tiny sizes: the ways give equal results, and the written files are complete."""
 
 import argparse
 import json
@@ -29,7 +29,7 @@ SMALL += ["--more-rows", "3"]
 
 
 def run(script, folder, **options):
-    """What `main` writes, whole."""
+    """Run a benchmark and return the metrics it writes."""
     flags = [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     script.main([*flags, "--device", "cpu", "--out", str(folder / f"{script.__name__}_cpu.json")])
     result = benchmark_results.load_benchmarks(folder)[f"{script.__name__}_cpu"]
@@ -53,18 +53,18 @@ def test_ways_take_turns_and_ratios_are_taken_within_a_round(monkeypatch):
     monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clock))
     ways = {name: lambda name=name: calls.append(name) or name.upper() for name in "abc"}
     seconds, results = measure.take_turns(ways, 3, torch.device("cpu"))
-    assert ["".join(calls[place : place + 3]) for place in range(0, 12, 3)] == ["cab", "abc", "bca", "cab"]
+    assert ["".join(calls[i : i + 3]) for i in range(0, 12, 3)] == ["cab", "abc", "bca", "cab"]
     assert seconds == {name: [1, 1, 1] for name in "abc"} and results == {"a": "A", "b": "B", "c": "C"}
-    found = measure.ratios({"one": [1.0, 2.0, 4.0], "other": [3.0, 4.0, 8.0]})  # 3, 2 and 2 times
-    assert found["other"]["time_ratio"] == {"median": 2, "low": 2, "high": 2.5}
-    assert found["one"]["seconds"] == {"median": 2, "low": 1.5, "high": 3}
+    ratios = measure.ratios({"first": [1.0, 2.0, 4.0], "second": [3.0, 4.0, 8.0]})  # 3, 2 and 2 times
+    assert ratios["second"]["time_ratio"] == {"median": 2, "low": 2, "high": 2.5}
+    assert ratios["first"]["seconds"] == {"median": 2, "low": 1.5, "high": 3}
 
 
-def test_a_way_without_the_part_it_has_a_goal_for_is_left_alone():
-    found, _ = measure.compare(
+def test_a_goal_without_its_way_is_ignored():
+    measured, _ = measure.compare(
         {"a": int, "b": int}, 1, torch.device("cpu"), {"b": {"at_least": 2}, "c": {"at_most": 1}}
     )
-    assert found["b"]["at_least"] == 2 and found.keys() == {"a", "b", "rounds", "to"}
+    assert measured["b"]["at_least"] == 2 and measured.keys() == {"a", "b", "rounds", "to"}
 
 
 # ---------------------------------------------------------------- each script
@@ -93,10 +93,10 @@ def test_language(tmp_path):
 
 def test_training_from_text_has_the_loss_of_fit(bench):
     rows = [bench.train[row] for row in range(3)]
-    usual, own = language.collate_text(bench.model, rows), bench.model.collate(rows)
-    assert usual.keys() <= own.keys()
-    assert (usual["labels"] != NO_LABEL).sum() == (own["labels"] != NO_LABEL).sum() > 0
-    torch.testing.assert_close(language.full_loss(bench.model, usual, hybrid=True), bench.model(own))
+    usual, ours = language.collate_text(bench.model, rows), bench.model.collate(rows)
+    assert usual.keys() <= ours.keys()
+    assert (usual["labels"] != NO_LABEL).sum() == (ours["labels"] != NO_LABEL).sum() > 0
+    torch.testing.assert_close(language.full_loss(bench.model, usual, hybrid=True), bench.model(ours))
 
 
 def test_both_trainings_change_the_adapter(bench):
@@ -107,33 +107,32 @@ def test_both_trainings_change_the_adapter(bench):
         assert not torch.equal(before, weight) and not bench.model.training
 
 
-def test_a_user_is_served_with_the_own_adapter(bench):
-    """What the ways of serving agree on is no answer that every user would get."""
+def test_predictions_depend_on_the_adapter_of_the_user(bench):
+    """Otherwise the ways of serving could agree although they ignore the user."""
     inputs, z = language.prompts_of(bench.model, bench.clients)
-    own, others = (language.next_logits(bench.model, inputs, given) for given in (z, z.roll(1, 0) + 1))
-    assert (own - others).abs().max() / own.std() > 1e-3
+    right, wrong = (language.next_logits(bench.model, inputs, guidance) for guidance in (z, z.roll(1, 0) + 1))
+    assert (right - wrong).abs().max() / right.std() > 1e-3
     before = [parameter.clone() for parameter in bench.model.parameters()]
     language.serve_merged(bench.model, [language.prompts_of(bench.model, [row])[0] for row in bench.clients], z)
-    for one, other in zip(before, bench.model.parameters(), strict=True):
-        torch.testing.assert_close(one, other)  # merged, and taken out again
+    torch.testing.assert_close(list(bench.model.parameters()), before)  # merged, then removed again
 
 
 def test_gradients(tmp_path, monkeypatch):
     monkeypatch.setattr("ilora.study.gradients.clusters", lambda z: (np.arange(len(z)) % 3, None))
     metrics = run(gradients, tmp_path, users=120, sequences=12, batch_size=2, rounds=1)
-    found = metrics["gradients"]
-    assert found.keys() >= {"clusters", "usual loop", "loop", "pass"}
-    assert found["agreement"]["largest difference"] < 1e-4
+    measured = metrics["gradients"]
+    assert measured.keys() >= {"clusters", "usual loop", "loop", "pass"}
+    assert measured["agreement"]["largest difference"] < 1e-4
     assert metrics["clustering"]["rows"] == 480
 
 
 def test_recommender(tmp_path, monkeypatch):
-    """With a stand-in for RecBole, which the tests' environment lacks, that is right about every window."""
+    """With a fake RecBole that is right about every window, because the tests have no RecBole."""
     (tmp_path / "recbole").mkdir()
-    given = []
+    received = []
 
     def train_recbole(folder, windows, kind, epochs, seed):
-        given.append(windows)
+        received.append(windows)
         test = np.ones(len(windows["test_target"]))
         return {"validation": np.full(epochs, 0.5), "test": test, "seconds": np.arange(1.0, epochs + 1)}
 
@@ -142,10 +141,11 @@ def test_recommender(tmp_path, monkeypatch):
     flags = [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     recommender.main([*flags, "--recbole", str(tmp_path), "--device", "cpu", "--out", str(tmp_path / "out.json")])
     metrics = json.loads((tmp_path / "out.json").read_text())["metrics"]["GRU4Rec"]
-    assert [len(windows["train_target"]) for windows in given] == [96 * 19] * 2  # all but a user's first event
+    every_target = 96 * 19  # all events of the training users but the first of each
+    assert [len(windows["train_target"]) for windows in received] == [every_target] * 2
     assert metrics["RecBole"]["seconds"] == [3, 3] and np.shape(metrics["ilora"]["validation"]) == (2, 2)
     ours, difference = metrics["ilora"]["test"], metrics["difference"]
-    assert 0 < ours["value"] < 1 and ours["n"] == len(given[0]["test_target"])
+    assert 0 < ours["value"] < 1 and ours["n"] == len(received[0]["test_target"])
     assert difference["value"] == pytest.approx(ours["value"] - 1) and difference["high"] < 0
 
 
@@ -156,21 +156,20 @@ def test_recommender_needs_the_folder_of_recbole(tmp_path, capsys):
 
 
 def test_world(tmp_path):
-    found = run(world, tmp_path, users=50, events=12)["world"]
-    assert found["events"] == 600 and found["windows"] == 50 * 9 and found["candidates"] == 50 * 9 * 20
-    assert found["seconds"]["value"] == pytest.approx(sum(found["parts"].values()))
-    assert (found["seconds"]["at_most"], found["peak_gib"]["at_most"]) == (120, 6)
-    assert 0 < found["peak_gib"]["value"] < 20
+    metrics = run(world, tmp_path, users=50, events=12)["world"]
+    assert metrics["events"] == 600 and metrics["windows"] == 50 * 9 and metrics["candidates"] == 50 * 9 * 20
+    assert metrics["seconds"]["value"] == pytest.approx(sum(metrics["parts"].values()))
+    assert (metrics["seconds"]["at_most"], metrics["peak_gib"]["at_most"]) == (120, 6)
+    assert 0 < metrics["peak_gib"]["value"] < 20
 
 
 def test_padding(tmp_path):
     length = np.array([4, 1, 3, 2])
     assert padding.share(length, 2, 2) == pytest.approx(1 - 10 / (2 * 4 + 2 * 3))
     assert padding.share(length, 4, 2) == pytest.approx(1 - 10 / (2 * 2 + 2 * 4))
-    found = run(padding, tmp_path, dataset="world", users=120, examples=100, batch_size=16, micro_batch_size=4)[
-        "padding"
-    ]
-    assert found["share"]["as they come"] > found["share"]["training"] > found["share"]["evaluation"] >= 0
+    options = {"dataset": "world", "users": 120, "examples": 100, "batch_size": 16, "micro_batch_size": 4}
+    share = run(padding, tmp_path, **options)["padding"]["share"]
+    assert share["as they come"] > share["training"] > share["evaluation"] >= 0
 
 
 # ---------------------------------------------------------------- the adapter
@@ -194,18 +193,18 @@ def test_every_part_is_measured_and_written(tmp_path, capsys):
     for part in parts:
         first, *others = benchmark.PARTS[part]
         for variant in (first, *others):
-            found = metrics[part][variant]
-            assert 0 < found["seconds"]["low"] <= found["seconds"]["median"] <= found["seconds"]["high"]
-            assert found["tokens_per_second"] > 0 and 0 < found["share_of_matrix_rate"] < 1
+            measured = metrics[part][variant]
+            assert 0 < measured["seconds"]["low"] <= measured["seconds"]["median"] <= measured["seconds"]["high"]
+            assert measured["tokens_per_second"] > 0 and 0 < measured["share_of_matrix_rate"] < 1
             assert f"{part:20}{variant} " in printed
         assert metrics[part][first]["time_ratio"] == {"median": 1, "low": 1, "high": 1}
-    mib = {name: found["step_mib"] for name, found in metrics["experts"].items() if isinstance(found, dict)}
+    mib = {name: value["step_mib"] for name, value in metrics["experts"].items() if isinstance(value, dict)}
     assert mib["LoRA"] <= mib["iLoRA"] < mib["every expert's output"]
     assert metrics["checkpointing"]["checkpointed"]["memory_ratio"] < 1
     assert metrics["logits"]["answer logits"]["memory_ratio"] < 1
 
 
-def test_a_model_of_nothing_but_calls_is_measured_under_autocast(tmp_path):
+def test_the_shape_calls_is_measured_under_autocast(tmp_path):
     flags = ["--shape", "calls", "--device", "cpu", "--rounds", "2", "--tokens", "8", "--answer", "2"]
     benchmark.main([*flags, "--out", str(tmp_path / "result.json")])
     result = json.loads((tmp_path / "result.json").read_text())
@@ -213,7 +212,7 @@ def test_a_model_of_nothing_but_calls_is_measured_under_autocast(tmp_path):
     assert set(result["metrics"]) == {"matmul", "adapter"} and result["metrics"]["adapter"]["iLoRA"]["at_most"] == 1.02
 
 
-def test_a_part_that_fails_is_reported_and_the_others_go_on(tmp_path, capsys, monkeypatch):
+def test_a_part_that_fails_is_reported_and_the_next_one_starts(tmp_path, capsys, monkeypatch):
     def too_large(*_, **__):
         raise torch.OutOfMemoryError("no room for every expert\nand more")
 
@@ -226,15 +225,15 @@ def test_a_part_that_fails_is_reported_and_the_others_go_on(tmp_path, capsys, mo
     assert "no room for every expert" in capsys.readouterr().out
 
 
-def test_parts_that_a_time_limit_leaves_out_say_so(tmp_path):
+def test_parts_after_the_time_limit_are_reported(tmp_path):
     benchmark.main([*SMALL, "--minutes", "1e-9", "--parts", "adapter", "--out", str(tmp_path / "result.json")])
     metrics = json.loads((tmp_path / "result.json").read_text())["metrics"]
-    assert metrics["adapter"] == {"error": "TimeoutError: not begun, 1e-09 minutes are over"}
+    assert metrics["adapter"] == {"error": "TimeoutError: not started: 1e-09 minutes are over"}
 
 
 @pytest.mark.parametrize("most", [9, 20, 33])
-def test_the_largest_batch_is_found_from_above_and_from_below(monkeypatch, most):
-    """A device of 20 rows by the memory of one, and of `most` in truth."""
+def test_the_search_for_the_largest_batch_goes_up_and_down(monkeypatch, most):
+    """The memory of one row suggests that 20 rows fit, but `most` rows fit."""
     options = argparse.Namespace(device="cpu", shape="smoke", rows=2, more_rows=3, tokens=12, answer=3, rounds=1)
     bench = benchmark.Bench(options)
     monkeypatch.setattr(benchmark, "free", lambda: None)
@@ -249,20 +248,19 @@ def test_the_largest_batch_is_found_from_above_and_from_below(monkeypatch, most)
         return run
 
     monkeypatch.setattr(bench, "step", step)
-    found = bench.largest("largest batch")
-    assert found.keys() == benchmark.PARTS["largest batch"].keys()
-    assert all(0.96 * most - 1 <= own["rows"] <= most for own in found.values())
+    largest = bench.largest("largest batch")
+    assert largest.keys() == benchmark.PARTS["largest batch"].keys()
+    assert all(0.96 * most - 1 <= variant["rows"] <= most for variant in largest.values())
 
 
-def test_a_step_of_more_rows_than_the_batch_takes_them_again():
+def test_a_step_with_more_rows_than_the_batch_repeats_them():
     options = argparse.Namespace(device="cpu", shape="smoke", rows=2, more_rows=3, tokens=12, answer=3, rounds=1)
     bench = benchmark.Bench(options)
     memory = [bench.memory(bench.step(rows)) for rows in (2, 4, 8)]
     assert memory[0] < memory[1] < memory[2]
 
 
-def test_the_formula_written_out_is_the_adapter():
-    """The variant that it is compared with computes the same: loss gradients agree."""
+def test_the_sum_over_experts_has_the_logits_of_the_adapter():
     options = argparse.Namespace(device="cpu", shape="smoke", rows=2, more_rows=3, tokens=12, answer=3, rounds=1)
     bench, logits = benchmark.Bench(options), []
     for written_out in (False, True):
@@ -276,7 +274,7 @@ def test_the_formula_written_out_is_the_adapter():
     assert (logits[0] - bench.base(bench.ids).logits).abs().max() > 1e-2
 
 
-def test_memory_is_what_a_step_allocates_at_its_peak():
+def test_memory_is_the_peak_of_a_step():
     options = argparse.Namespace(device="cpu", shape="smoke", rows=2, more_rows=3, tokens=12, answer=3, rounds=1)
     bench = benchmark.Bench(options)
 
@@ -288,13 +286,13 @@ def test_memory_is_what_a_step_allocates_at_its_peak():
     assert math.isclose(bench.memory(lambda: [torch.empty(2**20) for _ in range(3)]), 12, rel_tol=0.01)
 
 
-def test_a_smoke_run_needs_a_place_of_its_own(capsys):
+def test_a_smoke_run_needs_out(capsys):
     with pytest.raises(SystemExit):
         benchmark.main(["--shape", "smoke"])
     assert "--out" in capsys.readouterr().err
 
 
-def test_an_answer_as_long_as_the_row_is_refused_at_once(capsys):
+def test_an_answer_as_long_as_the_row_is_an_error(capsys):
     with pytest.raises(SystemExit):
         benchmark.main(["--tokens", "8", "--answer", "8"])
-    assert "more --tokens" in capsys.readouterr().err
+    assert "choose more --tokens" in capsys.readouterr().err

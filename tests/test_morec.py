@@ -21,7 +21,7 @@ TITLES = ["Heat", "The Lion King", "One Flew Over the Cuckoo's Nest", "Fargo"]
 
 
 def titled():
-    """The law's world with titles of unlike length."""
+    """The same events, with titles of different lengths."""
     data = dataset()
     data.items["title"] = [f"{TITLES[i % 4]} {i}" for i in range(ITEMS)]
     return data
@@ -34,7 +34,7 @@ def model():
 
 
 def encoder(folder, layers=2, **pooling):
-    """The text encoder's first layers, with another pooling."""
+    """The first layers of the text encoder, with the pooling given."""
     folder.mkdir(exist_ok=True)
     for path in MINILM.iterdir():
         if path.is_file() and path.name != "config.json":
@@ -46,7 +46,7 @@ def encoder(folder, layers=2, **pooling):
 
 
 def pooled(model, items):
-    """What the text encoder says of titles, one at a time, without padding."""
+    """The pooled vectors of titles, encoded one at a time and without padding."""
     vectors = []
     for item in items:
         tokens = model.items.tokens[item]
@@ -63,17 +63,17 @@ def test_titles_are_encoded_as_sentence_transformers_does(model):
     torch.testing.assert_close(functional.normalize(pooled(model, range(ITEMS))), reference, rtol=0, atol=1e-5)
 
 
-def test_an_items_vector_is_the_projection_of_its_title(model):
+def test_item_vectors_are_projections_of_titles(model):
     expected = model.items.projection(model.items.norm(pooled(model, range(ITEMS))))
     torch.testing.assert_close(model.item_embeddings, expected, rtol=1e-4, atol=1e-6)
     assert model.item_embeddings.std(0).min() > 1e-3
     assert (model.items.weight[ITEMS] == 0).all()
 
 
-def test_vectors_are_kept_in_eval_mode_and_are_those_of_training(model, monkeypatch):
+def test_eval_mode_keeps_vectors_equal_to_those_of_training(model, monkeypatch):
     kept, items = model.items.weight.clone(), torch.tensor([[3, ITEMS], [3, 0]])
     with monkeypatch.context() as patch:
-        patch.setattr(model.items.text, "forward", None)  # not asked again
+        patch.setattr(model.items.text, "forward", None)  # must not be called
         model.score_all(histories(3, length=4))
     training = copy.deepcopy(model).train()
     training.items.text.eval()  # no dropout
@@ -83,7 +83,7 @@ def test_vectors_are_kept_in_eval_mode_and_are_those_of_training(model, monkeypa
     torch.testing.assert_close(training.eval().items.weight, kept)
 
 
-def test_padding_is_never_read(model):
+def test_padding_has_no_effect(model):
     history = histories(5, length=4)
     torch.testing.assert_close(model.encode(history[:, 2:]), model.encode(history))
     assert torch.isfinite(model.encode(torch.full((1, 6), ITEMS))).all()
@@ -106,31 +106,31 @@ def test_training_changes_the_text_encoder_and_the_vectors():
     optimizer.step()
     inside = model.items.tokens[batch[batch != ITEMS]].unique()
     changed = (words != start).any(1).nonzero().flatten()
-    assert len(changed) and set(changed.tolist()) <= set(inside.tolist())  # of the batch's titles, no others
+    assert len(changed) and set(changed.tolist()) <= set(inside.tolist())  # only words of the batch's titles
     model.eval()
-    assert (model.item_embeddings - before).abs().amax(1).min() > 1e-5  # all are encoded anew
+    assert (model.item_embeddings - before).abs().amax(1).min() > 1e-5  # all titles are encoded again
 
 
-def test_frozen_vectors_outlast_train():
+def test_train_keeps_the_vectors_of_a_frozen_model():
     model = MoRec.from_dataset(titled(), MINILM, dim=8, window=6).eval().requires_grad_(False)
     kept = model.item_embeddings.clone()
     model.train()
     model.eval()
-    model.items.text = None  # not asked again, though a language model does this to its encoder in every step
+    model.items.text = None  # must not be called: a language model switches its encoder's mode in every step
     torch.testing.assert_close(model.item_embeddings, kept, rtol=0, atol=0)
 
 
-def test_the_loss_is_full_cross_entropy_with_unlikely_items_counted_for_those_that_are_not_there(model):
+def test_the_loss_is_the_cross_entropy_over_the_batch_with_the_logq_correction(model):
     batch = torch.cat([histories(3, length=4), torch.tensor([[3], [4], [5]])], dim=1)
-    drawn, terms = 3 * 5, []
+    n, terms = 3 * 5, []
     present = sorted(set(batch.flatten().tolist()) - {ITEMS})
-    q = 1 - (1 - model.popularity[present]) ** drawn
+    q = 1 - (1 - model.popularity[present]) ** n
     for row in batch:
         history = row[None, :6]
         states = model.states(model.items(history), history != ITEMS, n=6)[0]
-        for place in range(2, 6):
-            scores = states[place] @ model.item_embeddings[present].T - q.log()
-            terms.append(functional.cross_entropy(scores, torch.tensor(present.index(row[place + 1]))))
+        for position in range(2, 6):
+            scores = states[position] @ model.item_embeddings[present].T - q.log()
+            terms.append(functional.cross_entropy(scores, torch.tensor(present.index(row[position + 1]))))
     torch.testing.assert_close(model(batch), sum(terms) / 18, rtol=1e-4, atol=1e-5)
 
 
@@ -143,10 +143,10 @@ def test_a_batch_of_all_items_gives_the_full_cross_entropy(model):
     torch.testing.assert_close(model.popularity.sum(), torch.tensor(1.0))
 
 
-def test_fit_recommender_trains_it_and_it_comes_back(tmp_path, monkeypatch):
+def test_fit_recommender_trains_and_loads_it(tmp_path, monkeypatch):
     monkeypatch.setenv("ILORA_HOME", str(tmp_path))
     text_encoder = str(encoder(tmp_path / "text", layers=1, pooling_mode="mean"))
-    settings = {"window": 6, "device": "cpu", "batch_size": 8, "epochs": 8, "learning_rate": 0.001, "seed": 1}
+    settings = {"window": 6, "device": "cpu", "batch_size": 8, "epochs": 3, "learning_rate": 0.003, "seed": 1}
     model, history = fit_recommender(titled(), kind="MoRec", text_encoder=text_encoder, **settings)
     epochs = history.groupby("epoch")["loss"].mean()
     assert epochs.iloc[-1] < epochs.iloc[0] - 0.2
@@ -156,25 +156,26 @@ def test_fit_recommender_trains_it_and_it_comes_back(tmp_path, monkeypatch):
     torch.testing.assert_close(model.item_embeddings, kept)  # those of the epoch that validation chose
 
 
-def test_it_may_be_the_encoder_of_a_language_model(tmp_path, model):
+def test_it_can_be_the_encoder_of_a_language_model(tmp_path, model):
     language_model, tokenizer = load_language_model("embedded", device="cpu")
     titles = list(titled().items["title"])
     prompts = Prompts(tokenizer, titles, "movie", "watched")
-    asked = LanguageRecommender(language_model, prompts, copy.deepcopy(model), adapter_config(experts=2, gate_dim=8))
-    kept = asked.encoder.items.vectors.clone()
-    asked.train()  # which a frozen encoder survives
-    torch.testing.assert_close(asked.encoder.items.vectors, kept, rtol=0, atol=0)
+    config = adapter_config(experts=2, gate_dim=8)
+    recommender = LanguageRecommender(language_model, prompts, copy.deepcopy(model), config)
+    vectors = recommender.encoder.items.vectors.clone()
+    recommender.train()
+    torch.testing.assert_close(recommender.encoder.items.vectors, vectors, rtol=0, atol=0)
     rows = [(np.arange(4), np.arange(10, 30), 12)]
-    asked.eval().save_pretrained(tmp_path / "kept", base_model="embedded")
-    again = LanguageRecommender.from_pretrained(tmp_path / "kept", device="cpu")
-    assert type(again.encoder) is MoRec
-    torch.testing.assert_close(again.rank(rows), asked.rank(rows), rtol=1e-5, atol=1e-4)
+    recommender.eval().save_pretrained(tmp_path / "saved", base_model="embedded")
+    loaded = LanguageRecommender.from_pretrained(tmp_path / "saved", device="cpu")
+    assert type(loaded.encoder) is MoRec
+    torch.testing.assert_close(loaded.rank(rows), recommender.rank(rows), rtol=1e-5, atol=1e-4)
 
 
 # ---------------------------------------------------------------- files
 
 
-def test_a_saved_model_needs_its_text_encoder_no_more(tmp_path, model):
+def test_a_saved_model_includes_its_text_encoder(tmp_path, model):
     model.save_pretrained(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
     loaded = SequenceModel.from_pretrained(tmp_path)
@@ -186,7 +187,7 @@ def test_a_saved_model_needs_its_text_encoder_no_more(tmp_path, model):
 
 
 @pytest.mark.parametrize("config", [{"pooling_mode": "cls"}, {"pooling_mode_cls_token": True, "include_prompt": True}])
-def test_pooling_is_what_the_text_encoder_says(tmp_path, config):
+def test_pooling_follows_the_files_of_the_text_encoder(tmp_path, config):
     model = MoRec.from_dataset(titled(), encoder(tmp_path, **config), dim=8).eval()
     assert model.items.pooling == "cls"
     expected = model.items.projection(model.items.norm(pooled(model, range(3))))
@@ -201,16 +202,16 @@ def test_pooling_is_what_the_text_encoder_says(tmp_path, config):
         ({"pooling_mode": ["mean", "lasttoken"]}, "mean and lasttoken"),
     ],
 )
-def test_other_poolings_are_refused(tmp_path, config, name):
+def test_other_poolings_are_an_error(tmp_path, config, name):
     with pytest.raises(UserError, match=f"pools its tokens by '{name}': choose one that pools by mean or cls"):
         MoRec.from_dataset(titled(), encoder(tmp_path, **config))
 
 
-def test_what_is_no_text_encoder_is_refused(tmp_path):
+def test_anything_but_a_text_encoder_is_an_error(tmp_path):
     with pytest.raises(UserError, match=r"nothing' is no folder, and its commit .* cannot be read \(.*\): name"):
         MoRec.from_dataset(titled(), tmp_path / "nothing")
     shutil.copytree(MINILM, tmp_path / "pickle")
     (tmp_path / "pickle" / "model.safetensors").unlink()
-    torch.save({}, tmp_path / "pickle" / "pytorch_model.bin")  # may run code when it is read
+    torch.save({}, tmp_path / "pickle" / "pytorch_model.bin")  # a pickle can run code when it is loaded
     with pytest.raises(UserError, match="with safetensors weights"):
         MoRec.from_dataset(titled(), tmp_path / "pickle")

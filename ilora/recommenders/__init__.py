@@ -1,4 +1,4 @@
-"""Recommenders without language, behind one contract, and how they are trained."""
+"""Recommenders on item ids, and their training."""
 
 from ilora.recommenders.base import Recommender, SequenceModel
 from ilora.recommenders.caser import Caser
@@ -6,21 +6,7 @@ from ilora.recommenders.gru4rec import GRU4Rec
 from ilora.recommenders.morec import MoRec
 from ilora.recommenders.popularity import Popularity
 from ilora.recommenders.sasrec import SASRec
-from ilora.recommenders.training import EPOCHS, GRID, KINDS, Windows, baselines, choose_regularisation, fit_recommender
+from ilora.recommenders.training import EPOCHS, GRID, baselines, choose_regularisation, fit_recommender
 
-__all__ = [
-    "EPOCHS",
-    "GRID",
-    "KINDS",
-    "Caser",
-    "GRU4Rec",
-    "MoRec",
-    "Popularity",
-    "Recommender",
-    "SASRec",
-    "SequenceModel",
-    "Windows",
-    "baselines",
-    "choose_regularisation",
-    "fit_recommender",
-]
+__all__ = ["EPOCHS", "GRID", "Caser", "GRU4Rec", "MoRec", "Popularity", "Recommender", "SASRec", "SequenceModel",
+           "baselines", "choose_regularisation", "fit_recommender"]  # fmt: skip

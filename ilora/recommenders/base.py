@@ -1,10 +1,7 @@
-"""Recommenders behind one contract: popularity, and sequence models over item ids (SASRec, GRU4Rec, Caser).
-
-A history is a row of item ids, oldest first, filled up on the left with the padding id `n_items`.
-"""
+"""The interface of all recommenders, and what the neural ones share."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,52 +16,44 @@ from ilora.errors import UserError
 
 
 class Recommender(nn.Module):
-    """What every recommender can do; a subclass gives `score_all`, and `encode` where it has states."""
+    """Scores items as the next one of a history: (batch, window) ids, oldest first, padded on the left by `n_items`."""
 
-    window = 1  # items of a history that it reads, the last ones
+    window = 1  # the number of most recent items that the model uses
 
     def __init__(self, **config: int | float | str | dict) -> None:
         super().__init__()
-        self.config = config  # the arguments that make it anew
+        self.config = config  # the constructor's arguments, for `from_pretrained`
         self.n_items = config["n_items"]
 
     @property
     def device(self) -> torch.device:
-        """Where its weights, or its counts, are."""
+        """The device of the model's weights or counts."""
         return next(iter(self.state_dict().values())).device
 
     def score_all(self, history: Tensor) -> Tensor:
-        """Scores of all items as the next one: (batch, window) item ids -> (batch, n_items)."""
+        """Score all items: (batch, window) -> (batch, n_items)."""
         raise NotImplementedError
 
     def score(self, history: Tensor, candidates: Tensor) -> Tensor:
-        """Scores of candidates as the next item: (batch, window), (batch, C) item ids -> (batch, C)."""
+        """Score the candidates of each history: (batch, window), (batch, C) item ids -> (batch, C)."""
         return self.score_all(history).gather(1, candidates)
 
-    def encode(self, history: Tensor) -> Tensor:
-        """The representation z of each history: (batch, window) item ids -> (batch, dim)."""
-        raise NotImplementedError(f"{type(self).__name__} has no sequence representation")
-
     def pad(self, histories: Sequence[Sequence[int]]) -> Tensor:
-        """Histories without padding -> (batch, window) item ids, the last ones of each."""
-        padded = np.full((len(histories), self.window), self.n_items)
-        for row, history in zip(padded, histories, strict=True):
-            recent = history[-self.window :]
-            row[self.window - len(recent) :] = recent
+        """Cut or pad histories of any length to (batch, window)."""
+        recent = [history[-self.window :] for history in histories]
+        padded = np.full((len(recent), self.window), self.n_items)
+        for row, history in zip(padded, recent, strict=True):
+            row[self.window - len(history) :] = history
         return torch.from_numpy(padded)
 
     @torch.no_grad()
     def rank(self, rows: list[tuple[np.ndarray, np.ndarray, int]]) -> Tensor:
-        """Scores of each row's candidates, (rows, candidates); a row is one of `data.Questions`."""
+        """Score the candidates of rows of `data.Questions`: (rows, candidates)."""
         histories, candidates, _ = zip(*rows, strict=True)
-        history, offered = self.pad(histories), torch.from_numpy(np.stack(candidates))
-        return self.score(history.to(self.device), offered.to(self.device))
+        return self.score(self.pad(histories).to(self.device), torch.from_numpy(np.stack(candidates)).to(self.device))
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:
-        """All parameters, with L2 regularisation: `weight_decay` times the weights is added to the gradient.
-
-        That is Adam's coupled weight decay, the gradient of weight_decay / 2 * |weights|^2, not AdamW's.
-        """
+        """All parameters, with L2 regularisation as in Adam: the gradient gets weight_decay times the weights."""
         return [{"params": list(self.parameters()), "weight_decay": weight_decay, "decoupled_weight_decay": False}]
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -74,34 +63,29 @@ class Recommender(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Recommender":
-        """Read what `save_pretrained` wrote, in eval mode: a `cls` or one of its subclasses, as config.json says.
-
-        Raises UserError for anything else.
-        """
+        """Load a saved model of this class or a subclass, in eval mode; anything else raises UserError."""
         try:
             config = json.loads(Path(folder, "config.json").read_text("utf-8"))
-            kinds = {kind.__name__: kind for kind in _family(cls)}
-            if (name := config.pop("class")) not in kinds:
-                raise KeyError(f"config.json names {name}, no {cls.__name__}")
+            name = config.pop("class")
+            kinds = {kind.__name__: kind for kind in _with_subclasses(cls)}
+            if name not in kinds:
+                raise ValueError(f"config.json names {name}, not {cls.__name__}")
             model = kinds[name](**config)
             model.load_state_dict(safetensors.torch.load_file(Path(folder, "model.safetensors")))
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
-            why = str(error).splitlines()[0]
-            raise UserError(f"cannot read a {cls.__name__} from {folder} ({why}): train it again") from error
+            reason = str(error).splitlines()[0]
+            raise UserError(f"cannot read a {cls.__name__} from {folder} ({reason}): train it again") from error
         return model.eval()
 
 
-def _family(cls: type[Recommender]) -> Iterator[type[Recommender]]:
-    yield cls
-    for kind in cls.__subclasses__():
-        yield from _family(kind)
+def _with_subclasses(cls: type[Recommender]) -> list[type[Recommender]]:
+    return [cls, *(kind for child in cls.__subclasses__() for kind in _with_subclasses(child))]
 
 
 class SequenceModel(Recommender):
-    """A recommender with a state z for each history, trained with cross entropy; a subclass implements `read`.
+    """A network that encodes a history as z of iLoRA's Eq. 11, trained on p(i | history) = softmax_i(e_i . z).
 
-    `encode` gives z of iLoRA's Eq. 11. Item embeddings serve as input and output: an item's score is the inner
-    product of its embedding and z.
+    The item embeddings e are also the network's input. A subclass implements `final_state`.
     """
 
     def __init__(self, n_items: int, dim: int, window: int, dropout: float, **config: int | float | str | dict) -> None:
@@ -110,8 +94,8 @@ class SequenceModel(Recommender):
         self.items = nn.Embedding(n_items + 1, dim, padding_idx=n_items)
         self.dropout = nn.Dropout(dropout)
 
-    def _start_small(self) -> None:
-        """Initialise all embeddings so small that the first scores are nearly equal; the padding's is zero."""
+    def _init_embeddings(self) -> None:
+        """Start with embeddings so small that all items score nearly the same."""
         for module in self.modules():
             if isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
@@ -122,24 +106,23 @@ class SequenceModel(Recommender):
         """(n_items, dim)"""
         return self.items.weight[: self.n_items]
 
-    def read(self, items: Tensor, real: Tensor) -> Tensor:
-        """(batch, length, dim) embeddings, (batch, length) bool, false for padding -> (batch, dim), the state z."""
+    def final_state(self, items: Tensor, mask: Tensor) -> Tensor:
+        """Encode item embeddings (batch, length, dim) as (batch, dim); mask: (batch, length), False for padding."""
         raise NotImplementedError
 
     def encode(self, history: Tensor) -> Tensor:
+        """Represent each history as a vector z: (batch, window) -> (batch, dim)."""
         if history.shape[1] > self.window:
-            raise ValueError(
-                f"a history of {history.shape[1]} items is longer than the window of {self.window}: cut it"
-            )
-        return self.read(self.items(history), history != self.n_items)
+            raise ValueError(f"cut the history of {history.shape[1]} items to the window of {self.window}")
+        return self.final_state(self.items(history), history != self.n_items)
 
     def score_all(self, history: Tensor) -> Tensor:
         return self.encode(history) @ self.item_embeddings.T
 
     def collate(self, rows: list[np.ndarray]) -> Tensor:
-        """Rows of window + 1 item ids, the last one being the target -> (batch, window + 1)."""
+        """Stack training rows: (batch, window + 1) item ids, the target last."""
         return torch.from_numpy(np.stack(rows))
 
     def forward(self, batch: Tensor, progress: float = 0.0, step_seed: int = 0) -> Tensor:
-        """Mean cross entropy of the target over all items."""
+        """Mean cross entropy of the targets over all items."""
         return functional.cross_entropy(self.score_all(batch[:, :-1]), batch[:, -1])

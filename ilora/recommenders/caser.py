@@ -1,4 +1,4 @@
-"""Caser: convolutions over a window of item ids."""
+"""Caser: convolutions over the items of a history."""
 
 import torch
 from torch import Tensor, nn
@@ -8,34 +8,26 @@ from ilora.recommenders.base import SequenceModel
 
 
 class Caser(SequenceModel):
-    """Convolutions over the window (Tang and Wang 2018).
+    """Convolutions over the (window, dim) matrix of item embeddings (Tang and Wang 2018, Eqs. 3 to 9).
 
-    The window is an image of `window` x dim: `filters` horizontal filters of each height up to `heights` see that
-    many items in a row, their largest answer counts; `vertical` filters weigh the window's items for each dimension.
-    Left out: user embeddings, as test users are new; output embeddings of their own; the ReLU of the last layer,
-    because a state that is never negative could not be the opposite of an embedding; targets beyond the next item.
+    `filters` horizontal filters of each height up to `heights` cover that many consecutive items and are
+    max-pooled; `vertical` filters are weighted sums of the window's items. z is a linear map of both.
+    The paper also has user embeddings (test users are new here), separate output embeddings, further targets,
+    and a ReLU before the output, without which z can be opposite to an embedding.
     """
 
-    def __init__(
-        self,
-        n_items: int,
-        dim: int = 64,
-        window: int = 10,
-        filters: int = 16,
-        heights: int = 4,
-        vertical: int = 4,
-        dropout: float = 0.3,
-    ) -> None:
+    def __init__(self, n_items: int, dim: int = 64, window: int = 10, filters: int = 16, heights: int = 4,
+                 vertical: int = 4, dropout: float = 0.3) -> None:  # fmt: skip
         super().__init__(n_items, dim, window, dropout, filters=filters, heights=heights, vertical=vertical)
-        heights = range(1, min(heights, window) + 1)
-        self.horizontal = nn.ModuleList(nn.Conv1d(dim, filters, height) for height in heights)
+        heights = min(heights, window)
+        self.horizontal = nn.ModuleList(nn.Conv1d(dim, filters, height) for height in range(1, heights + 1))
         self.vertical = nn.Linear(window, vertical)
-        self.last = nn.Linear(len(heights) * filters + vertical * dim, dim)
-        self._start_small()
+        self.last = nn.Linear(heights * filters + vertical * dim, dim)
+        self._init_embeddings()
 
-    def read(self, items: Tensor, real: Tensor) -> Tensor:
-        image = (items * real[..., None]).mT  # (batch, dim, length)
+    def final_state(self, items: Tensor, mask: Tensor) -> Tensor:
+        image = (items * mask[..., None]).mT  # (batch, dim, length)
         image = functional.pad(image, (self.window - image.shape[2], 0))  # (batch, dim, window)
-        seen = [filters(image).relu().amax(2) for filters in self.horizontal]  # each (batch, filters)
-        weighed = self.vertical(image).flatten(1)  # (batch, dim * vertical)
-        return self.last(self.dropout(torch.cat([*seen, weighed], dim=1)))
+        horizontal = [convolution(image).relu().amax(2) for convolution in self.horizontal]  # each (batch, filters)
+        vertical = self.vertical(image).flatten(1)  # (batch, dim * vertical)
+        return self.last(self.dropout(torch.cat([*horizontal, vertical], dim=1)))

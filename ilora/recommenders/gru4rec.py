@@ -1,4 +1,4 @@
-"""GRU4Rec: a recurrent network over item ids."""
+"""GRU4Rec: a recurrent network over the items of a history."""
 
 import torch
 from torch import Tensor, nn
@@ -7,23 +7,21 @@ from ilora.recommenders.base import SequenceModel
 
 
 class GRU4Rec(SequenceModel):
-    """A gated recurrent network (Hidasi et al. 2016; one layer).
+    """A gated recurrent unit: h_t = GRU(e_{i_t}, h_{t-1}), z = W h_T + b (Hidasi et al. 2016, Eqs. 2 to 5).
 
-    Left out: output embeddings of their own and the ranking losses on sampled items, both made for catalogues
-    that full cross entropy cannot afford.
+    The paper has separate output embeddings and ranking losses over sampled items, for large catalogues; here
+    the embeddings are shared and the loss is the cross entropy over all items.
     """
 
     def __init__(self, n_items: int, dim: int = 64, window: int = 10, hidden: int = 128, dropout: float = 0.3) -> None:
         super().__init__(n_items, dim, window, dropout, hidden=hidden)
-        self.gru = nn.GRU(dim, hidden, bias=False, batch_first=True)  # biases would hide small embeddings at first
+        self.gru = nn.GRU(dim, hidden, bias=False, batch_first=True)  # biases would outweigh the small embeddings
         self.last = nn.Linear(hidden, dim)
         for weight in self.gru.parameters():
             nn.init.xavier_uniform_(weight)
-        self._start_small()
+        self._init_embeddings()
 
-    def read(self, items: Tensor, real: Tensor) -> Tensor:
-        length = real.sum(1)  # (batch,)
-        place = torch.arange(real.shape[1], device=real.device) - length[:, None]
-        first = (place % real.shape[1])[..., None].expand_as(items)  # the real items first, then the padding
-        states, _ = self.gru(self.dropout(items.gather(1, first)))
-        return self.last(states[torch.arange(len(states), device=real.device), length - 1])
+    def final_state(self, items: Tensor, mask: Tensor) -> Tensor:
+        padding_last = (~mask).int().argsort(dim=1, stable=True)  # (batch, length)
+        states, _ = self.gru(self.dropout(items.gather(1, padding_last[..., None].expand_as(items))))
+        return self.last(states[torch.arange(len(states), device=mask.device), mask.sum(1) - 1])

@@ -1,4 +1,4 @@
-"""Popularity: the recommender that knows no history."""
+"""Popularity: a baseline that ignores the history."""
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ from ilora.recommenders.base import Recommender
 
 
 class Popularity(Recommender):
-    """An item's score is how often the training users chose it; the history does not matter."""
+    """Scores an item by the number of its events in the train split."""
 
     def __init__(self, n_items: int) -> None:
         super().__init__(n_items=n_items)
@@ -17,11 +17,10 @@ class Popularity(Recommender):
 
     @classmethod
     def from_dataset(cls, dataset: Dataset) -> "Popularity":
-        """Count the events of the users in the train split."""
+        """Count the events of the training users."""
         train = (dataset.users["split"] == "train").to_numpy()[dataset.events["user"]]
         model = cls(len(dataset.items))
-        counts = np.bincount(dataset.events["item"][train], minlength=model.n_items)
-        model.counts += torch.from_numpy(counts)
+        model.counts += torch.from_numpy(np.bincount(dataset.events["item"][train], minlength=model.n_items))
         return model.eval()
 
     def score_all(self, history: Tensor) -> Tensor:

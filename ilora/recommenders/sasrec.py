@@ -1,4 +1,4 @@
-"""SASRec: self-attention over item ids."""
+"""SASRec: self-attention over the items of a history."""
 
 import torch
 from torch import Tensor, nn
@@ -7,7 +7,7 @@ from ilora.recommenders.base import SequenceModel
 
 
 class Block(nn.Module):
-    """A Transformer layer, normalised after each sublayer, with outputs for the last `n` positions alone."""
+    """A Transformer layer: a = LayerNorm(x + Attention(x)), then y = LayerNorm(a + FeedForward(a))."""
 
     def __init__(self, dim: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -16,31 +16,30 @@ class Block(nn.Module):
         self.norms = nn.ModuleList([nn.LayerNorm(dim), nn.LayerNorm(dim)])
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, hidden: Tensor, n: int) -> Tensor:
-        """(batch, length, dim), (batch * heads, query, key) bool, true where attention is forbidden -> (batch, n, dim)
+    def forward(self, x: Tensor, forbidden: Tensor, n: int) -> Tensor:
+        """(batch, length, dim) -> (batch, n, dim), the last n positions.
 
-        x: states of the layer before.
+        forbidden: (batch * heads, query, key), True where a query must not attend to a key.
         """
-        last = x[:, -n:]
-        attended, _ = self.attention(last, x, x, attn_mask=hidden[:, -n:], need_weights=False)
-        last = self.norms[0](last + self.dropout(attended))
-        return self.norms[1](last + self.dropout(self.feed_forward(last)))
+        queries = x[:, -n:]
+        attended, _ = self.attention(queries, x, x, attn_mask=forbidden[:, -n:], need_weights=False)
+        a = self.norms[0](queries + self.dropout(attended))
+        return self.norms[1](a + self.dropout(self.feed_forward(a)))
 
 
 class SASRec(SequenceModel):
-    """Self-attentive sequential recommendation (Kang and McAuley 2018).
+    """Self-attentive sequential recommendation (Kang and McAuley 2018, Section 3).
 
-    Padding is never attended to; a padded position sees itself alone, and nothing sees it.
+        x_t = LayerNorm(e_{i_t} + p_t)              item i_t of the history and its position (their Eq. 1)
+        h   = Block(... Block(x))                   position t attends to positions 1 to t (Eqs. 2 to 5)
+        z   = h_T,   score of item i = e_i . z      the last state; embeddings are shared with the input
+
+    As in BERT4Rec, blocks normalise after each sublayer and use GELU, and the loss is the cross entropy over
+    all items; the paper normalises before, uses ReLU and compares the target with one random item.
     """
 
     def __init__(
-        self,
-        n_items: int,
-        dim: int = 64,
-        window: int = 10,
-        layers: int = 2,
-        heads: int = 2,
-        dropout: float = 0.3,
+        self, n_items: int, dim: int = 64, window: int = 10, layers: int = 2, heads: int = 2, dropout: float = 0.3
     ) -> None:
         super().__init__(n_items, dim, window, dropout, layers=layers, heads=heads)
         self.heads = heads
@@ -52,19 +51,19 @@ class SASRec(SequenceModel):
                 nn.init.normal_(parameter, std=0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
-        self._start_small()
+        self._init_embeddings()
 
-    def read(self, items: Tensor, real: Tensor) -> Tensor:
-        return self.states(items, real, n=1)[:, 0]
+    def final_state(self, items: Tensor, mask: Tensor) -> Tensor:
+        return self.states(items, mask, n=1)[:, 0]
 
-    def states(self, items: Tensor, real: Tensor, n: int) -> Tensor:
-        """States after the last n items: (batch, length, dim), (batch, length) bool -> (batch, n, dim)."""
-        length = real.shape[1]
-        past = torch.ones(length, length, dtype=torch.bool, device=real.device).tril()
-        itself = torch.eye(length, dtype=torch.bool, device=real.device)
-        hidden = ~(past & real[:, None, :] | itself).repeat_interleave(self.heads, dim=0)  # (batch * heads, query, key)
-        place = torch.arange(self.window - length, self.window, device=real.device)
-        x = self.dropout(self.norm(items + self.positions(place)))
+    def states(self, items: Tensor, mask: Tensor, n: int) -> Tensor:
+        """States h of the last n positions: (batch, length, dim), (batch, length) -> (batch, n, dim)."""
+        length = mask.shape[1]
+        x = self.dropout(self.norm(items + self.positions.weight[-length:]))
+        past = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
+        itself = torch.eye(length, dtype=torch.bool, device=mask.device)  # padding needs something to attend to
+        allowed = past & mask[:, None, :] | itself  # (batch, query, key)
+        forbidden = ~allowed.repeat_interleave(self.heads, dim=0)  # (batch * heads, query, key)
         for block in self.blocks[:-1]:
-            x = block(x, hidden, length)
-        return self.blocks[-1](x, hidden, n)
+            x = block(x, forbidden, length)
+        return self.blocks[-1](x, forbidden, n)

@@ -1,4 +1,4 @@
-"""How recommenders without language are trained: rows of training, recipe, L2 by validation."""
+"""Training of recommenders on item ids: rows, optimisation, and the choice of dropout and L2 by validation."""
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,30 +25,26 @@ from ilora.recommenders.sasrec import SASRec
 from ilora.training.loop import TrainingArguments, fit
 
 KINDS = {kind.__name__: kind for kind in (GRU4Rec, Caser, SASRec, MoRec)}
-GRID = tuple({"dropout": dropout, "l2": l2} for dropout in (0.2, 0.3, 0.5) for l2 in (0.0, 1e-4))
 EPOCHS = {"GRU4Rec": 20, "Caser": 20, "SASRec": 25, "MoRec": 5}  # on real data; MoRec: what a CPU can afford
+GRID = tuple({"dropout": dropout, "l2": l2} for dropout in (0.2, 0.3, 0.5) for l2 in (0.0, 1e-4))
 
 
-class Windows:
-    """Training rows of a recommender, anew each epoch: windows of histories and the item that came next.
+class TrainingRows:
+    """Rows of window + 1 item ids, a history and its target; an epoch uses every `step`-th, from a random start."""
 
-    A row is (window + 1,) item ids. sequences: every window of the users, `data.sequences(min_history=1)`. With
-    `every` above 1 an epoch has only each `every`-th of them, beginning at random.
-    """
-
-    def __init__(self, sequences: Sequences, every: int = 1, seed: int = 0) -> None:
+    def __init__(self, sequences: Sequences, step: int = 1, seed: int = 0) -> None:
         self.rows = np.column_stack([sequences.history, sequences.target])
-        self.every, self.seed = every, seed
+        self.step, self.seed = step, seed
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        self.first = int(np.random.default_rng([self.seed, epoch]).integers(self.every))
+        self.start = int(np.random.default_rng([self.seed, epoch]).integers(self.step))
 
     def __len__(self) -> int:
-        return len(self.rows) // self.every
+        return len(self.rows) // self.step
 
-    def __getitem__(self, row: int) -> np.ndarray:
-        return self.rows[self.first + row * self.every]
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.rows[self.start + index * self.step]
 
 
 def fit_recommender(
@@ -65,74 +61,56 @@ def fit_recommender(
     dropout: float = 0.2,
     text_encoder: str = "",
 ) -> tuple[SequenceModel, pd.DataFrame]:
-    """A recommender trained on the train split, and its history; trained once and kept under home()/recommenders.
+    """Train a recommender, or load it if it was trained before; returns it and its training history.
 
-    Adam with a constant learning rate; one row for each target. kind: a name in KINDS. batch_size: rows of a step.
-    l2: see `Recommender.parameter_groups`. text_encoder: MoRec's, see `MoRec.from_dataset`.
-    Validation chooses the epoch: `hit_ratio` is HitRatio@1 over all windows and all draws of candidates.
+    Adam with a constant learning rate. The epoch with the highest validation HitRatio@1 (column `hit_ratio`,
+    the expectation over all sets of candidates) is kept in home()/recommenders.
+    kind: GRU4Rec, Caser, SASRec or MoRec. text_encoder: only for MoRec, see `MoRec.from_dataset`.
     """
     if kind not in KINDS:
         raise UserError(f"there is no recommender {kind!r} to train: choose among {', '.join(KINDS)}")
     if (kind == "MoRec") != bool(text_encoder):
-        raise UserError(f"{kind} with text_encoder {text_encoder!r}: MoRec needs a text encoder, no other has one")
-    constant = {"schedule": "constant", "warmup": 0.0}
-    arguments = TrainingArguments(
-        epochs, batch_size, learning_rate, l2, **constant, seed=seed, save_every=1000, device=device
-    )
-    # MoRec has a loss at every state: it reads each title once for all of a row's states.
-    rows = Windows(sequences(dataset, "train", window, min_history=1), window if kind == "MoRec" else 1, seed)
-    validation = sequences(dataset, "validation", window)
+        raise UserError(f"{kind} with text_encoder {text_encoder!r}: MoRec needs a text encoder, the others have none")
+    constant = {"schedule": "constant", "warmup": 0.0, "save_every": 1000}
+    arguments = TrainingArguments(epochs, batch_size, learning_rate, l2, **constant, seed=seed, device=device)
     config = {"window": window, "dropout": dropout}
     settings = {"model": kind, **config, **arguments.identity()}
     inputs = {"data": dataset.key}
     if text_encoder:
-        inputs["text_encoder"] = artifacts.model_content(str(text_encoder))
-
+        inputs["text_encoder"] = artifacts.model_content(text_encoder)
     work = artifacts.home() / "training" / artifacts.key(settings, inputs)
 
-    def make(folder: Path) -> None:
+    def train(folder: Path) -> None:
         devices.seed_all(seed)
         if kind == "MoRec":
             model = MoRec.from_dataset(dataset, text_encoder, **config)
         else:
             model = KINDS[kind](len(dataset.items), **config)
-
-        def validate() -> dict[str, float]:
-            return {"hit_ratio": hit_ratios(model, validation).mean()}
-
-        with _for_small_models() if kind != "MoRec" else nullcontext():
-            history = fit(model, rows, arguments, work, validate, "hit_ratio")
+        history = _fit(model, dataset, arguments, work)
         history.to_csv(folder / "history.csv", index=False)
         model.save_pretrained(folder)
 
-    folder = artifacts.cached("recommenders", settings, inputs, make, note=f"{kind} on {dataset.name}")
+    folder = artifacts.cached("recommenders", settings, inputs, train, note=f"{kind} on {dataset.name}")
     shutil.rmtree(work, ignore_errors=True)
     return KINDS[kind].from_pretrained(folder), pd.read_csv(folder / "history.csv")
 
 
-def choose_regularisation(
-    dataset: Dataset, kind: str, grid: Sequence[Mapping[str, float]] = GRID, seed: int = 0, **settings: int | str
-) -> tuple[dict[str, float], pd.DataFrame]:
-    """The dropout and L2 of a grid with the highest validation HitRatio@1, the first of equals, and the table of all.
+def _fit(model: SequenceModel, dataset: Dataset, arguments: TrainingArguments, work: Path) -> pd.DataFrame:
+    morec, validation = isinstance(model, MoRec), sequences(dataset, "validation", model.window)
+    # MoRec learns from every state of a row: one row covers `window` targets and encodes their titles once.
+    step = model.window if morec else 1
+    rows = TrainingRows(sequences(dataset, "train", model.window, min_history=1), step, arguments.seed)
 
-    settings: other arguments of `fit_recommender`, by default EPOCHS. Table: dropout, l2, hit_ratio, epoch.
-    """
-    settings = {"epochs": EPOCHS[kind]} | settings
-    rows = []
-    for values in tqdm(grid, desc=f"dropout and L2 of {kind}", delay=1):
-        _, history = fit_recommender(dataset, seed, kind=kind, **settings, **values)
-        best = history.loc[history["hit_ratio"].idxmax()]
-        rows.append(dict(values) | {"hit_ratio": best["hit_ratio"], "epoch": int(best["epoch"])})
-    table = pd.DataFrame(rows)
-    return dict(grid[table["hit_ratio"].idxmax()]), table
+    def validate() -> dict[str, float]:
+        return {"hit_ratio": hit_ratios(model, validation).mean()}
+
+    with nullcontext() if morec else _small_model():
+        return fit(model, rows, arguments, work, validate, "hit_ratio")
 
 
 @contextmanager
-def _for_small_models() -> Iterator[None]:
-    """One CPU thread, because several would wait for each other longer than they work; and subnormal numbers are zero.
-
-    L2 leaves such numbers in those of Caser's filters that never answer; they slow a step down.
-    """
+def _small_model() -> Iterator[None]:
+    """Faster on a CPU: one thread, and subnormal numbers, which L2 leaves in unused filters of Caser, become zero."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
@@ -143,8 +121,24 @@ def _for_small_models() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def choose_regularisation(
+    dataset: Dataset, kind: str, grid: Sequence[Mapping[str, float]] = GRID, seed: int = 0, **settings: int | str
+) -> tuple[dict[str, float], pd.DataFrame]:
+    """Choose dropout and L2 by validation HitRatio@1; returns them and a table: dropout, l2, hit_ratio, epoch.
+
+    settings: other arguments of `fit_recommender`; the default of epochs is EPOCHS[kind].
+    """
+    rows = []
+    for values in tqdm(grid, desc=f"dropout and L2 of {kind}", delay=1):
+        _, history = fit_recommender(dataset, seed, kind=kind, **{"epochs": EPOCHS[kind], **settings, **values})
+        best = history.loc[history["hit_ratio"].idxmax()]
+        rows.append({**values, "hit_ratio": best["hit_ratio"], "epoch": int(best["epoch"])})
+    table = pd.DataFrame(rows)
+    return dict(grid[table["hit_ratio"].idxmax()]), table
+
+
 def baselines(dataset: Dataset, encoder: SequenceModel, asked: Questions) -> dict[str, pd.DataFrame]:
-    """Outcomes of the recommenders without language, on the same questions and candidates."""
+    """Outcomes of popularity and of the encoder on the same questions."""
     return {
         "popularity": evaluate(Popularity.from_dataset(dataset), asked),
         type(encoder).__name__: evaluate(encoder, asked),

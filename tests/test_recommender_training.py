@@ -7,9 +7,10 @@ from test_recommenders import dataset
 from ilora.data import sequences
 from ilora.errors import UserError
 from ilora.evaluation import hit_ratios
-from ilora.recommenders import Popularity, Windows, choose_regularisation, fit_recommender, training
+from ilora.recommenders import Popularity, choose_regularisation, fit_recommender, training
+from ilora.recommenders.training import TrainingRows
 
-FAST = {"epochs": 8, "window": 6, "device": "cpu", "learning_rate": 0.005, "batch_size": 32, "dropout": 0.1}
+FAST = {"epochs": 3, "window": 6, "device": "cpu", "learning_rate": 0.01, "batch_size": 32, "dropout": 0.1}
 
 
 @pytest.fixture(autouse=True)
@@ -21,59 +22,59 @@ def home(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- rows
 
 
-def test_windows_are_the_histories_and_what_came_next():
+def test_rows_are_histories_followed_by_targets():
     windows = sequences(dataset(), "train", window=6, min_history=1)
-    rows = Windows(windows)
+    rows = TrainingRows(windows)
     assert len(rows) == len(windows)
     for i in (0, 7, len(rows) - 1):
         assert rows[i].tolist() == [*windows.history[i], windows.target[i]]
 
 
-def test_every_nth_window_begins_elsewhere_in_each_epoch():
+def test_with_a_step_each_epoch_starts_at_a_random_window():
     windows = sequences(dataset(), "train", window=6, min_history=1)
-    rows, positions = Windows(windows, every=6, seed=1), set()
+    rows, starts = TrainingRows(windows, step=6, seed=1), set()
     assert len(rows) == len(windows) // 6
     for epoch in range(40):
         rows.set_epoch(epoch)
         assert rows[len(rows) - 1].shape == (7,)
-        start = rows.first
+        start = rows.start
         np.testing.assert_array_equal([rows[i][-1] for i in range(len(rows))], windows.target[start::6][: len(rows)])
-        positions.add(start)
-    assert positions == set(range(6))
-    again = Windows(windows, every=6, seed=1)
+        starts.add(start)
+    assert starts == set(range(6))
+    again = TrainingRows(windows, step=6, seed=1)
     again.set_epoch(39)
-    assert again.first == rows.first
+    assert again.start == rows.start
 
 
 # ---------------------------------------------------------------- training
 
 
 @pytest.mark.parametrize("kind", ["GRU4Rec", "Caser", "SASRec"])
-def test_fit_recommender_learns_the_law(kind):
+def test_fit_recommender_learns_the_rule(kind):
     data = dataset(users=120)
     model, history = fit_recommender(data, kind=kind, **FAST)
     test = sequences(data, "test", window=6)
     assert type(model).__name__ == kind
     assert hit_ratios(model, test).mean() > 0.9
     assert hit_ratios(Popularity.from_dataset(data), test).mean() < 0.3
-    assert history["hit_ratio"].notna().sum() == 8
+    assert history["hit_ratio"].notna().sum() == 3
     best = history["hit_ratio"].max()
     assert hit_ratios(model, sequences(data, "validation", window=6)).mean() == pytest.approx(best, abs=1e-6)
 
 
-def test_a_recommender_is_made_once_and_kept(home, monkeypatch):
+def test_a_recommender_is_trained_once(home, monkeypatch):
     data, settings = dataset(), FAST | {"epochs": 2}
     model, history = fit_recommender(data, **settings)
     other, _ = fit_recommender(data, l2=0.1, **settings)
     assert not torch.equal(other.item_embeddings, model.item_embeddings)
-    monkeypatch.setattr(training, "fit", None)  # not called again
+    monkeypatch.setattr(training, "fit", None)  # must not be called
     again, same = fit_recommender(data, **settings)
     torch.testing.assert_close(again.item_embeddings, model.item_embeddings, rtol=0, atol=0)
     pd.testing.assert_frame_equal(same, history)
     assert not list((home / "training").iterdir())
 
 
-def test_what_cannot_be_trained_is_refused_before_any_work(home):
+def test_wrong_arguments_are_an_error_before_any_work(home):
     with pytest.raises(UserError, match=r"no recommender 'BERT4Rec'.*GRU4Rec, Caser, SASRec, MoRec"):
         fit_recommender(dataset(), kind="BERT4Rec")
     with pytest.raises(UserError, match="MoRec needs a text encoder"):
@@ -87,7 +88,7 @@ def test_small_models_train_on_one_thread_without_subnormal_numbers():
     small, threads = torch.tensor(1e-30), torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        with training._for_small_models():
+        with training._small_model():
             assert torch.get_num_threads() == 1
             assert (small * 1e-10).item() == 0
         assert torch.get_num_threads() == 2
@@ -99,7 +100,7 @@ def test_small_models_train_on_one_thread_without_subnormal_numbers():
 # ---------------------------------------------------------------- dropout and L2
 
 
-def test_dropout_and_l2_are_chosen_by_validation(monkeypatch):
+def test_validation_chooses_dropout_and_l2(monkeypatch):
     calls, values = [], {(0.2, 0.0): 0.2, (0.2, 1e-5): 0.4, (0.5, 0.0): 0.4, (0.5, 1e-5): 0.1}
 
     def trained(data, seed, dropout, l2, **settings):
