@@ -33,7 +33,7 @@ def _curve(result: Mapping) -> Iterable[tuple]:
 
 
 def best_rates(curves: pd.DataFrame) -> pd.DataFrame:
-    """Best validation HitRatio@1 of each adapter (columns) at each data set and learning rate; `mean` chooses the rate."""
+    """Best validation HitRatio@1 for each data set and rate, a column per adapter; the best `mean` chooses the rate."""
     tuned = curves.dropna(subset="learning_rate")
     best = tuned.groupby(["dataset", "learning_rate", "system"])["hit_ratio"].max().unstack()
     complete = best[[system for system in ("LLaRA", "iLoRA") if system in best]].dropna()
