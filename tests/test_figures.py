@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ilora.study import figures
+from ilora.study import figures, model_figures
 
 RNG = np.random.default_rng(0)
 TABLE = pd.DataFrame({"value": [0.5, 0.1], "low": [0.4, 0.0], "high": [0.7, 0.2], "n": [9, 9]}, index=["a", "b"])
@@ -43,21 +43,23 @@ DRAW = {
     "lines": lambda: figures.lines(pd.DataFrame(RNG.random((5, 10))), "knob", "share"),
     "trend": lambda: figures.trend(TREND, "conflict", "HitRatio@1", title="the gain grows with conflict: a lot")[0],
     "trends": lambda: figures.trend(TREND, "conflict", "HitRatio@1", by="setting")[0],
-    "no maps": lambda: figures.heat_maps({}, "cosine", "cluster")[0],
+    "no maps": lambda: model_figures.heat_maps({}, "cosine", "cluster")[0],
     "no trend": lambda: figures.trend(TREND[:0], "conflict", "HitRatio@1", by="setting", title="nothing")[0],
     "differences": lambda: figures.differences(PAIRED, "HitRatio@1", "1 of 4 variants can be told apart")[0],
     "no differences": lambda: figures.differences(PAIRED[:0], "HitRatio@1", "")[0],
     "no panels": lambda: figures.panels({"MovieLens": TABLE[:0]}, "HitRatio@1", "chance", 0.05)[0],
     "no parts": lambda: figures.error_parts({})[0],
-    "heat_maps": lambda: figures.heat_maps({"LoRA": np.eye(8), "iLoRA": np.eye(8)}, "cosine", "cluster")[0],
-    "small heat_maps": lambda: figures.heat_maps(MAPS, "cosine off the diagonal", "cluster", rows=2)[0],
-    "long_tail": lambda: figures.long_tail(np.array([5, 1, 3]), "items"),
-    "agreement": lambda: figures.agreement(np.eye(4), "share of stories with the same first follower"),
-    "state_map": lambda: figures.state_map(RNG.normal(size=(30, 2)), np.arange(30) % 10, "group"),
-    "gate_bars": lambda: figures.gate_bars(GATES, [f"user {n}" for n in range(12)]),
-    "gate_by_label": lambda: figures.gate_by_label(GATES, GROUPS, "group"),
-    "scored": lambda: figures.scored({"LoRA": SHARES[0], "iLoRA": SHARES[1]}, [f"title {n}" for n in range(20)], 7),
-    "experts_at": lambda: figures.experts_at(EXPERTS, 4, GATES, [f"user {n}" for n in range(12)])[0],
+    "heat_maps": lambda: model_figures.heat_maps({"LoRA": np.eye(8), "iLoRA": np.eye(8)}, "cosine", "cluster")[0],
+    "small heat_maps": lambda: model_figures.heat_maps(MAPS, "cosine off the diagonal", "cluster", rows=2)[0],
+    "long_tail": lambda: model_figures.long_tail(np.array([5, 1, 3]), "items"),
+    "share_matrix": lambda: model_figures.share_matrix(np.eye(4), "share of stories with the same first follower"),
+    "state_map": lambda: model_figures.state_map(RNG.normal(size=(30, 2)), np.arange(30) % 10, "group"),
+    "gate_bars": lambda: model_figures.gate_bars(GATES, [f"user {n}" for n in range(12)]),
+    "gate_by_label": lambda: model_figures.gate_by_label(GATES, GROUPS, "group"),
+    "scored": lambda: model_figures.scored(
+        {"LoRA": SHARES[0], "iLoRA": SHARES[1]}, [f"title {n}" for n in range(20)], 7
+    ),
+    "experts_at": lambda: model_figures.experts_at(EXPERTS, 4, GATES, [f"user {n}" for n in range(12)])[0],
 }
 
 
@@ -137,7 +139,7 @@ def test_a_figure_without_runs_says_so(name):
 
 
 def test_small_heat_maps_show_what_is_off_the_diagonal():
-    axes = figures.heat_maps(MAPS, "cosine", "cluster", rows=2)
+    axes = model_figures.heat_maps(MAPS, "cosine", "cluster", rows=2)
     image = axes[0].images[0]
     off = np.concatenate([matrix[~np.eye(8, dtype=bool)] for matrix in MAPS.values()])
     assert image.get_clim() == pytest.approx((-np.abs(off).max(), np.abs(off).max()))
@@ -146,7 +148,7 @@ def test_small_heat_maps_show_what_is_off_the_diagonal():
 
 
 def test_bars_are_the_gates_weights():
-    ax = figures.gate_bars(GATES, ["user 7"] * 12)  # of one user, and still a bar each
+    ax = model_figures.gate_bars(GATES, ["user 7"] * 12)  # of one user, and still a bar each
     widths = [[bar.get_width() for bar in bars] for bars in ax.containers]
     np.testing.assert_allclose(np.array(widths).T, GATES)
     assert len({bar.get_y() for bar in ax.containers[0]}) == 12
@@ -162,15 +164,15 @@ def test_scored_titles_have_a_bar_a_system_and_the_answer_is_named():
 
 
 def test_the_number_of_experts_is_marked_beside_its_gates():
-    trend, bars = figures.experts_at(EXPERTS, 4, GATES, [""] * 12)
+    trend, bars = model_figures.experts_at(EXPERTS, 4, GATES, [""] * 12)
     assert [list(line.get_xdata()) for line in trend.lines[-1:]] == [[4]]
     assert len(bars.containers) == 4
-    assert len(figures.experts_at(EXPERTS, 1, None, [])) == 1
+    assert len(model_figures.experts_at(EXPERTS, 1, None, [])) == 1
 
 
 @pytest.mark.parametrize(("colour", "ink"), [("#0072B2", "white"), ("#E69F00", "black"), ("white", "black")])
 def test_ink_can_be_read_on_its_ground(colour, ink):
-    assert figures._ink(colour) == ink
+    assert figures.ink(colour) == ink
 
 
 def test_a_line_passes_over_the_places_of_others():
@@ -201,15 +203,15 @@ WITH_NAMES = {
     "trend": lambda a, b: figures.trend(TREND.replace({"a": a, "b": b}), "conflict", a, title=b),
     "trends": lambda a, b: figures.trend(TREND.assign(setting=[a, a, b, b]), "conflict", b, by="setting"),
     "differences": lambda a, b: figures.differences(PAIRED.assign(variant=a), b, b),
-    "long_tail": lambda a, b: figures.long_tail(np.array([5, 1]), a).set_title(b),
-    "agreement": lambda a, b: figures.agreement(np.eye(4), a).set_title(b),
-    "state_map": lambda a, b: figures.state_map(RNG.normal(size=(30, 2)), np.array([a, b] * 15), "group"),
-    "gate_bars": lambda a, b: figures.gate_bars(GATES[:2], [a, b]),
-    "gate_by_label": lambda a, b: figures.gate_by_label(GATES, np.array([a, b] * 6), a),
-    "heat_maps": lambda a, b: figures.heat_maps({a: np.eye(3), b: np.eye(3)}, a, b),
-    "relation": lambda a, b: figures.relation(np.arange(3), {a: np.ones(3)}, {a: {"value": 1, "p": 0.5}}, a, b),
-    "scored": lambda a, b: figures.scored({a: SHARES[0], b: SHARES[1]}, [a, b] * 10, 7),
-    "experts_at": lambda a, b: figures.experts_at(EXPERTS, 4, GATES[:2], [a, b]),
+    "long_tail": lambda a, b: model_figures.long_tail(np.array([5, 1]), a).set_title(b),
+    "share_matrix": lambda a, b: model_figures.share_matrix(np.eye(4), a).set_title(b),
+    "state_map": lambda a, b: model_figures.state_map(RNG.normal(size=(30, 2)), np.array([a, b] * 15), "group"),
+    "gate_bars": lambda a, b: model_figures.gate_bars(GATES[:2], [a, b]),
+    "gate_by_label": lambda a, b: model_figures.gate_by_label(GATES, np.array([a, b] * 6), a),
+    "heat_maps": lambda a, b: model_figures.heat_maps({a: np.eye(3), b: np.eye(3)}, a, b),
+    "relation": lambda a, b: model_figures.relation(np.arange(3), {a: np.ones(3)}, {a: {"value": 1, "p": 0.5}}, a, b),
+    "scored": lambda a, b: model_figures.scored({a: SHARES[0], b: SHARES[1]}, [a, b] * 10, 7),
+    "experts_at": lambda a, b: model_figures.experts_at(EXPERTS, 4, GATES[:2], [a, b]),
 }
 ERRORS = pd.DataFrame({"error_users": [0.1, 0.2], "error_seeds": 0.1, "error_draws": 0.1})
 
@@ -252,7 +254,7 @@ def test_a_table_of_titles_shows_no_formulas_and_no_html():
 
 
 def test_text_that_a_notebook_adds_is_shown_as_it_is():
-    ax = figures.long_tail(np.array([5, 1]), "items")
+    ax = model_figures.long_tail(np.array([5, 1]), "items")
     added = [ax.set_title("$$"), ax.figure.suptitle("$$"), ax.text(0, 0, "$$")]
     ax.figure.canvas.draw()
     assert not any(text.get_parse_math() for text in added)

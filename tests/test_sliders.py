@@ -1,6 +1,7 @@
 """Sliders are the pictures they are given, whole without a script, and alike for alike pictures."""
 
 import re
+import runpy
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -10,7 +11,7 @@ from bs4 import BeautifulSoup
 from conftest import ROOT
 
 from ilora.errors import UserError
-from ilora.study import figures
+from ilora.study import figures, model_figures
 from ilora.study.sliders import slider
 
 
@@ -25,7 +26,7 @@ def style():
 
 def drawn(name="knob", start=0, says=("Low & wide.", "High.")):
     """Two heat maps, whose clip paths and images have ids, and which share all but one value."""
-    pictures = {f"at {n}": figures.heat_maps({"a": np.eye(2) * n}, "cosine", "cluster")[0] for n in range(2)}
+    pictures = {f"at {n}": model_figures.heat_maps({"a": np.eye(2) * n}, "cosine", "cluster")[0] for n in range(2)}
     return slider(pictures, says, 'the "knob"', name, "A map", start)
 
 
@@ -79,8 +80,10 @@ def test_what_cannot_be_shown_is_refused(wrong, says):
 
 
 def test_the_picture_of_the_idea_is_what_figures_draws():
-    committed = (ROOT / "book" / "assets" / "idea.svg").read_text(encoding="utf-8")
-    assert committed == figures.svg(figures.idea()), "make it anew: the command is in figures.idea"
+    assets = ROOT / "book" / "assets"
+    idea = runpy.run_path(str(assets / "idea.py"))["idea"]
+    committed = (assets / "idea.svg").read_text(encoding="utf-8")
+    assert committed == figures.svg(idea()), "run python book/assets/idea.py > book/assets/idea.svg"
 
 
 @pytest.mark.parametrize(
@@ -88,7 +91,7 @@ def test_the_picture_of_the_idea_is_what_figures_draws():
 )
 @pytest.mark.filterwarnings("ignore:Glyph:UserWarning")
 def test_titles_are_shown_as_they_are(title):
-    pictures = {title: figures.scored({"LoRA": np.full(2, 0.5)}, [title, "b"], 0)}
+    pictures = {title: model_figures.scored({"LoRA": np.full(2, 0.5)}, [title, "b"], 0)}
     page = BeautifulSoup(slider(pictures, [title], title, "knob", title).html, "html.parser")
     assert page.label.get_text() == page.figure["data-at"] == title
     assert page.figcaption.get_text() == f"{title}. {title}" and page.svg["aria-label"] == f"{title}, at {title}"

@@ -11,18 +11,19 @@ import torch
 
 from ilora import data, evaluation, recommenders
 from ilora.recommenders import Popularity, training
-from ilora.study import paper, table_results, table_runner
+from ilora.study import paper, runner, systems, table_results, table_runner
+from ilora.study.commands import main
 from ilora.study.results import without_nan
 
 FEW = {"users": 60, "test_limit": 12, "train_limit": 16, "base_model": "embedded", "device": "cpu"}
-SETTINGS = table_runner.SETTINGS | FEW
+SETTINGS = systems.SETTINGS | FEW
 SMALL = ["Popularity", "Language model", "iLoRA"]
 
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     monkeypatch.setenv("ILORA_HOME", str(tmp_path))
-    monkeypatch.setattr(table_runner, "trained", lambda dataset, kind, seed, settings: encoder(dataset))
+    monkeypatch.setattr(systems, "trained", lambda dataset, kind, seed, settings: encoder(dataset))
     return tmp_path
 
 
@@ -33,13 +34,13 @@ def encoder(dataset):
     return SASRec(len(dataset.items)).eval()
 
 
-def some(systems=SMALL, seeds=(0,), draws=2, **settings):
-    return table_runner.cells(["world"], systems, list(seeds), draws, "", SETTINGS | settings)
+def some(names=SMALL, seeds=(0,), draws=2, **settings):
+    return table_runner.cells(["world"], names, list(seeds), draws, "", SETTINGS | settings)
 
 
 def test_every_row_of_the_paper_is_a_system():
     ours = {"Language model" if name == "Llama2" else name for name in paper.printed_results()["system"]}
-    assert ours - set(table_runner.SYSTEMS) == set()
+    assert ours - set(systems.SYSTEMS) == set()
 
 
 def test_cells_are_asked_the_same_questions_and_can_be_read(home):
@@ -88,9 +89,9 @@ def test_popularity_is_right_where_a_loop_says_so(home):
 
 def test_a_sample_is_rows_of_the_questions_that_all_are_asked(home, monkeypatch):
     """ChatRec's cell with another system in it, whose answers to all questions are known."""
-    likes = table_runner.SYSTEMS["Popularity"].make
-    sampled = table_runner.System(likes, ("chat_limit",), seeds=False, sample="chat_limit")
-    monkeypatch.setitem(table_runner.SYSTEMS, "ChatRec", sampled)
+    likes = systems.SYSTEMS["Popularity"].make
+    sampled = systems.System(likes, ("chat_limit",), seeds=False, sample="chat_limit")
+    monkeypatch.setitem(systems.SYSTEMS, "ChatRec", sampled)
     cells = some(["Popularity", "ChatRec", "iLoRA"], seeds=(0, 1), test_limit=0, chat_limit=4)[:3]
     assert [cell.system for cell in cells] == ["Popularity", "Popularity", "ChatRec"]  # a world for each seed
     cells = [cells[0], cells[2], some(["iLoRA"], test_limit=0)[0]]
@@ -119,7 +120,7 @@ def test_a_sample_that_is_larger_than_the_questions_is_all_of_them(home):
     source = data.load("world", users=60, seed=0)
     asked = data.questions(source, "test", windows="last")
     own = Popularity.from_dataset(source)
-    every, most = (table_runner._answers(own, asked, 2, 16, sample) for sample in (0, 1000))
+    every, most = (table_runner.outcome_strings(own, asked, 2, 16, sample) for sample in (0, 1000))
     assert most.pop("rows") == list(range(len(asked)))
     assert most == every
 
@@ -129,15 +130,15 @@ def test_the_results_of_the_book_have_the_parameters_of_their_cells():
     book = Path(__file__).parents[1] / "book" / "results" / "table"
     for path in book.rglob("table-*.json"):
         was = json.loads(path.read_text())["parameters"]
-        settings = table_runner.SETTINGS | {name: value for name, value in was.items() if name in table_runner.SETTINGS}
+        settings = systems.SETTINGS | {name: value for name, value in was.items() if name in systems.SETTINGS}
         cell = table_runner.Cell(was["system"], was["dataset"], was["seed"], was["draws"], "", settings)
-        assert {name: value for name, value in was.items() if name not in table_runner.FREE} == cell.parameters
+        assert {name: value for name, value in was.items() if name not in systems.ROUNDING_ONLY} == cell.parameters
 
 
 def test_what_is_there_is_not_run_again_and_settings_of_others_change_nothing(home, monkeypatch):
     cells = some(["Popularity"])
     table_runner.run_all(cells)
-    monkeypatch.setattr(table_runner, "run", lambda cell: pytest.fail(f"{cell} was run again"))
+    monkeypatch.setattr(table_runner.Cell, "run", lambda cell: pytest.fail(f"{cell} was run again"))
     assert table_runner.run_all(some(["Popularity"], rank=16, learning_rate=1.0)) == []
     assert some(["iLoRA"])[0].result != some(["iLoRA"], rank=16)[0].result
     assert some(["Popularity"])[0].result != some(["Popularity"], draws=3)[0].result
@@ -147,8 +148,8 @@ def test_a_cell_that_fails_is_kept_as_failed_until_it_succeeds(home, monkeypatch
     def broken(dataset, seed, settings):
         raise RuntimeError("no memory\nfor this")
 
-    kept = table_runner.SYSTEMS["Popularity"]
-    monkeypatch.setitem(table_runner.SYSTEMS, "Popularity", table_runner.System(broken, seeds=False))
+    kept = systems.SYSTEMS["Popularity"]
+    monkeypatch.setitem(systems.SYSTEMS, "Popularity", systems.System(broken, seeds=False))
     cells = some(["Popularity", "Language model"])
     ((failed, reason),) = table_runner.run_all(cells)
     assert failed.system == "Popularity" and reason == "RuntimeError: no memory"
@@ -158,7 +159,7 @@ def test_a_cell_that_fails_is_kept_as_failed_until_it_succeeds(home, monkeypatch
     assert list(table_results.answers_by_system(table_results.load_table(home / "published"), "world")) == [
         "Language model"
     ]
-    monkeypatch.setitem(table_runner.SYSTEMS, "Popularity", kept)
+    monkeypatch.setitem(systems.SYSTEMS, "Popularity", kept)
     assert table_runner.run_all(cells) == []
     table_runner.publish(cells, home / "published")
     assert table_results.failed_runs(table_results.load_table(home / "published")).empty
@@ -194,7 +195,7 @@ def test_processes_share_out_the_gpus(monkeypatch, visible, count, expected):
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-    assert [table_runner._environment(number).get("CUDA_VISIBLE_DEVICES") for number in range(5)] == expected
+    assert [runner._environment(number).get("CUDA_VISIBLE_DEVICES") for number in range(5)] == expected
 
 
 # ---------------------------------------------------------------- the search for L2
@@ -205,7 +206,7 @@ def test_how_dropout_and_l2_were_chosen_is_a_result_made_of_what_is_kept(tmp_pat
     monkeypatch.setitem(recommenders.EPOCHS, "GRU4Rec", 1)
     command = ["--systems", "Popularity", "GRU4Rec", "--seeds", "0", "--draws", "1", "--to", str(tmp_path / "to")]
     few = [text for name in ("users", "test_limit", "device") for text in ("-p", name, str(FEW[name]))]
-    assert table_runner.main([*command, *few]) == 0
+    assert main(["table", *command, *few]) == 0
     (path,) = (tmp_path / "to").glob("regularisation-*.json")
     result = json.loads(path.read_text())
     source = data.load("world", users=60, seed=0)
@@ -218,7 +219,7 @@ def test_how_dropout_and_l2_were_chosen_is_a_result_made_of_what_is_kept(tmp_pat
     assert set(grid["n"]) == {len(data.sequences(source, "validation"))}
     assert result["parameters"]["grid"] == list(recommenders.GRID)
     monkeypatch.setattr(table_runner, "search", lambda cell: pytest.fail("searched again"))
-    assert table_runner.main([*command, *few]) == 0
+    assert main(["table", *command, *few]) == 0
 
 
 @pytest.mark.parametrize(
@@ -236,6 +237,6 @@ def test_how_dropout_and_l2_were_chosen_is_a_result_made_of_what_is_kept(tmp_pat
     ],
 )
 def test_a_wrong_command_ends_in_one_sentence(home, capsys, arguments, sentence):
-    assert table_runner.main(arguments) == 1
+    assert main(["table", *arguments]) == 1
     printed = capsys.readouterr().err.strip()
     assert printed.startswith("ilora: ") and sentence in printed and "\n" not in printed

@@ -1,12 +1,12 @@
 """The parameters of the notebooks: one name, type, meaning and range each, checked before any work.
 
-A notebook's first cell holds `name = value` lines, its second calls `start`; papermill puts between the two what its
-command line gives. A wrong parameter ends in one sentence.
+A notebook's first cell has `name = value` lines, its second calls `start`.
 """
 
 import ast
 import difflib
 import inspect
+import json
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,8 @@ from ilora.artifacts import content as folder_content
 from ilora.data.dataset import REPEATS, WORDS
 from ilora.devices import pick_device
 from ilora.errors import UserError
+
+NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ PARAMETERS: dict[str, Parameter] = {
         lambda value: value == "" or Path(value).expanduser().is_dir(),
         "empty or a folder that exists",
     ),
-    "repeats": _one_of(REPEATS, "events of an item that the user chose before: keep or drop them"),
+    "repeats": _one_of(REPEATS, "repeated events of a user and an item: keep or drop them"),
     "results": Parameter(
         str, "folder with the results of sweeps", lambda value: Path(value).is_dir(), "a folder that exists"
     ),
@@ -58,16 +60,16 @@ PARAMETERS: dict[str, Parameter] = {
     "window": _at_least(3, "longest history, items"),
     "base_model": Parameter(
         str,
-        "'embedded', 'embedded-large', 'smollm2', or a Hugging Face causal LM by name or folder",
+        "'embedded', 'smollm2', or a Hugging Face causal LM by name or folder",
         lambda value: bool(value.strip()),
-        "'embedded', 'embedded-large', 'smollm2' or the name or folder of a causal language model",
+        "'embedded', 'smollm2' or the name or folder of a causal language model",
     ),
     "rank": _at_least(1, "LoRA rank r, all experts together"),
     "alpha": Parameter(float, "LoRA alpha", lambda value: 0 < value < float("inf"), "above 0"),
     "dropout": Parameter(float, "LoRA dropout, a share", lambda value: 0 <= value < 1, "from 0 to below 1"),
     "experts": _at_least(1, "number of experts K; a divisor of rank; 1 is LoRA"),
     "gate": _one_of(("linear", "convolutional"), "how the sequence representation becomes expert weights"),
-    "guidance": _one_of(("sequence", "random", "token"), "what the gate reads: SASRec's state, noise or the prompt"),
+    "guidance": _one_of(("sequence", "random", "token"), "input of the gate: SASRec's state, noise or the prompt"),
     "gate_per_layer": Parameter(
         bool, "a gate for each adapted layer, instead of one for all", lambda _: True, "True or False"
     ),
@@ -77,7 +79,7 @@ PARAMETERS: dict[str, Parameter] = {
     "epochs": _at_least(1, "passes over the training sequences"),
     "learning_rate": Parameter(float, "peak learning rate", lambda value: 0 < value < 1, "above 0 and below 1"),
     "batch_size": _at_least(1, "sequences per optimiser step"),
-    "micro_batch_size": _at_least(1, "sequences at once on a device; changes a result by rounding alone"),
+    "micro_batch_size": _at_least(1, "sequences in memory at a time; changes results only by rounding"),
     "compile": _one_of(("auto", "yes", "no"), "compile layers for training; auto: on a GPU"),
     "train_limit": _at_least(0, "training sequences used; 0: all"),
     "test_limit": _at_least(0, "test sequences used; 0: all"),
@@ -89,7 +91,7 @@ PARAMETERS: dict[str, Parameter] = {
     ),
     "chat_url": Parameter(str, "ChatRec: base URL of an OpenAI-compatible endpoint", lambda value: True, "a URL"),
     "chat_model": Parameter(str, "ChatRec: the model's name there", lambda value: True, "a name"),
-    "chat_limit": _at_least(1, "ChatRec: how many of the questions its endpoint is asked"),
+    "chat_limit": _at_least(1, "ChatRec: number of questions sent to its endpoint"),
     "device": Parameter(str, "auto, cpu, cuda, cuda:N or mps", bool, "auto, cpu, cuda, cuda:N or mps"),
 }
 
@@ -179,34 +181,29 @@ def _place(value: str, where: Path) -> str:
     return str(folder) if value and folder.is_dir() else value
 
 
-def start(name: str, namespace: dict[str, Any]) -> Run:
-    """Check a notebook's parameters and start its Run; `parameters.start("04_ilora", globals())`.
+def notebook_parameters(path: Path) -> dict[str, Any]:
+    """Names and defaults in a notebook's cell tagged `parameters`, which has only `name = value` lines."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
+    lines = [line for cell in tagged for line in ast.parse("".join(cell["source"])).body]
+    return {line.targets[0].id: ast.literal_eval(line.value) for line in lines}
 
-    Belongs in the cell right after the cell tagged `parameters`; papermill puts the names it injects between
-    the two.  Reads both cells from IPython's history, so that a misspelt name is seen.  Raises UserError.
+
+def start(name: str, namespace: dict[str, Any]) -> Run:
+    """Check a notebook's parameters and start its Run: `run = parameters.start("04_ilora", globals())`.
+
+    Call it in the cell after the one tagged `parameters`; papermill puts its values between the two. In a new kernel
+    all text and numbers are parameters at this point; a name that the notebook in the repository lacks is refused.
+    Raises UserError.
     """
-    own, injected = _parameter_cells(namespace.get("In", []))
-    _refuse_unknown(own, PARAMETERS, f" in {name}")
-    _refuse_unknown(injected, own, f" in {name}")
-    values = check_parameters({known: namespace[known] for known in PARAMETERS if known in namespace})
+    source = NOTEBOOKS / f"{name}.ipynb"
+    known = notebook_parameters(source) if source.is_file() else PARAMETERS
+    given = [each for each, value in namespace.items() if isinstance(value, bool | int | float | str | None)]
+    unknown = [each for each in given if each not in known and not each.startswith("_")]
+    if "run" not in namespace:  # else the cell is run again, and the notebook has other variables
+        for each in unknown:
+            del namespace[each]  # so that the corrected cell can be run
+        _refuse_unknown(unknown, known, f" in {name}")
+    values = check_parameters({each: namespace[each] for each in known if each in namespace})
     namespace.update(values)
     return Run(name, values, inputs(values))
-
-
-def _parameter_cells(history: list[str]) -> tuple[list[str], list[str]]:
-    """Names set by the parameters cell and by papermill's cell, which are the last before the current one."""
-    cells = history[1:-1]
-    injected = _assigned(cells.pop()) if cells and cells[-1].startswith("# Parameters\n") else []
-    own = _assigned(cells[-1]) if cells else []
-    return (own if PARAMETERS.keys() & own else []), injected  # else: this cell was run again, after others
-
-
-def _assigned(cell: str) -> list[str]:
-    """The names in a cell of nothing but `name = value` lines; none for any other cell."""
-    try:
-        lines = ast.parse(cell).body
-    except SyntaxError:  # a cell of IPython magic
-        return []
-    if not all(isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Name) for line in lines):
-        return []
-    return [line.targets[0].id for line in lines]

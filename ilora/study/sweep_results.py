@@ -13,9 +13,9 @@ from scipy import stats
 
 from ilora.errors import UserError
 from ilora.evaluation.evaluate import written
+from ilora.study.notebooks import plan
 from ilora.study.parameters import PARAMETERS
 from ilora.study.results import load_results
-from ilora.study.running import plan
 
 ADAPTER = ("rank", "alpha", "dropout", "experts", "gate", "guidance", "gate_per_layer", "gate_top_k")
 # They change a result only by chance; encoder_epochs is a limit, validation chooses the epoch.

@@ -12,7 +12,7 @@ from ilora import data, evaluation
 from ilora.errors import UserError
 from ilora.evaluation.intervals import crossed_interval, holm, paired_comparison
 from ilora.study.results import load_results
-from ilora.study.table_runner import FREE, SYSTEMS
+from ilora.study.systems import ROUNDING_ONLY, SYSTEMS
 
 COMPARISON = [
     "n", "value", "low", "high", "p", "p_holm", "bootstrap_low", "bootstrap_high", "mcnemar_median", "mcnemar_least",
@@ -61,7 +61,9 @@ def answers_by_system(results: Sequence[Mapping], dataset: str, windows: str = "
     """
     answers = {}
     for system, runs in ((system, runs) for (name, system), runs in _cells(results).items() if name == dataset):
-        settings = pd.DataFrame([run["parameters"] for run in runs]).drop(columns=["seed", *FREE], errors="ignore")
+        settings = pd.DataFrame([run["parameters"] for run in runs]).drop(
+            columns=["seed", *ROUNDING_ONLY], errors="ignore"
+        )
         differ = settings.columns[settings.nunique(dropna=False) > 1]
         if len(differ):
             raise UserError(f"the results of {system} on {dataset} differ in {', '.join(differ)}: keep one in a folder")
