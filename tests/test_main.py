@@ -192,7 +192,7 @@ def test_a_run_with_parameters_leaves_the_book_alone_unless_a_folder_is_named(re
     ("cell", "begins", "reason"),
     [
         ("value = (\n    1 / 0)", "value = (", "ZeroDivisionError: division by zero"),
-        (f"import os\nos.kill(os.getpid(), {int(signal.SIGKILL)})", "import os", "the kernel died"),
+        (f"import os\nos.kill(os.getpid(), {int(signal.SIGKILL)})", "", "the kernel died"),
     ],
 )
 def test_a_failure_names_notebook_cell_and_reason_and_leaves_the_book_alone(repository, capfd, cell, begins, reason):
@@ -201,7 +201,7 @@ def test_a_failure_names_notebook_cell_and_reason_and_leaves_the_book_alone(repo
     before = files(root)
     assert commands.main([]) == 1
     *_, where, kept, last = capfd.readouterr().err.splitlines()
-    assert where == f"ilora: 01_one.ipynb failed in cell [3], which begins: {begins}"
+    assert where == "ilora: 01_one.ipynb failed" + (f" in cell [3], which begins: {begins}" if begins else "")
     assert str(root.parent / "home" / "notebooks" / "01_one-") in kept
     assert last.startswith(reason)
     assert files(root) == before
@@ -211,23 +211,17 @@ def test_a_failure_names_notebook_cell_and_reason_and_leaves_the_book_alone(repo
 # ---------------------------------------------------------------- copies
 
 
-def test_widgets_and_random_ids_do_not_reach_a_copy(repository):
-    view = {"text/plain": "0%", book.WIDGET: {"model_id": "abc"}}
-    page = '<style>#T_{0} td {{}}</style><table id="T_{0}"></table><img id="_anim_img{1}"><script>anim{1}</script>'
+def test_widgets_and_timings_do_not_reach_a_copy(repository):
     copies = []
     for digit in "ab":
-        ids = digit * 5, digit * 32
-        outputs = [
-            nbformat.v4.new_output("display_data", view),
-            nbformat.v4.new_output("display_data", {"text/html": page.format(*ids)}),
-        ]
+        outputs = [nbformat.v4.new_output("display_data", {"text/plain": "0%", book.WIDGET: {"model_id": digit}})]
         cells = [nbformat.v4.new_code_cell("1", id="x", outputs=outputs, metadata={"papermill": {"duration": digit}})]
         executed = nbformat.v4.new_notebook(cells=cells)
-        executed.metadata = nbformat.from_dict({"widgets": ids, "language_info": {"name": "python", "version": digit}})
+        language = {"name": "python", "version": digit}
+        executed.metadata = nbformat.from_dict({"widgets": digit, "language_info": language})
         source = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1", id="x")])
         copies.append(book.normalised(executed, source))
     assert copies[0] == copies[1]
-    assert "#T_1 td" in copies[0] and "anim2<" in copies[0]
     assert "widget" not in copies[0]
 
 

@@ -31,7 +31,7 @@ def drawn(name="knob", start=0, says=("Low & wide.", "High.")):
 
 
 def test_it_is_a_labelled_input_over_figures_that_say_what_they_show():
-    page = BeautifulSoup(drawn(start=1).html, "html.parser")
+    page = BeautifulSoup(drawn(start=1).data, "html.parser")
     control, knob = page.select_one(".slider-control"), page.input
     assert control.has_attr("hidden")  # until a script shows it
     assert page.label["for"] == knob["id"] == page.output["for"][0]
@@ -44,26 +44,24 @@ def test_it_is_a_labelled_input_over_figures_that_say_what_they_show():
 
 
 def test_ids_are_unique_and_every_reference_stays_in_its_own_picture():
-    html = drawn().html + drawn("other").html
+    html = drawn().data + drawn("other").data
     ids = re.findall(r'\bid="([^"]+)"', html)
     assert len(ids) == len(set(ids)) > 20
-    for place, figure in enumerate(re.findall("<figure.*?</figure>", drawn().html, re.S)):
+    for place, figure in enumerate(re.findall("<figure.*?</figure>", drawn().data, re.S)):
         used = re.findall(r'(?:href="#|url\(#)([^")]+)', figure)
         assert used and set(used) <= set(re.findall(r'\bid="([^"]+)"', figure))
         assert all(one.startswith(f"knob-{place}-") for one in used)
 
 
 def test_nothing_reaches_beyond_it():
-    html = drawn().html
+    html = drawn().data
     assert "<style" not in html and "<script" not in html and "<metadata" not in html and "<?xml" not in html
     assert not re.search(r'(?:href|src)="(?:https?:)?//', html)
 
 
 def test_the_same_pictures_give_the_same_page_and_leave_no_figure_open():
-    assert drawn().html == drawn().html
+    assert drawn().data == drawn().data
     assert not plt.get_fignums()
-    assert repr(drawn()) == "Slider(name='knob')"
-    assert drawn()._repr_html_() == drawn().html
 
 
 @pytest.mark.parametrize(
@@ -92,7 +90,7 @@ def test_the_picture_of_the_idea_is_what_figures_draws():
 @pytest.mark.filterwarnings("ignore:Glyph:UserWarning")
 def test_titles_are_shown_as_they_are(title):
     pictures = {title: model_figures.scored({"LoRA": np.full(2, 0.5)}, [title, "b"], 0)}
-    page = BeautifulSoup(slider(pictures, [title], title, "knob", title).html, "html.parser")
+    page = BeautifulSoup(slider(pictures, [title], title, "knob", title).data, "html.parser")
     assert page.label.get_text() == page.figure["data-at"] == title
     assert page.figcaption.get_text() == f"{title}. {title}" and page.svg["aria-label"] == f"{title}, at {title}"
     assert f"{title} (read next)" in [text.get_text().strip() for text in page.find_all("text")]

@@ -49,17 +49,17 @@ def test_cells_are_asked_the_same_questions_and_can_be_read(home):
     table_runner.publish(cells, home / "published")
     results = table_results.load_table(home / "published")
     for windows, n, draws in (("last", 6, 2), ("all", 12, 1)):
-        found = table_results.answers_by_system(results, "world", windows)
+        found = table_results.outcomes_by_system(results, "world", windows)
         assert list(found) == SMALL  # in the table's order
         for own in found.values():
             assert own.hit.shape == own.valid.shape == (1, draws, n) and own.users.shape == (n,)
             assert own.questions == found["Popularity"].questions and len(set(own.questions)) == draws
             assert not (own.hit & ~own.valid).any()
         assert found["Popularity"].valid.all()
-    summary = table_results.system_means(table_results.answers_by_system(results, "world"))
+    summary = table_results.system_means(table_results.outcomes_by_system(results, "world"))
     assert list(summary.index) == SMALL
     assert set(summary["n"]) == {6}
-    compared = table_results.compare_systems(table_results.answers_by_system(results, "world"))
+    compared = table_results.compare_systems(table_results.outcomes_by_system(results, "world"))
     assert list(compared.index) == SMALL[:2]
     np.testing.assert_allclose(compared["p_holm"], evaluation.holm(compared["p"]))
     text = table_results.formatted(
@@ -99,7 +99,7 @@ def test_a_sample_is_rows_of_the_questions_that_all_are_asked(home, monkeypatch)
     results = [json.loads(cell.result.read_text()) for cell in cells]
     source = data.load("world", users=60, seed=0)
     for windows in ("last", "all"):
-        whole, part, ours = table_results.answers_by_system(results, "world", windows).values()
+        whole, part, ours = table_results.outcomes_by_system(results, "world", windows).values()
         rows = results[1]["outcomes"][f"{windows} rows"]
         assert rows == sorted({*rows}) and len(rows) == 4 < len(whole.users)
         assert part.rows.tolist() == rows and part.hit.shape[-1] == part.valid.shape[-1] == 4
@@ -156,7 +156,7 @@ def test_a_cell_that_fails_is_kept_as_failed_until_it_succeeds(home, monkeypatch
     table_runner.publish(cells, home / "published")
     shown = table_results.failed_runs(table_results.load_table(home / "published"))
     assert shown[["system", "reason"]].values.tolist() == [["Popularity", "RuntimeError: no memory"]]
-    assert list(table_results.answers_by_system(table_results.load_table(home / "published"), "world")) == [
+    assert list(table_results.outcomes_by_system(table_results.load_table(home / "published"), "world")) == [
         "Language model"
     ]
     monkeypatch.setitem(systems.SYSTEMS, "Popularity", kept)
@@ -195,7 +195,7 @@ def test_processes_share_out_the_gpus(monkeypatch, visible, count, expected):
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-    assert [runner._environment(number).get("CUDA_VISIBLE_DEVICES") for number in range(5)] == expected
+    assert [runner.gpu(number).get("CUDA_VISIBLE_DEVICES") for number in range(5)] == expected
 
 
 # ---------------------------------------------------------------- the search for L2

@@ -1,13 +1,11 @@
 """The book's pages: executed notebooks and their results, without traces of this machine, and the build."""
 
-import itertools
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +33,8 @@ def check_folder(book: Path, given: dict[str, Any], jobs: list[Job]) -> None:
         raise UserError(f"the book would lack {', '.join(missing)}: leave out --only, or add --no-book")
 
 
-def refresh(book: Path, jobs: list[Job], results: set[Path]) -> None:
-    """Put the executed notebooks and these results into the book; remove pages that have no source any more."""
+def refresh(book: Path, jobs: list[Job]) -> None:
+    """Put the executed notebooks and their results into the book; remove pages that have no source any more."""
     if book != notebooks.ROOT / "book":
         ignore = shutil.ignore_patterns("_build", "results", "*.ipynb")
         shutil.copytree(notebooks.ROOT / "book", book, ignore=ignore, dirs_exist_ok=True)
@@ -45,7 +43,7 @@ def refresh(book: Path, jobs: list[Job], results: set[Path]) -> None:
         artifacts.write_atomic(book / job.source.name, page)
         result = book / "results" / f"{job.source.stem}.json"
         result.unlink(missing_ok=True)
-        if job.result in results:
+        if job.result.is_file():
             artifacts.write_json(result, portable(json.loads(job.result.read_text(encoding="utf-8"))))
     stems = {path.stem for path in notebooks.sources()}
     for path in [*book.glob("[0-9][0-9]_*.ipynb"), *book.glob("results/[0-9][0-9]_*.json")]:
@@ -54,44 +52,23 @@ def refresh(book: Path, jobs: list[Job], results: set[Path]) -> None:
 
 
 def normalised(executed: Any, source: Any) -> str:
-    """The executed notebook as text that is the same for equal runs: no timings, random ids or folders of this machine.
+    """The executed notebook as text that is the same for equal runs: no timings or folders of this machine.
 
     Output to stderr (progress bars) and widgets, which a page without a kernel cannot show, are left out.
     """
     import nbformat
 
     metadata = {cell.id: cell.metadata for cell in source.cells}
-    numbers = itertools.count(1)
     for cell in executed.cells:
         if cell.id not in metadata:  # the parameters that papermill injected
             cell.id = "injected-parameters"
         cell.metadata = metadata.get(cell.id, {"tags": ["injected-parameters"]})
         if cell.cell_type == "code":
-            cell.outputs = [nbformat.from_dict(portable(output)) for output in _shown(cell.outputs)]
-            for output in cell.outputs:
-                if "text/html" in output.get("data", {}):
-                    output.data["text/html"] = _numbered(output.data["text/html"], numbers)
+            shown = [out for out in cell.outputs if out.get("name") != "stderr" and WIDGET not in out.get("data", {})]
+            cell.outputs = [nbformat.from_dict(portable(output)) for output in shown]
     language = {name: value for name, value in executed.metadata.language_info.items() if name != "version"}
     executed.metadata = source.metadata | {"language_info": language}
     return nbformat.writes(executed).rstrip("\n") + "\n"
-
-
-def _shown(outputs: list[Any]) -> Iterator[Any]:
-    """Outputs without stderr and widgets; consecutive pieces of printed text are joined."""
-    outputs = [o for o in outputs if o.get("name") != "stderr" and WIDGET not in o.get("data", {})]
-    for kind, group in itertools.groupby(outputs, lambda output: output.output_type):
-        if kind == "stream":
-            first, *more = group
-            yield first | {"text": first.text + "".join(output.text for output in more)}
-        else:
-            yield from group
-
-
-def _numbered(html: str, numbers: Iterator[int]) -> str:
-    """HTML whose random ids (styled pandas tables, matplotlib's animations) are replaced by the next of `numbers`."""
-    for table, animation in re.findall(r'id="(?:(T_[0-9a-f]{5})|_anim_img([0-9a-f]{32}))"', html):
-        html = html.replace(table or animation, f"{'T_' if table else ''}{next(numbers)}")
-    return html
 
 
 def portable(value: Any) -> Any:

@@ -55,7 +55,8 @@ def _make_book(options: argparse.Namespace) -> int:
         return 0
     folder = (options.book or notebooks.ROOT / "book").resolve()
     book.check_folder(folder, given, jobs)
-    book.refresh(folder, jobs, notebooks.run_all(jobs))
+    notebooks.run_all(jobs)
+    book.refresh(folder, jobs)
     book.build(folder)
     return 0
 

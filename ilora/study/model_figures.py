@@ -20,19 +20,6 @@ def long_tail(counts: np.ndarray, what: str) -> Axes:
 
 
 @literal
-def share_matrix(matrix: np.ndarray, what: str) -> Axes:
-    """A square matrix of shares between 0 and 1, with each share in its cell."""
-    ax = plt.subplots(figsize=(4.4, 3.6))[1]
-    ax.grid(visible=False)
-    image = ax.imshow(matrix, vmin=0, vmax=1, cmap="cividis")
-    for (row, column), value in np.ndenumerate(matrix):
-        ax.text(column, row, f"{value:.2f}", ha="center", va="center", color=ink(image.to_rgba(value)))
-    ax.set(xticks=range(len(matrix)), yticks=range(len(matrix)), xlabel="group", ylabel="group")
-    ax.figure.colorbar(image, label=textwrap.fill(what, 30))
-    return ax
-
-
-@literal
 def state_map(points: np.ndarray, labels: np.ndarray, what: str) -> Axes:
     """Points (n, 2) with a colour and marker for each label."""
     ax = plt.subplots(figsize=(5, 4))[1]

@@ -18,14 +18,6 @@ from ilora.study.parameters import check_parameters, inputs, notebook_parameters
 ROOT = Path(__file__).resolve().parents[2]
 
 
-class NotebookError(UserError):
-    """A notebook failed. The message says in which cell; `reason` is its last line."""
-
-    def __init__(self, message: str, reason: str) -> None:
-        super().__init__(f"{message}\n{reason}")
-        self.reason = reason
-
-
 @dataclass(frozen=True)
 class Job:
     """A notebook to run: its source, the parameters that differ from its defaults, and all parameters."""
@@ -38,6 +30,10 @@ class Job:
     def inputs(self) -> dict[str, str]:
         """The content of the data and models that the parameters name. Raises UserError."""
         return inputs(self.parameters, ROOT)
+
+    def check(self) -> None:
+        """Raise UserError if the data or models cannot be used."""
+        _ = self.inputs
 
     @property
     def result(self) -> Path:
@@ -58,6 +54,14 @@ class Job:
         """The notebook and its parameters, as on a command line."""
         given = [f"-p {name} {shlex.quote(str(value))}" for name, value in self.given.items()]
         return " ".join([self.source.stem, *given])
+
+
+class NotebookError(UserError):
+    """A notebook failed: where, and for which reason."""
+
+    def __init__(self, job: Job, where: str, reason: str) -> None:
+        super().__init__(f"{where}\nthe executed notebook is {job.executed}; the book is unchanged\n{reason}")
+        self.reason = reason
 
 
 # ---------------------------------------------------------------- before any work
@@ -104,17 +108,12 @@ def plan(given: dict[str, Any], only: Sequence[str] | None) -> list[Job]:
 
 
 # ---------------------------------------------------------------- running
-def run_all(jobs: list[Job]) -> set[Path]:
-    """Run the jobs in order; return the results that they wrote. Raises NotebookError at the first that fails."""
-    before = {job.result: _modified(job.result) for job in jobs}  # reads the inputs before any work
+def run_all(jobs: list[Job]) -> None:
+    """Run the jobs in order. Raises NotebookError at the first that fails."""
+    for job in jobs:
+        job.check()
     for number, job in enumerate(jobs, 1):
         job.run(f"{job.source.stem} ({number} of {len(jobs)})")
-    return {path for path, time in before.items() if _modified(path) != time}
-
-
-def _modified(path: Path) -> int:
-    """Time of the last change, ns; 0 if there is no such file."""
-    return path.stat().st_mtime_ns if path.is_file() else 0
 
 
 def _prepare_environment() -> None:
@@ -141,25 +140,16 @@ def _execute(job: Job, title: str) -> None:
             kernel_name="python3",
             cwd=ROOT,
             progress_bar={"desc": title, "file": sys.stderr, "dynamic_ncols": True},
+            coalesce_streams=True,  # text printed in several pieces is one output
             config=Config(KernelManager={"transport_encryption": "auto"}),  # else each kernel warns
         )
     except PapermillExecutionError as error:
-        reason = f"{error.ename}: {error.evalue}".strip()
-        raise NotebookError(_where(job, error.exec_count, error.source), reason) from error
+        first = error.source.strip().splitlines()[0]
+        where = f"{job.source.name} failed in cell [{error.exec_count}], which begins: {first}"
+        raise NotebookError(job, where, f"{error.ename}: {error.evalue}".strip()) from error
     except DeadKernelError as error:
-        cells = [cell for cell in load_notebook(job.executed).cells if cell.cell_type == "code"]
-        number = sum(cell.metadata.papermill.start_time is not None for cell in cells)
         reason = "the kernel died, as it does when memory runs out"
-        raise NotebookError(_where(job, number, cells[number - 1].source), reason) from error
-
-
-def _where(job: Job, number: int | None, source: str) -> str:
-    """Which notebook and cell failed, and where to look."""
-    first = source.strip().splitlines()[0]
-    return (
-        f"{job.source.name} failed in cell [{number}], which begins: {first}\n"
-        f"the executed notebook is {job.executed}; the book is unchanged"
-    )
+        raise NotebookError(job, f"{job.source.name} failed", reason) from error
 
 
 def load_notebook(path: Path) -> Any:

@@ -8,9 +8,8 @@ import difflib
 import inspect
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ilora import data
 from ilora.artifacts import Run, model_content
@@ -22,8 +21,7 @@ from ilora.errors import UserError
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 
 
-@dataclass(frozen=True)
-class Parameter:
+class Parameter(NamedTuple):
     """One notebook parameter: its type, its meaning with unit, and which values are possible."""
 
     type: type
@@ -40,42 +38,34 @@ def _one_of(options: Collection[str], meaning: str) -> Parameter:
     return Parameter(str, meaning, lambda value: value in options, f"one of {', '.join(options)}")
 
 
+def _text(meaning: str, must: str, valid: Callable[[str], bool] = str.strip) -> Parameter:
+    return Parameter(str, meaning, valid, must)
+
+
+def _is_folder(value: str) -> bool:
+    return Path(value).expanduser().is_dir()
+
+
 PARAMETERS: dict[str, Parameter] = {
     "dataset": _one_of(WORDS, "which data set"),
-    "data_dir": Parameter(
-        str,
-        "folder with the data set's files; empty: generate or download",
-        lambda value: value == "" or Path(value).expanduser().is_dir(),
-        "empty or a folder that exists",
-    ),
+    "data_dir": _text("folder with the data set's files; empty: generate or download", "empty or a folder that exists",
+                      lambda value: value == "" or _is_folder(value)),
     "repeats": _one_of(REPEATS, "repeated events of a user and an item: keep or drop them"),
-    "results": Parameter(
-        str, "folder with the results of sweeps", lambda value: Path(value).is_dir(), "a folder that exists"
-    ),
-    "conflict": Parameter(
-        float, "world: how far taste groups disagree, 0 to 1", lambda value: 0 <= value <= 1, "from 0 to 1"
-    ),
+    "results": _text("folder with the results of sweeps", "a folder that exists", _is_folder),
+    "conflict": Parameter(float, "world: how far taste groups disagree, 0 to 1", lambda x: 0 <= x <= 1, "from 0 to 1"),
     "users": _at_least(40, "world: number of users"),
     "seed": _at_least(0, "seed of every random choice"),
     "window": _at_least(3, "longest history, items"),
-    "base_model": Parameter(
-        str,
-        "'embedded', 'smollm2', or a Hugging Face causal LM by name or folder",
-        lambda value: bool(value.strip()),
-        "'embedded', 'smollm2' or the name or folder of a causal language model",
-    ),
+    "base_model": _text("'embedded', 'smollm2', or a Hugging Face causal LM by name or folder",
+                        "'embedded', 'smollm2' or the name or folder of a causal language model"),
     "rank": _at_least(1, "LoRA rank r, all experts together"),
     "alpha": Parameter(float, "LoRA alpha", lambda value: 0 < value < float("inf"), "above 0"),
     "dropout": Parameter(float, "LoRA dropout, a share", lambda value: 0 <= value < 1, "from 0 to below 1"),
     "experts": _at_least(1, "number of experts K; a divisor of rank; 1 is LoRA"),
     "gate": _one_of(("linear", "convolutional"), "how the sequence representation becomes expert weights"),
     "guidance": _one_of(("sequence", "random", "token"), "input of the gate: SASRec's state, noise or the prompt"),
-    "gate_per_layer": Parameter(
-        bool, "a gate for each adapted layer, instead of one for all", lambda _: True, "True or False"
-    ),
-    "gate_top_k": Parameter(
-        int, "experts with weight for one history; 0: all", lambda value: value == 0 or value > 1, "0 or at least 2"
-    ),
+    "gate_per_layer": Parameter(bool, "one gate per adapted layer, not one for all", lambda _: True, "True or False"),
+    "gate_top_k": Parameter(int, "experts with weight above 0; 0: all", lambda k: k == 0 or k > 1, "0 or at least 2"),
     "epochs": _at_least(1, "passes over the training sequences"),
     "learning_rate": Parameter(float, "peak learning rate", lambda value: 0 < value < 1, "above 0 and below 1"),
     "batch_size": _at_least(1, "sequences per optimiser step"),
@@ -86,28 +76,35 @@ PARAMETERS: dict[str, Parameter] = {
     "gradient_limit": _at_least(0, "training sequences whose gradients are compared; 0: all"),
     "encoder_epochs": _at_least(1, "SASRec: passes over the training users"),
     "eval_windows": _one_of(("last", "all"), "test windows: each user's last, or all"),
-    "text_encoder": Parameter(
-        str, "MoRec: a sentence-transformers model by name or folder", lambda value: bool(value.strip()), "a name"
-    ),
-    "chat_url": Parameter(str, "ChatRec: base URL of an OpenAI-compatible endpoint", lambda value: True, "a URL"),
-    "chat_model": Parameter(str, "ChatRec: the model's name there", lambda value: True, "a name"),
+    "text_encoder": _text("MoRec: a sentence-transformers model by name or folder", "a name"),
+    "chat_url": _text("ChatRec: base URL of an OpenAI-compatible endpoint", "a URL", lambda _: True),
+    "chat_model": _text("ChatRec: the model's name there", "a name", lambda _: True),
     "chat_limit": _at_least(1, "ChatRec: number of questions sent to its endpoint"),
-    "device": Parameter(str, "auto, cpu, cuda, cuda:N or mps", bool, "auto, cpu, cuda, cuda:N or mps"),
-}
+    "device": _text("auto, cpu, cuda, cuda:N or mps", "auto, cpu, cuda, cuda:N or mps", bool),
+}  # fmt: skip
 
 FOLDERS = ("data_dir", "results", "base_model", "text_encoder")  # parameters that may name one
 _KINDS = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
 
 
 def check_parameters(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `given` with whole numbers made floats where floats are meant.
+    """Return `given`, with whole numbers as floats where a float is meant.
 
-    Raises UserError on the first unknown name (offering the nearest known one), wrong type (a bool is no
-    number, 4.0 is no whole number) or impossible value.
+    Raises UserError for the first unknown name (suggesting the nearest known one), wrong type (a bool is no number, 4.0
+    is no whole number), impossible value, or impossible pair of values.
     """
     _refuse_unknown(given, PARAMETERS)
     values = {name: _check_value(name, value) for name, value in given.items()}
-    _check_together(values)
+    rank, experts = values.get("rank", 0), values.get("experts", 1)
+    if rank % experts:
+        divisors = ", ".join(str(k) for k in range(1, rank + 1) if rank % k == 0)
+        raise UserError(f"experts = {experts} does not divide rank = {rank}: choose experts among {divisors}")
+    if "experts" in values and (top_k := values.get("gate_top_k", 0)) > experts:
+        raise UserError(f"gate_top_k = {top_k} keeps more than experts = {experts}: choose at most that many, or 0")
+    if values.get("dataset") in ("csv", "llara") and values.get("data_dir") == "":
+        raise UserError(f"dataset = {values['dataset']!r} needs data_dir, the folder that holds its files")
+    if "device" in values:
+        pick_device(values["device"])
     return values
 
 
@@ -125,24 +122,11 @@ def _check_value(name: str, value: Any) -> Any:
         value = float(value)
     if type(value) is not parameter.type:
         hint = f" (papermill: -r {name} {value} passes text)" if parameter.type is str else ""
-        is_ = f"not {value!r} ({type(value).__name__})"
-        raise UserError(f"parameter {name!r} must be {_KINDS[parameter.type]}, {is_}{hint}")
+        wrong = f"{value!r} ({type(value).__name__}){hint}"
+        raise UserError(f"parameter {name!r} must be {_KINDS[parameter.type]}, not {wrong}")
     if not parameter.valid(value):
         raise UserError(f"parameter {name!r} must be {parameter.must}, not {value!r}")
     return value
-
-
-def _check_together(values: Mapping[str, Any]) -> None:
-    rank, experts = values.get("rank", 0), values.get("experts", 1)
-    if rank % experts:
-        divisors = ", ".join(str(k) for k in range(1, rank + 1) if rank % k == 0)
-        raise UserError(f"experts = {experts} does not divide rank = {rank}: choose experts among {divisors}")
-    if "experts" in values and (top_k := values.get("gate_top_k", 0)) > experts:
-        raise UserError(f"gate_top_k = {top_k} keeps more than experts = {experts}: choose at most that many, or 0")
-    if values.get("dataset") in ("csv", "llara") and values.get("data_dir") == "":
-        raise UserError(f"dataset = {values['dataset']!r} needs data_dir, the folder that holds its files")
-    if "device" in values:
-        pick_device(values["device"])
 
 
 def parse_parameters(pairs: Collection[tuple[str, str]]) -> dict[str, Any]:
@@ -161,24 +145,22 @@ def _parse(name: str, text: str) -> Any:
 
 
 def inputs(values: Mapping[str, Any], where: Path = Path()) -> dict[str, str]:
-    """What parameters name, by content, for `artifacts.key`; folders are named from `where`.  Raises UserError."""
+    """The content of what parameters name, for `artifacts.key`; folders are relative to `where`. Raises UserError."""
     from ilora.language.pretraining import base_content  # takes seconds, which `python -m ilora --help` need not
 
-    values = {name: _place(value, where) if name in FOLDERS else value for name, value in values.items()}
-    found = {}
+    def place(name: str, value: Any) -> Any:
+        folder = where / Path(value).expanduser() if name in FOLDERS and value else None
+        return str(folder) if folder and folder.is_dir() else value
+
+    values = {name: place(name, value) for name, value in values.items()}
+    contents = {}
     if "dataset" in values:
         names = inspect.signature(data.load).parameters.keys() & values.keys()
-        found["data"] = data.source_key(**{name: values[name] for name in names})
+        contents["data"] = data.source_key(**{name: values[name] for name in names})
     for name, content in (("base_model", base_content), ("text_encoder", model_content), ("results", folder_content)):
         if name in values:
-            found[name] = content(values[name])
-    return found
-
-
-def _place(value: str, where: Path) -> str:
-    """A folder as seen from the working directory; what is no folder in `where` stays as it is."""
-    folder = where / Path(value).expanduser()
-    return str(folder) if value and folder.is_dir() else value
+            contents[name] = content(values[name])
+    return contents
 
 
 def notebook_parameters(path: Path) -> dict[str, Any]:

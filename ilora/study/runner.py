@@ -9,12 +9,12 @@ import multiprocessing
 import os
 import signal
 import sys
-import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
-from multiprocessing.connection import Connection, wait
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.process import BaseProcess
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -59,7 +59,11 @@ def run_cells(cells: Sequence[Cell], jobs: int = 1, minutes: float = 0) -> Itera
     """
     waiting = [cell for cell in cells if not cell.result.is_file()]
     with tqdm(total=len(cells), initial=len(cells) - len(waiting), unit="cell", smoothing=0) as bar:
-        for cell, reason in _attempts(waiting, jobs, minutes):
+        if jobs == 1 and not minutes:
+            attempts = ((cell, attempt(cell)) for cell in waiting)
+        else:
+            attempts = _in_processes(waiting, jobs, minutes)
+        for cell, reason in attempts:
             bar.set_postfix_str(str(cell), refresh=False)
             bar.update()
             if reason:
@@ -76,64 +80,41 @@ def attempt(cell: Cell) -> str:
     return ""
 
 
-def _attempts(waiting: Sequence[Cell], jobs: int, minutes: float) -> Iterator[tuple[Cell, str]]:
-    if jobs == 1 and not minutes:
-        yield from ((cell, attempt(cell)) for cell in waiting)
-        return
-    deadline = time.monotonic() + 60 * minutes if minutes else math.inf
-    left, running = list(reversed(waiting)), {}  # running: connection -> its process and cell
-    free = [_start(number) for number in range(min(jobs, len(waiting)))]
+def _in_processes(waiting: Sequence[Cell], jobs: int, minutes: float) -> Iterator[tuple[Cell, str]]:
+    context, others = multiprocessing.get_context("spawn"), set(multiprocessing.active_children())
+    numbers = context.SimpleQueue()
+    for number in range(jobs):
+        numbers.put(number)
+    os.environ["TQDM_DISABLE"] = "1"  # for the new processes, whose progress bars would overwrite each other
+    pool = ProcessPoolExecutor(jobs, context, _prepare_process, (numbers,))
+    futures = {pool.submit(attempt, cell): cell for cell in waiting}
     try:
-        while left or running:
-            while left and free and time.monotonic() < deadline:
-                connection, process = free.pop(0)
-                running[connection] = process, left.pop()
-                connection.send(running[connection][1])
-            ready = wait(running, None if math.isinf(deadline) else max(deadline - time.monotonic(), 0))
-            if not ready:  # the time is up
-                return
-            for connection in ready:
-                process, cell = running[connection]
-                yield cell, connection.recv()
-                free.append((connection, running.pop(connection)[0]))
-    except EOFError as error:
+        for future in as_completed(futures, 60 * minutes or None):
+            yield futures[future], future.result()
+    except TimeoutError:
+        return
+    except BrokenProcessPool as error:
         raise UserError(
             "a process died, as it does when memory runs out: start again with fewer --jobs; finished cells are kept"
         ) from error
     finally:
-        _stop([process for process, _ in running.values()] + [process for _, process in free])
+        pool.shutdown(wait=False, cancel_futures=True)
+        _stop(set(multiprocessing.active_children()) - others)
 
 
-def _start(number: int) -> tuple[Connection, BaseProcess]:
-    """A process that attempts the cells sent to it; if there are several GPUs, it sees one of them."""
-    ours, theirs = (context := multiprocessing.get_context("spawn")).Pipe()
-    process = context.Process(target=_work, args=(theirs,))
-    before = dict(os.environ)
-    os.environ.update(_environment(number))  # the new process inherits it before it imports torch
-    try:
-        process.start()
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-    theirs.close()  # so that the end of the process closes the connection
-    return ours, process
+def _prepare_process(numbers: SimpleQueue) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # an orderly exit, which removes unfinished files
+    os.environ.update(gpu(numbers.get()))
 
 
-def _environment(number: int) -> dict[str, str]:
-    """Variables of a process: no progress bars, which would overwrite each other, and one of several GPUs."""
+def gpu(number: int) -> dict[str, str]:
+    """The variable that shows one of several GPUs to the process with this number."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = visible.split(",") if visible else [str(gpu) for gpu in range(torch.cuda.device_count())]
-    return {"TQDM_DISABLE": "1"} | ({"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if len(gpus) > 1 else {})
+    return {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if len(gpus) > 1 else {}
 
 
-def _work(connection: Connection) -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # an orderly exit, which removes unfinished files
-    with suppress(EOFError):  # the parent process has ended
-        while True:
-            connection.send(attempt(connection.recv()))
-
-
-def _stop(processes: Sequence[BaseProcess]) -> None:
+def _stop(processes: Iterable[BaseProcess]) -> None:
     for process in processes:
         process.terminate()
     for process in processes:
