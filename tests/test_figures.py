@@ -12,7 +12,6 @@ from ilora.study import figures, model_figures
 
 RNG = np.random.default_rng(0)
 TABLE = pd.DataFrame({"value": [0.5, 0.1], "low": [0.4, 0.0], "high": [0.7, 0.2], "n": [9, 9]}, index=["a", "b"])
-HISTORY = pd.DataFrame({"examples": np.arange(50) * 8, "loss": np.linspace(3, 1, 50)})
 RUNS = [[0.4, 0.5, 0.6]] * 4
 TREND = pd.DataFrame({"system": list("aabb"), "conflict": [0, 1, 0, 1], "value": 0.5, "low": 0.4, "high": 0.7})
 TREND = TREND.assign(n=3, runs=RUNS, setting=["world", "world", "movielens, epochs 2, train_limit 40000", "lastfm"])
@@ -39,7 +38,6 @@ def style():
 DRAW = {
     "intervals": lambda: figures.intervals(TABLE, "HitRatio@1", chance=0.05),
     "ratios": lambda: figures.ratios(RATIOS.assign(low=0.05), "time, as a multiple"),
-    "losses": lambda: figures.losses({"LoRA": HISTORY, "iLoRA": HISTORY}),
     "lines": lambda: figures.lines(pd.DataFrame(RNG.random((5, 10))), "knob", "share"),
     "trend": lambda: figures.trend(TREND, "conflict", "HitRatio@1", title="the gain grows with conflict: a lot")[0],
     "trends": lambda: figures.trend(TREND, "conflict", "HitRatio@1", by="setting")[0],
@@ -51,7 +49,6 @@ DRAW = {
     "no parts": lambda: figures.error_parts({})[0],
     "heat_maps": lambda: model_figures.heat_maps({"LoRA": np.eye(8), "iLoRA": np.eye(8)}, "cosine", "cluster")[0],
     "small heat_maps": lambda: model_figures.heat_maps(MAPS, "cosine off the diagonal", "cluster", rows=2)[0],
-    "long_tail": lambda: model_figures.long_tail(np.array([5, 1, 3]), "items"),
     "state_map": lambda: model_figures.state_map(RNG.normal(size=(30, 2)), np.arange(30) % 10, "group"),
     "gate_bars": lambda: model_figures.gate_bars(GATES, [f"user {n}" for n in range(12)]),
     "gate_by_label": lambda: model_figures.gate_by_label(GATES, GROUPS, "group"),
@@ -181,7 +178,6 @@ def test_a_line_passes_over_the_places_of_others():
 
 
 def test_lines_and_bars_differ_in_more_than_colour():
-    assert len({line.get_linestyle() for line in DRAW["losses"]().lines}) == 2
     assert len({line.get_marker() for line in DRAW["lines"]().lines[:8]}) == 8
     assert len({bars[0].get_hatch() for bars in DRAW["gate_by_label"]().containers}) == 4
 
@@ -197,12 +193,10 @@ WITH_NAMES = {
     "panels": lambda a, b: figures.panels({a: TABLE, b: TABLE.set_axis([b, a])}, a, b, 0.05),
     "error_parts": lambda a, b: figures.error_parts({a: ERRORS.set_axis([a, b])}),
     "ratios": lambda a, b: figures.ratios(RATIOS.set_axis(pd.MultiIndex.from_tuples([("cpu", a, b)] * 4)), a),
-    "losses": lambda a, b: figures.losses({a: HISTORY, b: HISTORY}),
     "lines": lambda a, b: figures.lines(pd.DataFrame(RNG.random((5, 2)), columns=[a, b]), a, b),
     "trend": lambda a, b: figures.trend(TREND.replace({"a": a, "b": b}), "conflict", a, title=b),
     "trends": lambda a, b: figures.trend(TREND.assign(setting=[a, a, b, b]), "conflict", b, by="setting"),
     "differences": lambda a, b: figures.differences(PAIRED.assign(variant=a), b, b),
-    "long_tail": lambda a, b: model_figures.long_tail(np.array([5, 1]), a).set_title(b),
     "state_map": lambda a, b: model_figures.state_map(RNG.normal(size=(30, 2)), np.array([a, b] * 15), "group"),
     "gate_bars": lambda a, b: model_figures.gate_bars(GATES[:2], [a, b]),
     "gate_by_label": lambda a, b: model_figures.gate_by_label(GATES, np.array([a, b] * 6), a),
@@ -252,7 +246,7 @@ def test_a_table_of_titles_shows_no_formulas_and_no_html():
 
 
 def test_text_that_a_notebook_adds_is_shown_as_it_is():
-    ax = model_figures.long_tail(np.array([5, 1]), "items")
+    ax = pd.Series([5, 1]).plot.area()
     added = [ax.set_title("$$"), ax.figure.suptitle("$$"), ax.text(0, 0, "$$")]
     ax.figure.canvas.draw()
     assert not any(text.get_parse_math() for text in added)

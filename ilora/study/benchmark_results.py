@@ -83,28 +83,23 @@ def ratios(results: Results) -> pd.DataFrame:
 
 def measured_values(results: Results) -> pd.DataFrame:
     """Values that are not ratios, with their 95 % intervals where there are any, and the goal."""
-    rows = [
-        (*place, entry["value"], entry.get("low"), entry.get("high"), *judge(entry["value"], entry))
-        for place, entry, _ in _entries(results, "value")
-    ]
+    entries = ((place, entry) for place, entry, _ in _entries(results, "value"))
+    rows = [(*p, e["value"], e.get("low"), e.get("high"), *judge(e["value"], e)) for p, e in entries]
     return _table(rows, "what", "value low high goal aim met")
 
 
 def equality_checks(results: Results) -> pd.DataFrame:
     """Whether the ways of a part gave the same results, or how large the largest difference is, as text."""
-    rows = [
-        (benchmark, part, check, f"{value:.2g}" if isinstance(value, float) else str(value))
-        for benchmark, part, content in parts(results)
-        for check, value in content.get("agreement", {}).items()
-    ]
+    checks = ((*place, check) for *place, part in parts(results) for check in part.get("agreement", {}).items())
+    rows = [(*place, name, f"{x:.2g}" if isinstance(x, float) else str(x)) for *place, (name, x) in checks]
     return _table(rows, "what", "value")
 
 
 def training_steps(results: Results) -> pd.DataFrame:
     """Training steps of the adapter: seconds, tokens a second, share of the rate of matrix products, memory in MiB."""
-    columns = "rows seconds to ratio tokens_per_second share_of_matrix_rate step_mib peak_mib"
+    measured = "tokens_per_second share_of_matrix_rate step_mib peak_mib"
     rows = []
     for place, entry, content in _entries(results, "tokens_per_second"):
         time = (entry["seconds"]["median"], content["to"], entry["time_ratio"]["median"])
-        rows.append((*place, content["rows"], *time, *(entry.get(name) for name in columns.split()[4:])))
-    return _table(rows, "way", columns)
+        rows.append((*place, content["rows"], *time, *(entry.get(name) for name in measured.split())))
+    return _table(rows, "way", f"rows seconds to ratio {measured}")

@@ -12,7 +12,7 @@ from typing import Any
 from ilora import artifacts
 from ilora.errors import UserError
 from ilora.study import notebooks
-from ilora.study.notebooks import Job, load_notebook
+from ilora.study.notebooks import Job
 
 JUPYTER_BOOK = Path(sys.executable).with_name("jupyter-book")
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -35,12 +35,14 @@ def check_folder(book: Path, given: dict[str, Any], jobs: list[Job]) -> None:
 
 def refresh(book: Path, jobs: list[Job]) -> None:
     """Put the executed notebooks and their results into the book; remove pages that have no source any more."""
+    import nbformat  # an optional dependency
+
     if book != notebooks.ROOT / "book":
         ignore = shutil.ignore_patterns("_build", "results", "*.ipynb")
         shutil.copytree(notebooks.ROOT / "book", book, ignore=ignore, dirs_exist_ok=True)
-    pages = [normalised(load_notebook(job.executed), load_notebook(job.source)) for job in jobs]
-    for job, page in zip(jobs, pages, strict=True):
-        artifacts.write_atomic(book / job.source.name, page)
+    for job in jobs:
+        executed, source = (nbformat.read(path, as_version=4) for path in (job.executed, job.source))
+        artifacts.write_atomic(book / job.source.name, normalised(executed, source))
         result = book / "results" / f"{job.source.stem}.json"
         result.unlink(missing_ok=True)
         if job.result.is_file():

@@ -1,4 +1,4 @@
-"""Figures of results, in one style: means with intervals, trends, differences, losses and ratios of times.
+"""Figures of results, in one style: means with intervals, trends, differences and ratios of times.
 
 Colours are Okabe and Ito's, which colour-blind readers can distinguish; without colour, markers, line styles, hatches
 or the order show the same. Every function returns its axes, to which a title can be added. Text is shown literally: a
@@ -61,7 +61,7 @@ def one_line(names: list[str]) -> list[str]:
     return [re.sub(r"[\s\x00-\x1f\x7f-\x9f]+", " ", str(name)) for name in names]
 
 
-def look(number: int) -> dict[str, str]:
+def bar_look(number: int) -> dict[str, str]:
     """Colour and hatch of a kind of bars."""
     return {"color": COLOURS[number % len(COLOURS)], "hatch": HATCHES[number % len(HATCHES)], "edgecolor": "white"}
 
@@ -148,7 +148,7 @@ def error_parts(tables: dict[str, pd.DataFrame]) -> np.ndarray:
         y = np.arange(len(table))
         for index, (cause, meaning) in enumerate(causes.items()):
             width = table[cause].astype(float).fillna(0)
-            ax.barh(y + 0.27 * (index - 1), width, 0.27, label=meaning if ax is axes[0, 0] else None, **look(index))
+            ax.barh(y + 0.27 * (index - 1), width, 0.27, label=meaning if ax is axes[0, 0] else None, **bar_look(index))
         ax.set(yticks=y, yticklabels=table.index if ax is axes[0, 0] else [], title=name)
         ax.invert_yaxis()
     figure.supxlabel("standard error of HitRatio@1", fontsize=10)
@@ -182,19 +182,6 @@ def ratios(table: pd.DataFrame, label: str) -> Axes:
 
 
 @literal
-def losses(histories: dict[str, pd.DataFrame]) -> Axes:
-    """Training loss against sequences seen, one line for each run: the mean of the last 20 steps."""
-    ax, drawn = plt.subplots()[1], []
-    for index, history in enumerate(histories.values()):
-        smooth = history["loss"].rolling(20, min_periods=1).mean()
-        drawn += ax.plot(history["examples"], smooth, DASHES[index % len(DASHES)])
-    ax.set(xlabel="training sequences seen", ylabel="loss, nats per title")
-    if len(histories) > 1:
-        ax.legend(drawn, histories)
-    return ax
-
-
-@literal
 def lines(table: pd.DataFrame, x: str, y: str) -> Axes:
     """One labelled line for each column of a frame against its index, across gaps; whole numbers get whole ticks."""
     ax, drawn = plt.subplots()[1], []
@@ -222,7 +209,10 @@ def trend(table: pd.DataFrame, x: str, y: str, by: str | None = None, title: str
         of_systems = list(part.groupby("system", sort=False))
         for index, (system, line) in enumerate(of_systems):
             at = line[x] + (index - (len(of_systems) - 1) / 2) * step
-            drawn[system] = _trend_line(ax, line, at, systems.index(system))
+            number = systems.index(system)
+            look = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
+            look["linestyle"] = DASHES[number % len(DASHES)]
+            drawn[system] = ax.errorbar(at, line["value"], yerr=errors(line), capsize=3, **look)
             for seeds_at, values in zip(at + step / 2, line["runs"], strict=True):
                 ax.scatter([seeds_at] * len(values), values, s=7, color="0.4", linewidths=0, zorder=3)
         named = name if isinstance(name, str) else f"{by} {name:g}"
@@ -233,12 +223,6 @@ def trend(table: pd.DataFrame, x: str, y: str, by: str | None = None, title: str
         figure.legend(handles, systems, loc="outside lower center", ncols=min(len(systems), 3))
     finish(axes[0], table, f"{title}\nmeans with 95 % intervals{_seeds(table)}".strip())
     return axes
-
-
-def _trend_line(ax: Axes, line: pd.DataFrame, at: pd.Series, number: int) -> object:
-    point = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
-    dash = DASHES[number % len(DASHES)]
-    return ax.errorbar(at, line["value"], yerr=errors(line), linestyle=dash, capsize=3, **point)
 
 
 @literal

@@ -1,6 +1,6 @@
 """Statistics of gates: how sharp, balanced and personal their weights are, and whether they follow groups.
 
-Letters: n sequences, K experts
+Shapes: n sequences, K experts.
 """
 
 import numpy as np

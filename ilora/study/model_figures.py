@@ -1,4 +1,4 @@
-"""Figures of data and models: popularity, representations, gates, similarity of gradients, scores of one question."""
+"""Figures of models: representations, gates, similarity of gradients, scores of one question."""
 
 import textwrap
 
@@ -7,16 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from ilora.study.figures import COLOURS, MARKERS, errors, ink, literal, look, nothing, one_line
-
-
-@literal
-def long_tail(counts: np.ndarray, what: str) -> Axes:
-    """Events of each item, most popular first."""
-    ax = plt.subplots()[1]
-    ax.fill_between(np.arange(1, len(counts) + 1), np.sort(counts)[::-1], step="mid", alpha=0.7)
-    ax.set(xlabel=f"{what}, by popularity", ylabel="events in train", ylim=(0, None))
-    return ax
+from ilora.study.figures import COLOURS, MARKERS, bar_look, errors, ink, literal, nothing, one_line
 
 
 @literal
@@ -57,7 +48,7 @@ def gate_by_label(weights: np.ndarray, labels: np.ndarray, what: str) -> Axes:
     for expert in range(experts):
         means = [weights[labels == kind, expert].mean() for kind in kinds]
         x = np.arange(len(kinds)) + (expert - (experts - 1) / 2) * 0.8 / experts
-        ax.bar(x, means, 0.8 / experts, label=f"expert {expert + 1}", **look(expert))
+        ax.bar(x, means, 0.8 / experts, label=f"expert {expert + 1}", **bar_look(expert))
     ax.axhline(1 / experts, color="0.4", linestyle="--", linewidth=1, label="uniform")
     ax.set(xticks=range(len(kinds)), xticklabels=[f"{what} {kind}" for kind in kinds], ylabel="mean gate weight")
     ax.figure.legend(loc="outside upper center", ncols=min(experts + 1, 5))
@@ -138,7 +129,7 @@ def scored(scores: dict[str, np.ndarray], titles: list[str], right: int) -> Axes
     ax = plt.subplots(figsize=(6.4, 0.9 + 0.26 * len(titles)))[1]
     y, height, drawn = np.arange(len(titles)), 0.8 / len(scores), []
     for index, share in enumerate(scores.values()):
-        drawn.append(ax.barh(y + (index - (len(scores) - 1) / 2) * height, share, height, **look(index)))
+        drawn.append(ax.barh(y + (index - (len(scores) - 1) / 2) * height, share, height, **bar_look(index)))
     names = [f"{title} (read next)" if index == right else title for index, title in enumerate(one_line(titles))]
     ax.set(xlim=(0, 1), xlabel="share of the probability of the twenty titles", yticks=y, yticklabels=names)
     ax.get_yticklabels()[right].set_fontweight("bold")

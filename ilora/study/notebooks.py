@@ -18,6 +18,15 @@ from ilora.study.parameters import check_parameters, inputs, notebook_parameters
 ROOT = Path(__file__).resolve().parents[2]
 
 
+class NotebookError(UserError):
+    """A notebook failed; `reason` says why in one line."""
+
+    def __init__(self, job: "Job", where: str, reason: str) -> None:
+        executed = f"the executed notebook is {job.executed}; the book is unchanged"
+        super().__init__(f"{job.source.name} failed{where}\n{executed}\n{reason}")
+        self.reason = reason
+
+
 @dataclass(frozen=True)
 class Job:
     """A notebook to run: its source, the parameters that differ from its defaults, and all parameters."""
@@ -47,21 +56,28 @@ class Job:
 
     def run(self, title: str = "") -> None:
         """Execute the notebook, with a progress bar over its cells on stderr. Raises NotebookError."""
+        from nbclient.exceptions import DeadKernelError
+        from papermill import PapermillExecutionError, execute_notebook
+        from traitlets.config import Config
+
         _prepare_environment()
-        _execute(self, title or self.source.stem)
+        self.executed.parent.mkdir(parents=True, exist_ok=True)
+        bar = {"desc": title or self.source.stem, "file": sys.stderr, "dynamic_ncols": True}
+        options = {"kernel_name": "python3", "cwd": ROOT, "progress_bar": bar}
+        options["coalesce_streams"] = True  # text printed in several pieces is one output
+        options["config"] = Config(KernelManager={"transport_encryption": "auto"})  # else each kernel warns
+        try:
+            execute_notebook(self.source, self.executed, self.given, **options)
+        except PapermillExecutionError as error:
+            where = f" in cell [{error.exec_count}], which begins: {error.source.strip().splitlines()[0]}"
+            raise NotebookError(self, where, f"{error.ename}: {error.evalue}".strip()) from error
+        except DeadKernelError as error:
+            raise NotebookError(self, "", "the kernel died, as it does when memory runs out") from error
 
     def __str__(self) -> str:
         """The notebook and its parameters, as on a command line."""
         given = [f"-p {name} {shlex.quote(str(value))}" for name, value in self.given.items()]
         return " ".join([self.source.stem, *given])
-
-
-class NotebookError(UserError):
-    """A notebook failed: where, and for which reason."""
-
-    def __init__(self, job: Job, where: str, reason: str) -> None:
-        super().__init__(f"{where}\nthe executed notebook is {job.executed}; the book is unchanged\n{reason}")
-        self.reason = reason
 
 
 # ---------------------------------------------------------------- before any work
@@ -124,36 +140,3 @@ def _prepare_environment() -> None:
     os.environ["JUPYTER_PATH"] = os.pathsep.join([kernels, *(path for path in paths if path not in ("", kernels))])
     os.environ.setdefault("PYTHONHASHSEED", "0")  # sets print in one order
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # a debugger's warning at kernel start
-
-
-def _execute(job: Job, title: str) -> None:
-    from nbclient.exceptions import DeadKernelError
-    from papermill import PapermillExecutionError, execute_notebook
-    from traitlets.config import Config
-
-    job.executed.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        execute_notebook(
-            job.source,
-            job.executed,
-            job.given,
-            kernel_name="python3",
-            cwd=ROOT,
-            progress_bar={"desc": title, "file": sys.stderr, "dynamic_ncols": True},
-            coalesce_streams=True,  # text printed in several pieces is one output
-            config=Config(KernelManager={"transport_encryption": "auto"}),  # else each kernel warns
-        )
-    except PapermillExecutionError as error:
-        first = error.source.strip().splitlines()[0]
-        where = f"{job.source.name} failed in cell [{error.exec_count}], which begins: {first}"
-        raise NotebookError(job, where, f"{error.ename}: {error.evalue}".strip()) from error
-    except DeadKernelError as error:
-        reason = "the kernel died, as it does when memory runs out"
-        raise NotebookError(job, f"{job.source.name} failed", reason) from error
-
-
-def load_notebook(path: Path) -> Any:
-    """The notebook as nbformat's NotebookNode."""
-    import nbformat
-
-    return nbformat.read(path, as_version=4)

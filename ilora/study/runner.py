@@ -10,10 +10,9 @@ import os
 import signal
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.process import BaseProcess
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Any, Protocol
@@ -99,7 +98,11 @@ def _in_processes(waiting: Sequence[Cell], jobs: int, minutes: float) -> Iterato
         ) from error
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-        _stop(set(multiprocessing.active_children()) - others)
+        for process in (processes := set(multiprocessing.active_children()) - others):
+            process.terminate()
+        for process in processes:
+            process.join(30)
+            process.kill()
 
 
 def _prepare_process(numbers: SimpleQueue) -> None:
@@ -112,14 +115,6 @@ def gpu(number: int) -> dict[str, str]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = visible.split(",") if visible else [str(gpu) for gpu in range(torch.cuda.device_count())]
     return {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if len(gpus) > 1 else {}
-
-
-def _stop(processes: Iterable[BaseProcess]) -> None:
-    for process in processes:
-        process.terminate()
-    for process in processes:
-        process.join(30)
-        process.kill()
 
 
 def publish(results: Mapping[str, dict[str, Any]], folder: Path, ignored: Sequence[str] = ()) -> None:
