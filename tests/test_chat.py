@@ -1,7 +1,4 @@
-"""ChatRec against `transformers serve`, and against a small HTTP server that misbehaves as told.
-
-Both are real servers behind real sockets; what the first one cannot be made to do, the second one does.
-"""
+"""ChatRec with `transformers serve`, and with a small HTTP server that misbehaves as each test says."""
 
 import importlib.util
 import itertools
@@ -26,7 +23,7 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ilora import artifacts
+from ilora import artifacts, data
 from ilora.errors import UserError
 from ilora.language import read_answer
 from ilora.language.pretraining import EMBEDDED
@@ -42,7 +39,7 @@ TITLES = [
 ]
 
 
-# What the chat says, one message a line: the system's words stand before the question.
+# One message on each line, that of the system first.
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message.content }}{% if not loop.last %}\n{% endif %}{% endfor %}"
 )
@@ -57,7 +54,7 @@ def home(tmp_path, monkeypatch):
 
 
 class Served:
-    """The embedded model behind `transformers serve`."""
+    """The embedded model in `transformers serve`."""
 
     def __init__(self, folder):
         self.model, self.log = str(shutil.copytree(EMBEDDED, folder / "model")), folder / "log"
@@ -141,8 +138,8 @@ def completion(text, finish_reason="stop"):
 
 def listed(question):
     """Titles of the history and titles on offer."""
-    found = re.fullmatch(r".*in order: (.*)\. The next .* one of: (.*)\. The next .* is:", question)
-    return [part.split("; ") for part in found.groups()]
+    match = re.fullmatch(r".*in order: (.*)\. The next .* one of: (.*)\. The next .* is:", question)
+    return [part.split("; ") for part in match.groups()]
 
 
 def answer(_, question):
@@ -180,21 +177,21 @@ def make(url, model="tiny", **options):
     return type("Quick", (ChatRec,), options)(url, model, TITLES, "story", "read")
 
 
-def answers(home):
+def replies(home):
     """What is kept, without what describes the endpoint."""
     return [path for path in home.glob("chat/*/*.json") if path.name != "parameters.json"]
 
 
-def message(found, asked):
+def message(system, rows):
     with pytest.raises(UserError) as caught:
-        found.generate(asked)
+        system.generate(rows)
     return str(caught.value)
 
 
-# ---------------------------------------------------------------- answers
+# ---------------------------------------------------------------- replies
 
 
-def test_the_same_question_is_asked_once(serve):
+def test_the_same_question_is_sent_once(serve):
     server = serve()
     first, second = rows(2)
     assert make(server.url).generate([first, second, first]) == [1, 2, 1]
@@ -223,16 +220,16 @@ def test_another_model_endpoint_or_wording_is_another_question_and_another_key_i
     ],
     ids=["in a sentence", "cut short", "nothing", "half a character"],
 )
-def test_any_text_is_an_answer_and_kept(serve, home, reply, column, kept):
+def test_any_text_is_a_reply_and_saved(serve, home, reply, column, kept):
     assert make(serve(lambda *_: reply).url).generate(rows(1)) == [column]
-    (path,) = answers(home)
+    (path,) = replies(home)
     assert json.loads(path.read_text(encoding="utf-8")).items() >= kept.items()
 
 
 # ---------------------------------------------------------------- stopping and going on
 
 
-def test_a_killed_run_goes_on_and_pays_for_no_answer_twice(serve):
+def test_a_killed_run_resumes_and_pays_for_no_reply_twice(serve):
     release = threading.Event()
 
     def reply(number, question):
@@ -260,10 +257,10 @@ def test_a_killed_run_goes_on_and_pays_for_no_answer_twice(serve):
     assert len(server.questions) == 7
 
 
-def test_a_damaged_answer_is_asked_for_again(serve, home):
+def test_a_damaged_reply_is_requested_again(serve, home):
     server = serve()
     make(server.url).generate(rows(3))
-    broken = sorted(answers(home))[1]
+    broken = sorted(replies(home))[1]
     broken.write_bytes(broken.read_bytes()[:40])  # as a full disk or a hand leaves it
     (broken.parent / f".{broken.name}.x1y2").write_text('{"text": "')  # as a kill in the middle of writing leaves it
     for _ in range(2):
@@ -283,16 +280,16 @@ def test_an_interrupt_keeps_the_replies_so_far(serve, home, request):
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with pytest.raises(KeyboardInterrupt):
         make(server.url).generate(rows(5))
-    assert len(answers(home)) == 2
+    assert len(replies(home)) == 2
     assert make(server.url).generate(rows(5)) == [1, 2, 3, 4, 5]
     assert len(server.questions) == 6
 
 
-def test_runs_at_the_same_time_share_their_answers(serve):
+def test_simultaneous_runs_share_their_replies(serve):
     server = serve()
     with ThreadPoolExecutor(3) as pool:
-        found = list(pool.map(lambda _: make(server.url).generate(rows(5)), range(3)))
-    assert found == [[1, 2, 3, 4, 5]] * 3
+        columns = list(pool.map(lambda _: make(server.url).generate(rows(5)), range(3)))
+    assert columns == [[1, 2, 3, 4, 5]] * 3
     assert len(server.questions) == 5
 
 
@@ -305,7 +302,7 @@ def test_retry_after_is_waited_for(serve):
     assert server.times[1] - server.times[0] >= 1  # without the header 0.5 or less
 
 
-def test_a_server_error_is_tried_again_after_twice_as_long_each_time(serve):
+def test_a_server_error_is_retried_after_twice_as_long_each_time(serve):
     server = serve(lambda *_: error(500, "broken"))
     said = message(make(server.url), rows(1))
     first, second = np.diff(server.times)
@@ -314,14 +311,14 @@ def test_a_server_error_is_tried_again_after_twice_as_long_each_time(serve):
     assert len(server.questions) == 3
 
 
-def test_a_server_that_asks_for_hours_is_quoted_and_not_waited_for(serve):
+def test_a_server_that_wants_hours_is_quoted_and_not_waited_for(serve):
     server = serve(lambda *_: error(429, "quota", **{"Retry-After": 7200}))
     assert "quota" in message(make(server.url), rows(1))
     assert len(server.questions) == 1
 
 
 @pytest.mark.parametrize("kind", ["silent", "hangs up", "cut short"])
-def test_a_connection_that_fails_is_tried_again(serve, kind):
+def test_a_failing_connection_is_retried(serve, kind):
     release = threading.Event()
 
     def reply(number, question):
@@ -372,11 +369,11 @@ def test_a_refusal_ends_the_run_at_once(serve, status):
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("kind", ["application/json", "text/html"])
-def test_what_is_no_chat_completion_is_not_kept(serve, home, body, kind):
+def test_what_is_no_chat_completion_is_not_saved(serve, home, body, kind):
     server = serve(lambda *_: (200, {"Content-Type": kind}, body.encode()))
     assert "sends what is no chat completion: check base_url" in message(make(server.url), rows(2))
     assert len(server.questions) == 1
-    assert not answers(home)
+    assert not replies(home)
 
 
 def test_bytes_that_are_no_text_are_no_chat_completion(serve):
@@ -384,12 +381,12 @@ def test_bytes_that_are_no_text_are_no_chat_completion(serve):
     assert "no chat completion" in message(make(server.url), rows(1))
 
 
-def test_a_failure_stops_the_other_questions_and_keeps_their_answers(serve, home):
+def test_a_failure_stops_the_other_questions_and_keeps_earlier_replies(serve, home):
     server = serve(lambda number, question: answer(number, question) if number < 2 else error(401))
     said = message(make(server.url), rows(5))
     assert f"replies are saved in {home}" in said and "the same call resumes from there" in said
     assert len(server.questions) == 3
-    assert len(answers(home)) == 2
+    assert len(replies(home)) == 2
 
 
 # ---------------------------------------------------------------- the key
@@ -407,14 +404,14 @@ def test_the_key_is_sent_and_written_nowhere(serve, home, caplog, capfd):
             shown += ["".join(traceback.format_exception(caught)), repr(caught)]
     assert len(shown) == 2 * len(statuses)
     working = serve()
-    found = make(working.url)
-    found.generate(rows(3))
+    system = make(working.url)
+    system.generate(rows(3))
     assert set(server.authorizations + working.authorizations) == {f"Bearer {KEY}"}
     written = [path.read_text(encoding="utf-8") for path in home.rglob("*") if path.is_file()]
     assert len(written) > 3 and "openai" in {record.name.split(".")[0] for record in caplog.records}
     captured = capfd.readouterr()
     names = [str(path) for path in home.rglob("*")]
-    public = [*shown, *written, *names, caplog.text, captured.out, captured.err, repr(found), str(vars(found))]
+    public = [*shown, *written, *names, caplog.text, captured.out, captured.err, repr(system), str(vars(system))]
     assert not [text for text in public if KEY in text]
 
 
@@ -425,7 +422,7 @@ def test_a_server_without_keys_needs_none(serve, monkeypatch):
     assert server.authorizations == ["Bearer no-key"]
 
 
-def test_a_key_with_a_line_break_is_mended_and_a_strange_one_refused_unseen(serve, monkeypatch):
+def test_a_line_break_of_a_key_is_removed_and_a_strange_key_is_refused_without_showing_it(serve, monkeypatch):
     server = serve()
     monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\n")
     make(server.url).generate(rows(1))
@@ -447,14 +444,14 @@ def test_a_key_with_a_line_break_is_mended_and_a_strange_one_refused_unseen(serv
         ({"url": f"http://localhost/v1?key={KEY}"}, "base_url must be"),
     ],
 )
-def test_what_cannot_work_is_said_when_the_class_is_made(options, said, home):
+def test_arguments_that_cannot_work_are_refused(options, said, home):
     with pytest.raises(UserError, match=said) as caught:
         make(**{"url": "http://localhost:1/v1"} | options)
     assert KEY not in str(caught.value)
     assert not home.exists()
 
 
-def test_without_the_package_openai_the_class_says_what_to_install(monkeypatch):
+def test_without_openai_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)  # what Python does for a package that is not there
     spec = importlib.util.spec_from_file_location("chat_alone", chat.__file__)
     alone = importlib.util.module_from_spec(spec)
@@ -478,13 +475,14 @@ def directly(folder, questions):
         yield tokenizer.decode(output, skip_special_tokens=True)
 
 
-def test_the_example_of_the_readme_gives_what_the_model_itself_says(served):
+def test_the_example_of_the_readme_gives_the_replies_of_the_model(served):
     section = (ROOT / "README.md").read_text(encoding="utf-8").split("## A chat model as recommender")[1]
     code = re.search(r"```python\n(.*?)```", section, re.S)[1]
     names, before = {}, served.requests()
     exec(code.replace("http://localhost:8000/v1", served.url).replace("MODEL", served.model), names)
-    source, columns, found = (names[name] for name in ("source", "columns", "model"))
-    rows = [names["asked"][i] for i in range(20)]
+    source, columns, system = (names[name] for name in ("source", "columns", "model"))
+    questions = data.questions(source, "test", limit=20)
+    rows = [questions[i] for i in range(20)]
     assert served.requests() - before == 20
 
     titles = source.items["title"]
@@ -500,8 +498,8 @@ def test_the_example_of_the_readme_gives_what_the_model_itself_says(served):
     assert len(set(expected) - {None}) > 5  # it names titles, in different places
 
     for (history, candidates, _), text in zip(rows, said, strict=True):
-        digest = artifacts.digest({"messages": found.messages(history, candidates)})
-        kept = json.loads((found.folder / f"{digest}.json").read_text(encoding="utf-8"))
+        digest = artifacts.digest({"messages": system.messages(history, candidates)})
+        kept = json.loads((system.folder / f"{digest}.json").read_text(encoding="utf-8"))
         assert kept["text"] == text
         assert kept["model"].startswith(served.model) and kept["date"].startswith("20")
 
@@ -511,7 +509,7 @@ def test_the_example_of_the_readme_gives_what_the_model_itself_says(served):
 
 
 @pytest.mark.parametrize(("path", "model", "status"), [("", "another", 400), ("/not/there", None, 404)])
-def test_what_the_server_refuses_is_said_and_not_tried_again(served, path, model, status):
+def test_a_refusal_of_a_real_server_is_reported_and_not_retried(served, path, model, status):
     before = served.requests()
     said = message(make(served.url + path, model=model or served.model), rows(1))
     assert f"refuses the request (Error code: {status}" in said and "correct base_url or model" in said

@@ -43,7 +43,7 @@ DRAW = {
     "trends": lambda: figures.trend(TREND, "conflict", "HitRatio@1", by="setting")[0],
     "no maps": lambda: model_figures.heat_maps({}, "cosine", "cluster")[0],
     "no trend": lambda: figures.trend(TREND[:0], "conflict", "HitRatio@1", by="setting", title="nothing")[0],
-    "differences": lambda: figures.differences(PAIRED, "HitRatio@1", "1 of 4 variants can be told apart")[0],
+    "differences": lambda: figures.differences(PAIRED, "HitRatio@1", "1 of 4 intervals excludes zero")[0],
     "no differences": lambda: figures.differences(PAIRED[:0], "HitRatio@1", "")[0],
     "no panels": lambda: figures.panels({"MovieLens": TABLE[:0]}, "HitRatio@1", "chance", 0.05)[0],
     "no parts": lambda: figures.error_parts({})[0],
@@ -62,14 +62,14 @@ DRAW = {
 @pytest.mark.parametrize("name", DRAW)
 def test_nothing_is_cut_off_even_with_a_title(name):
     figure = DRAW[name]().figure
-    figure.axes[0].set_title("iLoRA and LoRA cannot be told apart")
+    figure.axes[0].set_title("the difference between iLoRA and LoRA is not significant")
     figure.canvas.draw()
     inside = figure.get_tightbbox()
     width, height = figure.get_size_inches()
     assert inside.x0 >= 0 and inside.y0 >= 0 and inside.x1 <= width and inside.y1 <= height
 
 
-def test_intervals_stand_in_the_order_of_the_table_with_the_first_on_top():
+def test_intervals_are_in_the_order_of_the_table_with_the_first_on_top():
     ax = DRAW["intervals"]()
     assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b"]
     assert list(ax.lines[0].get_xdata()) == [0.5, 0.1] and list(ax.lines[0].get_ydata()) == [1, 0]
@@ -77,9 +77,9 @@ def test_intervals_stand_in_the_order_of_the_table_with_the_first_on_top():
     np.testing.assert_allclose([bar[:, 0] for bar in bars.get_segments()], [[0.4, 0.7], [0.0, 0.2]])
 
 
-def test_ratios_that_miss_their_goal_look_otherwise_than_those_that_meet_it():
+def test_ratios_that_miss_their_goal_look_different():
     ax = figures.ratios(RATIOS.assign(low=0.05), "time, as a multiple")
-    lines = {found.get_label(): found.lines[0] for found in ax.containers}
+    lines = {bars.get_label(): bars.lines[0] for bars in ax.containers}
     assert {name: len(line.get_xdata()) for name, line in lines.items()} == {
         "goal met": 1, "goal missed": 2, "no goal": 1
     }  # fmt: skip
@@ -122,7 +122,7 @@ def test_differences_have_a_row_for_each_variant_and_a_panel_for_each_setting():
     assert all("n = 3 seeds" in ax.get_title("left").replace("\n", " ") for ax in axes)
 
 
-def test_a_panel_names_its_systems_that_answered_fewer_questions():
+def test_a_panel_names_its_systems_with_fewer_questions():
     whole = TABLE.assign(n=[100, 40])
     axes = figures.panels({"LastFM": whole, "empty": TABLE[:0], "Steam": whole.assign(n=100)}, "y", "equal", 0)
     assert [ax.get_title("left") for ax in axes] == ["LastFM, n = 100\n(b: 40)", "Steam, n = 100"]
@@ -152,14 +152,14 @@ def test_bars_are_the_gates_weights():
     np.testing.assert_allclose(np.array(heights).T, [GATES[group == GROUPS].mean(0) for group in range(3)])
 
 
-def test_scored_titles_have_a_bar_a_system_and_the_answer_is_named():
+def test_scored_titles_have_a_bar_for_each_system_and_the_target_is_named():
     ax = DRAW["scored"]()
     np.testing.assert_allclose([[bar.get_width() for bar in bars] for bars in ax.containers], SHARES)
     names = [label.get_text() for label in ax.get_yticklabels()]
     assert names[7] == "title 7 (read next)" and names[8] == "title 8"
 
 
-def test_the_number_of_experts_is_marked_beside_its_gates():
+def test_the_number_of_experts_is_marked_next_to_its_gates():
     trend, bars = model_figures.experts_at(EXPERTS, 4, GATES, [""] * 12)
     assert [list(line.get_xdata()) for line in trend.lines[-1:]] == [[4]]
     assert len(bars.containers) == 4
@@ -167,11 +167,11 @@ def test_the_number_of_experts_is_marked_beside_its_gates():
 
 
 @pytest.mark.parametrize(("colour", "ink"), [("#0072B2", "white"), ("#E69F00", "black"), ("white", "black")])
-def test_ink_can_be_read_on_its_ground(colour, ink):
+def test_text_can_be_read_on_its_background(colour, ink):
     assert figures.ink(colour) == ink
 
 
-def test_a_line_passes_over_the_places_of_others():
+def test_a_line_crosses_gaps():
     ax = figures.lines(pd.DataFrame({"a": [1, None, 3], "b": [None, 2, None]}), "x", "y")
     assert [line.get_xydata().tolist() for line in ax.lines] == [[[0, 1], [2, 3]], [[1, 2]]]
     plt.close("all")
@@ -222,8 +222,8 @@ def test_names_from_the_data_are_shown_as_they_are(name, styled, tmp_path):
         written = ET.fromstring(figures.svg(figure))
         words = " ".join("".join(text.itertext()) for text in written.iter("{http://www.w3.org/2000/svg}text"))
         assert axes is not None
-        for own in (title, other):
-            assert " ".join(own.split()) in " ".join(words.split()), (own, words)
+        for text in (title, other):
+            assert " ".join(text.split()) in " ".join(words.split()), (text, words)
 
 
 @pytest.mark.parametrize("draw", ["gate_bars", "scored", "experts_at"])

@@ -1,4 +1,4 @@
-"""Sliders are the pictures they are given, whole without a script, and alike for alike pictures."""
+"""Sliders show their pictures, work without a script, and are equal for equal pictures."""
 
 import re
 import runpy

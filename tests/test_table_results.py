@@ -1,4 +1,4 @@
-"""The table's results read, compared and put into words, on answers made by hand."""
+"""Results of the table: loaded, compared and put into words; the outcomes are made by hand."""
 
 import numpy as np
 import pandas as pd
@@ -58,13 +58,13 @@ def test_mixed_settings_are_refused_and_other_questions_not_compared():
         table_results.outcomes_by_system([*same, result("iLoRA", 1, "a")], "movielens")
     with pytest.raises(UserError, match="different questions"):
         table_results.outcomes_by_system([result("iLoRA", 0, "a"), result("iLoRA", 1, "b")], "movielens")
-    answers = table_results.outcomes_by_system(
+    outcomes = table_results.outcomes_by_system(
         [*same, result("SASRec", 0, "b"), result("GRU4Rec", 2, "a")], "movielens"
     )
-    assert list(table_results.compare_systems(answers).index) == [
+    assert list(table_results.compare_systems(outcomes).index) == [
         "Popularity"
     ]  # others: other questions, and no seed in common
-    assert table_results.compare_systems({"iLoRA": answers["iLoRA"]}).empty
+    assert table_results.compare_systems({"iLoRA": outcomes["iLoRA"]}).empty
 
 
 @pytest.mark.parametrize("other", ["LLaRA", "Popularity"])  # Popularity has a run per seed in the world alone
@@ -105,10 +105,10 @@ def test_a_sample_is_compared_on_its_rows_alone():
     assert table_results.compare_systems({"iLoRA": whole, "ChatRec": none}).empty
 
 
-def test_hits_of_valid_answers_are_the_ratio_of_sums():
+def test_the_hit_ratio_of_valid_is_the_ratio_of_sums():
     hit, valid = np.array([[[1, 0, 1, 0]]], bool), np.array([[[1, 1, 1, 0]]], bool)
-    answers = {"iLoRA": table_results.Outcomes((0,), hit, valid, np.arange(4), ("a",), np.arange(4))}
-    row = table_results.system_means(answers).loc["iLoRA"]
+    outcomes = {"iLoRA": table_results.Outcomes((0,), hit, valid, np.arange(4), ("a",), np.arange(4))}
+    row = table_results.system_means(outcomes).loc["iLoRA"]
     assert (row["value"], row["hit_ratio_of_valid"], row["valid_ratio"]) == (0.5, pytest.approx(2 / 3), 0.75)
 
 
@@ -119,8 +119,8 @@ def test_a_difference_needs_its_test_and_its_interval():
     assert table_results.conclusions({"x": compared})["x"] == "above A; below D; not significantly different from B, C"
 
 
-def test_answers_that_are_all_wrong_still_have_an_interval():
+def test_outcomes_that_are_all_wrong_have_an_interval():
     wrong = np.zeros((1, 5, 50), bool)
-    answers = table_results.Outcomes((0,), wrong, wrong, np.arange(50), ("a",) * 5, np.arange(50))
-    row = table_results.system_means({"ChatRec": answers}).loc["ChatRec"]
+    outcomes = table_results.Outcomes((0,), wrong, wrong, np.arange(50), ("a",) * 5, np.arange(50))
+    row = table_results.system_means({"ChatRec": outcomes}).loc["ChatRec"]
     assert row["value"] == 0 == row["low"] and 0.05 < row["high"] < 0.1  # Wilson's of 0 among 50

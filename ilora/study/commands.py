@@ -10,17 +10,16 @@ from ilora.study import book, notebooks
 from ilora.study.parameters import PARAMETERS, parse_parameters
 
 HELP = """\
-Runs notebooks/*.ipynb in order, each in a new kernel of this Python with the repository as working
-directory, and writes the executed notebooks to the artifacts folder ($ILORA_HOME, or ./artifacts), as
-notebooks/NAME-KEY.ipynb. The KEY is made of package version, parameters, and the content of data and
-models; the result has the same one.
+Runs notebooks/*.ipynb in order, each in a new kernel of this Python with the repository as working directory.
+The executed notebooks are written to the artifacts folder ($ILORA_HOME, or ./artifacts), as
+notebooks/NAME-KEY.ipynb. The KEY is made of package version, parameters, and the content of data and models;
+the result has the same one.
 
-With default parameters, and only if every notebook succeeded, the pages of the book are then replaced by
-the executed notebooks (book/NAME.ipynb and book/results/NAME.json) and the book is built.  A run with -p
-leaves book/ unchanged; to read it as a book, name another folder with --book.
+With default parameters, and only if every notebook succeeded, the pages of the book are then replaced by the
+executed notebooks (book/NAME.ipynb and book/results/NAME.json) and the book is built. A run with -p leaves
+book/ unchanged; to read it as a book, name another folder with --book.
 
-`python -m ilora table --help` says how the systems of the paper's Table 1 are run and compared,
-`python -m ilora sweep --help` how one notebook is run over a grid of parameters."""
+More help: `python -m ilora table --help` (the paper's Table 1), `python -m ilora sweep --help` (grids)."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -52,7 +52,10 @@ def trained(dataset: data.Dataset, kind: str, seed: int, settings: Mapping[str, 
 
 
 def _recommender(kind: str) -> System:
-    return System(lambda dataset, seed, settings: trained(dataset, kind, seed, settings), recommender=kind)
+    def make(dataset: data.Dataset, seed: int, settings: Mapping[str, Any]) -> evaluation.System:
+        return trained(dataset, kind, seed, settings)
+
+    return System(make, ("text_encoder",)) if kind == "MoRec" else System(make, recommender=kind)
 
 
 def _tuned(encoder: str = "", experts: bool = False) -> System:
@@ -69,10 +72,6 @@ def _tuned(encoder: str = "", experts: bool = False) -> System:
     return System(make, uses, recommender=encoder)
 
 
-def _untuned(dataset: data.Dataset, seed: int, settings: Mapping[str, Any]) -> evaluation.System:
-    return tuning.untuned(dataset, settings["base_model"], device=settings["device"])
-
-
 def _chat(dataset: data.Dataset, seed: int, settings: Mapping[str, Any]) -> evaluation.System:
     if not settings["chat_url"] or not settings["chat_model"]:
         raise UserError("ChatRec needs an endpoint: name it with -p chat_url URL and -p chat_model NAME")
@@ -85,12 +84,15 @@ SYSTEMS = {
     "GRU4Rec": _recommender("GRU4Rec"),
     "Caser": _recommender("Caser"),
     "SASRec": _recommender("SASRec"),
-    "MoRec": System(lambda dataset, seed, settings: trained(dataset, "MoRec", seed, settings), ("text_encoder",)),
-    "Language model": System(_untuned, ("base_model",), seeds=False),  # the paper's Llama2
+    "MoRec": _recommender("MoRec"),
+    "Language model": System(  # the paper's Llama2
+        lambda dataset, seed, settings: tuning.untuned(dataset, settings["base_model"], device=settings["device"]),
+        ("base_model",), seeds=False,
+    ),
     "ChatRec": System(_chat, ("chat_url", "chat_model", "chat_limit"), seeds=False, sample="chat_limit"),
     "TALLRec": _tuned(),
     "LLaRA (GRU4Rec)": _tuned("GRU4Rec"),
     "LLaRA (Caser)": _tuned("Caser"),
     "LLaRA": _tuned("SASRec"),
     "iLoRA": _tuned("SASRec", experts=True),
-}
+}  # fmt: skip

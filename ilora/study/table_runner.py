@@ -2,10 +2,9 @@
 
     python -m ilora table --datasets movielens lastfm --data-dir DIR --seeds 0 1 2 --jobs 2 --to book/results/table
 
-All systems are evaluated on the same questions: each test user's last window, as in the paper, with several draws of
-the candidates, and windows of all test users' histories with one draw. ChatRec, whose endpoint may cost money, is
-evaluated on a random sample of them. A cell with a result is not run again; a failed one is recorded with its reason
-and tried again the next time. The search for dropout and L2 on validation is a result, too.
+All systems have the same questions: each test user's last window, as in the paper, with several draws of candidates,
+and windows of all test users' histories with one draw. ChatRec, whose endpoint may cost money, has a random sample of
+them. A cell with a result is not run again; a failed one is recorded with its reason and tried again the next time.
 """
 
 import argparse
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from ilora import artifacts, data, evaluation
 from ilora.errors import UserError
@@ -78,10 +76,9 @@ class Cell:
     @property
     def search_parameters(self) -> dict[str, Any]:
         """What decides the dropout and L2 of the system's recommender; seed: that of the search."""
-        search = {"system": SYSTEMS[self.system].recommender, "dataset": self.dataset}
         world = {name: self.settings[name] for name in WORLD} | {"world": self.seed}
-        search |= {"window": self.settings["window"], "grid": list(GRID), "seed": 0}
-        return search | (world if self.dataset == "world" else {})
+        search = {"system": SYSTEMS[self.system].recommender, "dataset": self.dataset, "grid": list(GRID), "seed": 0}
+        return search | {"window": self.settings["window"]} | (world if self.dataset == "world" else {})
 
     @property
     def search_result(self) -> Path:
@@ -105,7 +102,8 @@ class Cell:
             limit, draws = (self.settings["test_limit"], 1) if windows == "all" else (0, self.draws)
             questions = data.questions(dataset, "test", self.settings["window"], limit, windows)
             columns = outcome_strings(system, questions, draws, self.settings["micro_batch_size"], sample)
-            metrics[windows] = {f"{name}_ratio": _share_of_ones(columns[name]) for name in ("hit", "valid")}
+            digits = {name: "".join(columns[name]) for name in ("hit", "valid")}
+            metrics[windows] = {f"{name}_ratio": text.count("1") / len(text) for name, text in digits.items()}
             outcomes |= {f"{windows} {name}": column for name, column in columns.items()}
         if hasattr(system, "validation"):
             metrics["validation"] = system.validation  # HitRatio@1 after each epoch
@@ -134,10 +132,6 @@ def outcome_strings(
         columns["questions"].append(artifacts.digest({"candidates": evaluation.asked(questions).to_numpy().tolist()}))
     columns |= {"rows": rows.tolist()} if sample else {}
     return columns | {"windows": np.unique(questions.sequences.user, return_counts=True)[1].tolist()}
-
-
-def _share_of_ones(strings: Sequence[str]) -> float:
-    return "".join(strings).count("1") / sum(map(len, strings))
 
 
 # ---------------------------------------------------------------- running them
@@ -188,14 +182,6 @@ def search(cell: Cell) -> Path:
     return timed.save({"chosen": chosen, "grid": grid}, path=cell.search_result)
 
 
-def search_all(cells: Sequence[Cell]) -> None:
-    """Write the missing searches of the cells that have results."""
-    finished = [cell for cell in cells if SYSTEMS[cell.system].recommender and cell.result.is_file()]
-    missing = {cell.search_result: cell for cell in finished if not cell.search_result.is_file()}
-    for cell in tqdm(missing.values(), desc="searches for dropout and L2", delay=1):
-        search(cell)
-
-
 def publish(cells: Sequence[Cell], folder: Path) -> None:
     """Copy the existing results, failures and searches to `folder`."""
     paths = {path for cell in cells for path in (cell.result, cell.failure, cell.search_result) if path.is_file()}
@@ -226,7 +212,9 @@ def main(arguments: Sequence[str]) -> int:
     failed = run_all(selected, options.jobs, options.minutes)
     missing = [cell for cell in selected if not cell.result.is_file()]
     if len(missing) == len(failed):  # else the time is up
-        search_all(selected)
+        for cell in selected:
+            if SYSTEMS[cell.system].recommender and cell.result.is_file() and not cell.search_result.is_file():
+                search(cell)
     if options.to:
         publish(selected, options.to)
     print(f"{len(selected) - len(missing)} of {len(selected)} cells are in {artifacts.home() / 'results'}")
