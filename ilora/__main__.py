@@ -2,7 +2,7 @@
 
 import sys
 
-from ilora.study.running import main
+from ilora.study.commands import main
 
 if __name__ == "__main__":
     sys.exit(main())

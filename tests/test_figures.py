@@ -8,11 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ilora.study import figures
+from ilora.study import figures, model_figures
 
 RNG = np.random.default_rng(0)
 TABLE = pd.DataFrame({"value": [0.5, 0.1], "low": [0.4, 0.0], "high": [0.7, 0.2], "n": [9, 9]}, index=["a", "b"])
-HISTORY = pd.DataFrame({"examples": np.arange(50) * 8, "loss": np.linspace(3, 1, 50)})
 RUNS = [[0.4, 0.5, 0.6]] * 4
 TREND = pd.DataFrame({"system": list("aabb"), "conflict": [0, 1, 0, 1], "value": 0.5, "low": 0.4, "high": 0.7})
 TREND = TREND.assign(n=3, runs=RUNS, setting=["world", "world", "movielens, epochs 2, train_limit 40000", "lastfm"])
@@ -39,39 +38,38 @@ def style():
 DRAW = {
     "intervals": lambda: figures.intervals(TABLE, "HitRatio@1", chance=0.05),
     "ratios": lambda: figures.ratios(RATIOS.assign(low=0.05), "time, as a multiple"),
-    "losses": lambda: figures.losses({"LoRA": HISTORY, "iLoRA": HISTORY}),
     "lines": lambda: figures.lines(pd.DataFrame(RNG.random((5, 10))), "knob", "share"),
     "trend": lambda: figures.trend(TREND, "conflict", "HitRatio@1", title="the gain grows with conflict: a lot")[0],
     "trends": lambda: figures.trend(TREND, "conflict", "HitRatio@1", by="setting")[0],
-    "no maps": lambda: figures.heat_maps({}, "cosine", "cluster")[0],
+    "no maps": lambda: model_figures.heat_maps({}, "cosine", "cluster")[0],
     "no trend": lambda: figures.trend(TREND[:0], "conflict", "HitRatio@1", by="setting", title="nothing")[0],
-    "differences": lambda: figures.differences(PAIRED, "HitRatio@1", "1 of 4 variants can be told apart")[0],
+    "differences": lambda: figures.differences(PAIRED, "HitRatio@1", "1 of 4 intervals excludes zero")[0],
     "no differences": lambda: figures.differences(PAIRED[:0], "HitRatio@1", "")[0],
     "no panels": lambda: figures.panels({"MovieLens": TABLE[:0]}, "HitRatio@1", "chance", 0.05)[0],
     "no parts": lambda: figures.error_parts({})[0],
-    "heat_maps": lambda: figures.heat_maps({"LoRA": np.eye(8), "iLoRA": np.eye(8)}, "cosine", "cluster")[0],
-    "small heat_maps": lambda: figures.heat_maps(MAPS, "cosine off the diagonal", "cluster", rows=2)[0],
-    "long_tail": lambda: figures.long_tail(np.array([5, 1, 3]), "items"),
-    "agreement": lambda: figures.agreement(np.eye(4), "share of stories with the same first follower"),
-    "state_map": lambda: figures.state_map(RNG.normal(size=(30, 2)), np.arange(30) % 10, "group"),
-    "gate_bars": lambda: figures.gate_bars(GATES, [f"user {n}" for n in range(12)]),
-    "gate_by_label": lambda: figures.gate_by_label(GATES, GROUPS, "group"),
-    "scored": lambda: figures.scored({"LoRA": SHARES[0], "iLoRA": SHARES[1]}, [f"title {n}" for n in range(20)], 7),
-    "experts_at": lambda: figures.experts_at(EXPERTS, 4, GATES, [f"user {n}" for n in range(12)])[0],
+    "heat_maps": lambda: model_figures.heat_maps({"LoRA": np.eye(8), "iLoRA": np.eye(8)}, "cosine", "cluster")[0],
+    "small heat_maps": lambda: model_figures.heat_maps(MAPS, "cosine off the diagonal", "cluster", rows=2)[0],
+    "state_map": lambda: model_figures.state_map(RNG.normal(size=(30, 2)), np.arange(30) % 10, "group"),
+    "gate_bars": lambda: model_figures.gate_bars(GATES, [f"user {n}" for n in range(12)]),
+    "gate_by_label": lambda: model_figures.gate_by_label(GATES, GROUPS, "group"),
+    "scored": lambda: model_figures.scored(
+        {"LoRA": SHARES[0], "iLoRA": SHARES[1]}, [f"title {n}" for n in range(20)], 7
+    ),
+    "experts_at": lambda: model_figures.experts_at(EXPERTS, 4, GATES, [f"user {n}" for n in range(12)])[0],
 }
 
 
 @pytest.mark.parametrize("name", DRAW)
 def test_nothing_is_cut_off_even_with_a_title(name):
     figure = DRAW[name]().figure
-    figure.axes[0].set_title("iLoRA and LoRA cannot be told apart")
+    figure.axes[0].set_title("the difference between iLoRA and LoRA is not significant")
     figure.canvas.draw()
     inside = figure.get_tightbbox()
     width, height = figure.get_size_inches()
     assert inside.x0 >= 0 and inside.y0 >= 0 and inside.x1 <= width and inside.y1 <= height
 
 
-def test_intervals_stand_in_the_order_of_the_table_with_the_first_on_top():
+def test_intervals_are_in_the_order_of_the_table_with_the_first_on_top():
     ax = DRAW["intervals"]()
     assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b"]
     assert list(ax.lines[0].get_xdata()) == [0.5, 0.1] and list(ax.lines[0].get_ydata()) == [1, 0]
@@ -79,9 +77,9 @@ def test_intervals_stand_in_the_order_of_the_table_with_the_first_on_top():
     np.testing.assert_allclose([bar[:, 0] for bar in bars.get_segments()], [[0.4, 0.7], [0.0, 0.2]])
 
 
-def test_ratios_that_miss_their_goal_look_otherwise_than_those_that_meet_it():
+def test_ratios_that_miss_their_goal_look_different():
     ax = figures.ratios(RATIOS.assign(low=0.05), "time, as a multiple")
-    lines = {found.get_label(): found.lines[0] for found in ax.containers}
+    lines = {bars.get_label(): bars.lines[0] for bars in ax.containers}
     assert {name: len(line.get_xdata()) for name, line in lines.items()} == {
         "goal met": 1, "goal missed": 2, "no goal": 1
     }  # fmt: skip
@@ -124,7 +122,7 @@ def test_differences_have_a_row_for_each_variant_and_a_panel_for_each_setting():
     assert all("n = 3 seeds" in ax.get_title("left").replace("\n", " ") for ax in axes)
 
 
-def test_a_panel_names_its_systems_that_answered_fewer_questions():
+def test_a_panel_names_its_systems_with_fewer_questions():
     whole = TABLE.assign(n=[100, 40])
     axes = figures.panels({"LastFM": whole, "empty": TABLE[:0], "Steam": whole.assign(n=100)}, "y", "equal", 0)
     assert [ax.get_title("left") for ax in axes] == ["LastFM, n = 100\n(b: 40)", "Steam, n = 100"]
@@ -137,7 +135,7 @@ def test_a_figure_without_runs_says_so(name):
 
 
 def test_small_heat_maps_show_what_is_off_the_diagonal():
-    axes = figures.heat_maps(MAPS, "cosine", "cluster", rows=2)
+    axes = model_figures.heat_maps(MAPS, "cosine", "cluster", rows=2)
     image = axes[0].images[0]
     off = np.concatenate([matrix[~np.eye(8, dtype=bool)] for matrix in MAPS.values()])
     assert image.get_clim() == pytest.approx((-np.abs(off).max(), np.abs(off).max()))
@@ -146,7 +144,7 @@ def test_small_heat_maps_show_what_is_off_the_diagonal():
 
 
 def test_bars_are_the_gates_weights():
-    ax = figures.gate_bars(GATES, ["user 7"] * 12)  # of one user, and still a bar each
+    ax = model_figures.gate_bars(GATES, ["user 7"] * 12)  # of one user, and still a bar each
     widths = [[bar.get_width() for bar in bars] for bars in ax.containers]
     np.testing.assert_allclose(np.array(widths).T, GATES)
     assert len({bar.get_y() for bar in ax.containers[0]}) == 12
@@ -154,33 +152,32 @@ def test_bars_are_the_gates_weights():
     np.testing.assert_allclose(np.array(heights).T, [GATES[group == GROUPS].mean(0) for group in range(3)])
 
 
-def test_scored_titles_have_a_bar_a_system_and_the_answer_is_named():
+def test_scored_titles_have_a_bar_for_each_system_and_the_target_is_named():
     ax = DRAW["scored"]()
     np.testing.assert_allclose([[bar.get_width() for bar in bars] for bars in ax.containers], SHARES)
     names = [label.get_text() for label in ax.get_yticklabels()]
     assert names[7] == "title 7 (read next)" and names[8] == "title 8"
 
 
-def test_the_number_of_experts_is_marked_beside_its_gates():
-    trend, bars = figures.experts_at(EXPERTS, 4, GATES, [""] * 12)
+def test_the_number_of_experts_is_marked_next_to_its_gates():
+    trend, bars = model_figures.experts_at(EXPERTS, 4, GATES, [""] * 12)
     assert [list(line.get_xdata()) for line in trend.lines[-1:]] == [[4]]
     assert len(bars.containers) == 4
-    assert len(figures.experts_at(EXPERTS, 1, None, [])) == 1
+    assert len(model_figures.experts_at(EXPERTS, 1, None, [])) == 1
 
 
 @pytest.mark.parametrize(("colour", "ink"), [("#0072B2", "white"), ("#E69F00", "black"), ("white", "black")])
-def test_ink_can_be_read_on_its_ground(colour, ink):
-    assert figures._ink(colour) == ink
+def test_text_can_be_read_on_its_background(colour, ink):
+    assert figures.ink(colour) == ink
 
 
-def test_a_line_passes_over_the_places_of_others():
+def test_a_line_crosses_gaps():
     ax = figures.lines(pd.DataFrame({"a": [1, None, 3], "b": [None, 2, None]}), "x", "y")
     assert [line.get_xydata().tolist() for line in ax.lines] == [[[0, 1], [2, 3]], [[1, 2]]]
     plt.close("all")
 
 
 def test_lines_and_bars_differ_in_more_than_colour():
-    assert len({line.get_linestyle() for line in DRAW["losses"]().lines}) == 2
     assert len({line.get_marker() for line in DRAW["lines"]().lines[:8]}) == 8
     assert len({bars[0].get_hatch() for bars in DRAW["gate_by_label"]().containers}) == 4
 
@@ -196,20 +193,17 @@ WITH_NAMES = {
     "panels": lambda a, b: figures.panels({a: TABLE, b: TABLE.set_axis([b, a])}, a, b, 0.05),
     "error_parts": lambda a, b: figures.error_parts({a: ERRORS.set_axis([a, b])}),
     "ratios": lambda a, b: figures.ratios(RATIOS.set_axis(pd.MultiIndex.from_tuples([("cpu", a, b)] * 4)), a),
-    "losses": lambda a, b: figures.losses({a: HISTORY, b: HISTORY}),
     "lines": lambda a, b: figures.lines(pd.DataFrame(RNG.random((5, 2)), columns=[a, b]), a, b),
     "trend": lambda a, b: figures.trend(TREND.replace({"a": a, "b": b}), "conflict", a, title=b),
     "trends": lambda a, b: figures.trend(TREND.assign(setting=[a, a, b, b]), "conflict", b, by="setting"),
     "differences": lambda a, b: figures.differences(PAIRED.assign(variant=a), b, b),
-    "long_tail": lambda a, b: figures.long_tail(np.array([5, 1]), a).set_title(b),
-    "agreement": lambda a, b: figures.agreement(np.eye(4), a).set_title(b),
-    "state_map": lambda a, b: figures.state_map(RNG.normal(size=(30, 2)), np.array([a, b] * 15), "group"),
-    "gate_bars": lambda a, b: figures.gate_bars(GATES[:2], [a, b]),
-    "gate_by_label": lambda a, b: figures.gate_by_label(GATES, np.array([a, b] * 6), a),
-    "heat_maps": lambda a, b: figures.heat_maps({a: np.eye(3), b: np.eye(3)}, a, b),
-    "relation": lambda a, b: figures.relation(np.arange(3), {a: np.ones(3)}, {a: {"value": 1, "p": 0.5}}, a, b),
-    "scored": lambda a, b: figures.scored({a: SHARES[0], b: SHARES[1]}, [a, b] * 10, 7),
-    "experts_at": lambda a, b: figures.experts_at(EXPERTS, 4, GATES[:2], [a, b]),
+    "state_map": lambda a, b: model_figures.state_map(RNG.normal(size=(30, 2)), np.array([a, b] * 15), "group"),
+    "gate_bars": lambda a, b: model_figures.gate_bars(GATES[:2], [a, b]),
+    "gate_by_label": lambda a, b: model_figures.gate_by_label(GATES, np.array([a, b] * 6), a),
+    "heat_maps": lambda a, b: model_figures.heat_maps({a: np.eye(3), b: np.eye(3)}, a, b),
+    "relation": lambda a, b: model_figures.relation(np.arange(3), {a: np.ones(3)}, {a: {"value": 1, "p": 0.5}}, a, b),
+    "scored": lambda a, b: model_figures.scored({a: SHARES[0], b: SHARES[1]}, [a, b] * 10, 7),
+    "experts_at": lambda a, b: model_figures.experts_at(EXPERTS, 4, GATES[:2], [a, b]),
 }
 ERRORS = pd.DataFrame({"error_users": [0.1, 0.2], "error_seeds": 0.1, "error_draws": 0.1})
 
@@ -228,8 +222,8 @@ def test_names_from_the_data_are_shown_as_they_are(name, styled, tmp_path):
         written = ET.fromstring(figures.svg(figure))
         words = " ".join("".join(text.itertext()) for text in written.iter("{http://www.w3.org/2000/svg}text"))
         assert axes is not None
-        for own in (title, other):
-            assert " ".join(own.split()) in " ".join(words.split()), (own, words)
+        for text in (title, other):
+            assert " ".join(text.split()) in " ".join(words.split()), (text, words)
 
 
 @pytest.mark.parametrize("draw", ["gate_bars", "scored", "experts_at"])
@@ -252,7 +246,7 @@ def test_a_table_of_titles_shows_no_formulas_and_no_html():
 
 
 def test_text_that_a_notebook_adds_is_shown_as_it_is():
-    ax = figures.long_tail(np.array([5, 1]), "items")
+    ax = pd.Series([5, 1]).plot.area()
     added = [ax.set_title("$$"), ax.figure.suptitle("$$"), ax.text(0, 0, "$$")]
     ax.figure.canvas.draw()
     assert not any(text.get_parse_math() for text in added)

@@ -19,8 +19,7 @@ from ilora.errors import UserError
 from ilora.language import load_language_model, pretraining
 from ilora.language.pretraining import EMBEDDED, OTHER_DATA
 from ilora.recommenders import SASRec
-from ilora.study import chat, notebook_sweep, parameters, table_runner
-from ilora.study import running as runner
+from ilora.study import chat, commands, notebooks, parameters, table_runner
 
 COMMITS = {"ada/small": "a" * 40, "ada/other": "b" * 40}
 
@@ -117,11 +116,13 @@ def cell(system="iLoRA", dataset="world", seed=0, draws=2, data_dir="", **settin
 
 
 def search(dataset="world", seed=0, **settings):
-    return table_runner.Cell("SASRec", dataset, seed, 2, "", table_runner.SETTINGS | {"users": 40} | settings).searched
+    return table_runner.Cell(
+        "SASRec", dataset, seed, 2, "", table_runner.SETTINGS | {"users": 40} | settings
+    ).search_result
 
 
 def job(notebook="04", **given):
-    (planned,) = runner.plan(given, [notebook])
+    (planned,) = notebooks.plan(given, [notebook])
     assert planned.executed.stem == planned.result.stem
     return planned.result
 
@@ -293,7 +294,7 @@ def test_a_model_without_a_commit_is_refused_in_one_sentence():
 
 
 def searched(folder):
-    return table_runner.Cell("SASRec", "csv", 0, 2, str(folder)).searched
+    return table_runner.Cell("SASRec", "csv", 0, 2, str(folder)).search_result
 
 
 @pytest.mark.parametrize("make", [make_csv, lambda folder: cell("Popularity", "csv", data_dir=str(folder)),
@@ -340,12 +341,12 @@ def test_a_table_of_other_data_reads_and_publishes_it(tmp_path, to):
     folders = [csv_files(tmp_path / name, seed) for seed, name in enumerate("AB")]
     for folder, target in zip(folders, ("a", to), strict=True):
         command = ["table", "--datasets", "csv", "--data-dir", str(folder), "--systems", "Popularity"]
-        assert runner.main([*command, "--to", str(tmp_path / "to" / target)]) == 0
+        assert commands.main([*command, "--to", str(tmp_path / "to" / target)]) == 0
     (found,) = published(tmp_path / "to" / to)
     right = data.load("csv", str(folders[1]))
     assert found["inputs"] == {"data": right.key}
     asked = data.questions(right, "test", table_runner.SETTINGS["window"], windows="last")
-    outcomes = table_runner._answers(recommenders.Popularity.from_dataset(right), asked, 5, 32)
+    outcomes = table_runner.outcome_strings(recommenders.Popularity.from_dataset(right), asked, 5, 32)
     assert {name: found["outcomes"][f"last {name}"] for name in outcomes} == outcomes
 
 
@@ -363,21 +364,20 @@ def test_a_sweep_over_changed_data_runs_again(tmp_path, monkeypatch):
     ran = []
 
     def execute(planned):
-        monkeypatch.chdir(runner.ROOT)
+        monkeypatch.chdir(notebooks.ROOT)
         values = parameters.start(planned.source.stem, dict(planned.parameters))
         source = data.load("csv", planned.parameters["data_dir"])
         ran.append(source.key)
         values.save({"events": int(source.events["item"].iloc[0])})
-        return ""
 
-    monkeypatch.setattr(notebook_sweep, "execute", execute)
+    monkeypatch.setattr(notebooks.Job, "run", execute)
     folder = csv_files(tmp_path / "own")
-    command = ["01", "--over", "seed", "0", "-p", "dataset", "csv", "-p", "data_dir", str(folder)]
+    command = ["sweep", "01", "--over", "seed", "0", "-p", "dataset", "csv", "-p", "data_dir", str(folder)]
     command += ["--to", str(tmp_path / "to")]
-    assert notebook_sweep.main(command) == notebook_sweep.main(command) == 0
+    assert commands.main(command) == commands.main(command) == 0
     assert len(ran) == 1
     csv_files(folder, seed=1)
-    assert notebook_sweep.main(command) == 0
+    assert commands.main(command) == 0
     assert len(set(ran)) == 2
     (found,) = published(tmp_path / "to")  # in place of the result of the old data
     assert found["inputs"]["data"] == ran[-1]
@@ -387,7 +387,7 @@ def test_a_notebook_finds_the_key_that_was_planned(tmp_path, monkeypatch):
     """Run for real: data by a relative folder, from another working directory than the notebook's."""
     root = tmp_path / "repo"
     (root / "notebooks").mkdir(parents=True)
-    shutil.copy(runner.ROOT / "notebooks" / "01_data.ipynb", root / "notebooks")
+    shutil.copy(notebooks.ROOT / "notebooks" / "01_data.ipynb", root / "notebooks")
     notebook = json.loads((root / "notebooks" / "01_data.ipynb").read_text())
     code = [entry for entry in notebook["cells"] if entry["cell_type"] == "code"][:2]
     last = code[1] | {
@@ -395,14 +395,14 @@ def test_a_notebook_finds_the_key_that_was_planned(tmp_path, monkeypatch):
         "source": "from ilora import data\nrun.save({'items': len(data.load(dataset, data_dir).items)})",
     }
     (root / "notebooks" / "01_data.ipynb").write_text(json.dumps(notebook | {"cells": [*code, last]}))
-    monkeypatch.setattr(runner, "ROOT", root)
+    monkeypatch.setattr(notebooks, "ROOT", root)
     monkeypatch.setenv("PYTHONPATH", str(Path(ilora.__file__).parents[1]))
     monkeypatch.chdir(tmp_path)
     results = []
     for seed in range(2):
         csv_files(tmp_path / "own", seed)
-        assert runner.main(["--only", "01", "-p", "dataset", "csv", "-p", "data_dir", "own"]) == 0
-        (planned,) = runner.plan(runner.local_paths({"dataset": "csv", "data_dir": "own"}), ["01"])
+        assert commands.main(["--only", "01", "-p", "dataset", "csv", "-p", "data_dir", "own"]) == 0
+        (planned,) = notebooks.plan(notebooks.local_paths({"dataset": "csv", "data_dir": "own"}), ["01"])
         assert planned.result.is_file() and planned.executed.is_file()
         results.append(json.loads(planned.result.read_text())["inputs"]["data"])
     assert results[0] != results[1]

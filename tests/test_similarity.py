@@ -5,7 +5,6 @@ import pytest
 import torch
 from scipy.spatial.distance import pdist, squareform
 
-from ilora.data import Questions, Sequences
 from ilora.errors import UserError
 from ilora.study import gradients, similarity
 
@@ -89,22 +88,6 @@ def test_a_known_relation_is_detected_with_its_sign():
     assert (result["pairs"], result["members"]) == (28, 8)
     assert similarity.mantel(-(distance**3), distance, permutations=9)["value"] == pytest.approx(-1)  # ranks
     assert similarity.mantel(symmetric(rng, 8), distance, permutations=99)["p"] > 0.05
-
-
-def test_pairs_are_ranked_and_shown():
-    history = np.array([[60, 60, 60, 4, 5], [60, 60, 60, 60, 1], [7, 8, 9, 10, 11], [60, 60, 1, 2, 3]])
-    length, target = (history < 60).sum(1), np.array([6, 2, 12, 4])
-    questions = Questions(Sequences(np.arange(4), length, history, length, target), 60, seed=0)
-    pairs = similarity.ranked_pairs(squareform([0.1, 0.9, -0.5, 0.2, 0.3, 0.0]))
-    assert pairs["similarity"].tolist() == [0.9, 0.3, 0.2, 0.1, 0.0, -0.5]
-    assert pairs.iloc[0][["first", "second"]].tolist() == [0, 2] and pairs.iloc[-1][["first", "second"]].tolist() == [
-        0,
-        3,
-    ]
-    table = similarity.side_by_side(questions, pairs.iloc[0], [f"title {item}" for item in range(60)])
-    assert list(table.columns) == ["user 0", "user 2"] and list(table.index) == [1, 2, 3, 4, 5, "next"]
-    assert table["user 0"].tolist() == ["", "", "", "title 4", "title 5", "title 6"]
-    assert table["user 2"].tolist() == [f"title {item}" for item in range(7, 13)]
 
 
 def test_what_other_groups_lack_excludes_noise():

@@ -4,8 +4,9 @@ import pytest
 
 from ilora import artifacts, data
 from ilora.errors import UserError
-from ilora.study import notebook_sweep
-from ilora.study.running import Job
+from ilora.study import notebook_sweep, runner
+from ilora.study.commands import main
+from ilora.study.notebooks import Job
 
 
 @pytest.fixture
@@ -19,28 +20,25 @@ def fake(monkeypatch, home):
     """Runs write a result at once; those with seed 1 fail."""
     ran = []
 
-    def execute(job: Job) -> str:
+    def run(job):
         ran.append(job.parameters["seed"])
         if job.parameters["seed"] == 1:
-            return "UserError: seed 1 is unlucky"
-        artifacts.Run(job.source.stem, job.parameters, job.inputs).save(
-            {"LoRA": {"hit_ratio": {"value": 0.5, "n": 10}}}
-        )
-        return ""
+            raise UserError("seed 1 is unlucky")
+        artifacts.Run(job.source.stem, job.parameters, job.inputs).save({"LoRA": {"value": 0.5}})
 
-    monkeypatch.setattr(notebook_sweep, "execute", execute)
+    monkeypatch.setattr(Job, "run", run)
     return ran
 
 
 def test_a_sweep_runs_the_grid_skips_what_is_there_and_names_what_failed(fake, capsys, tmp_path):
-    command = ["02", "--over", "conflict", "0", "1", "--over", "seed", "0", "1", "2", "-p", "users", "50"]
-    assert notebook_sweep.main([*command, "--jobs", "2", "--to", str(tmp_path / "out")]) == 1
+    command = ["sweep", "02", "--over", "conflict", "0", "1", "--over", "seed", "0", "1", "2", "-p", "users", "50"]
+    assert main([*command, "--to", str(tmp_path / "out")]) == 1
     assert sorted(fake) == [0, 0, 1, 1, 2, 2]
     error = capsys.readouterr().err
     assert "02_sasrec -p users 50 -p conflict 0.0 -p seed 1 failed: UserError: seed 1 is unlucky" in error
     assert len(list((tmp_path / "out").glob("*.json"))) == 4
     fake.clear()
-    assert notebook_sweep.main(command) == 1 and fake == [1, 1]  # what is there is not run again
+    assert main(command) == 1 and fake == [1, 1]  # what is there is not run again
 
 
 @pytest.mark.parametrize(
@@ -51,20 +49,30 @@ def test_a_sweep_runs_the_grid_skips_what_is_there_and_names_what_failed(fake, c
         (["02", "--over", "sed", "0"], "did you mean 'seed'"),
         (["02", "--over", "seed", "one"], "must be a whole number"),
         (["02", "--over", "seed", "0", "--jobs", "0"], "--jobs must be at least 1"),
+        (["02", "--over", "seed", "0", "--minutes", "nan"], "--minutes 0 or more"),
         (["99", "--over", "seed", "1"], "no notebook '99'"),
     ],
 )
 def test_a_grid_that_cannot_run_is_refused_in_one_line_before_any_run(fake, capsys, arguments, message):
-    assert notebook_sweep.main(arguments) == 1 and fake == []
+    assert main(["sweep", *arguments]) == 1 and fake == []
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
 
 
-def test_a_point_runs_as_a_command_of_its_own_and_says_why_it_failed(home):
+def test_a_point_whose_data_are_missing_is_refused_before_any_run(home):
     job = notebook_sweep.points("02", {"dataset": "csv", "data_dir": str(home)}, [["seed", "0"]])[0]
-    assert "events.csv" in notebook_sweep.execute(job)
-    with pytest.raises(UserError, match=r"events.csv is missing"):  # as a sweep says before any run
-        notebook_sweep.run([job])
+    with pytest.raises(UserError, match=r"events.csv is missing"):
+        list(runner.run_cells([job]))
+
+
+def test_points_run_in_processes_of_their_own_and_a_failure_gives_its_last_line(home, tmp_path, capsys):
+    """A real notebook, chapter 8 on a folder without results."""
+    (tmp_path / "results").mkdir()
+    jobs = notebook_sweep.points("08", {"results": str(tmp_path / "results")}, [["seed", "0"]])
+    ((job, reason),) = runner.run_cells(jobs, jobs=2)
+    assert reason.startswith("UserError: ") and "contains no results" in reason
+    assert f"ilora: {job} failed: {reason}" in capsys.readouterr().err
+    assert job.executed.is_file() and not job.result.is_file()
 
 
 def test_published_results_name_no_folder_of_this_machine(home, tmp_path):

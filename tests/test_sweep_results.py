@@ -11,8 +11,8 @@ from scipy import stats
 from ilora import artifacts
 from ilora.errors import UserError
 from ilora.study import sweep_results
+from ilora.study.notebooks import plan
 from ilora.study.results import records
-from ilora.study.running import plan
 
 
 def write(folder, notebook="04", metrics=None, without=(), inputs=None, **parameters):

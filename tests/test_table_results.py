@@ -1,4 +1,4 @@
-"""The table's results read, compared and put into words, on answers made by hand."""
+"""Results of the table: loaded, compared and put into words; the outcomes are made by hand."""
 
 import numpy as np
 import pandas as pd
@@ -46,30 +46,32 @@ def test_mixed_settings_are_refused_and_other_questions_not_compared():
         return {"parameters": about, "outcomes": part}
 
     same = [result("iLoRA", 0, "a"), result("iLoRA", 1, "a"), result("Popularity", 0, "a")]
-    assert table_results.answers_by_system(same, "movielens")["iLoRA"].hit.tolist() == [
+    assert table_results.outcomes_by_system(same, "movielens")["iLoRA"].hit.tolist() == [
         [[False, True]],
         [[False, True]],
     ]
     with pytest.raises(UserError, match="iLoRA on movielens differ in rank"):
-        table_results.answers_by_system(
+        table_results.outcomes_by_system(
             [result("iLoRA", 0, "a", rank=8), result("iLoRA", 1, "a", rank=16)], "movielens"
         )
     with pytest.raises(UserError, match="two results of iLoRA on movielens with one seed"):
-        table_results.answers_by_system([*same, result("iLoRA", 1, "a")], "movielens")
+        table_results.outcomes_by_system([*same, result("iLoRA", 1, "a")], "movielens")
     with pytest.raises(UserError, match="different questions"):
-        table_results.answers_by_system([result("iLoRA", 0, "a"), result("iLoRA", 1, "b")], "movielens")
-    answers = table_results.answers_by_system([*same, result("SASRec", 0, "b"), result("GRU4Rec", 2, "a")], "movielens")
-    assert list(table_results.compare_systems(answers).index) == [
+        table_results.outcomes_by_system([result("iLoRA", 0, "a"), result("iLoRA", 1, "b")], "movielens")
+    outcomes = table_results.outcomes_by_system(
+        [*same, result("SASRec", 0, "b"), result("GRU4Rec", 2, "a")], "movielens"
+    )
+    assert list(table_results.compare_systems(outcomes).index) == [
         "Popularity"
     ]  # others: other questions, and no seed in common
-    assert table_results.compare_systems({"iLoRA": answers["iLoRA"]}).empty
+    assert table_results.compare_systems({"iLoRA": outcomes["iLoRA"]}).empty
 
 
 @pytest.mark.parametrize("other", ["LLaRA", "Popularity"])  # Popularity has a run per seed in the world alone
 def test_runs_are_paired_by_their_seed(other):
     hit = np.array([[[0, 0, 1, 1]], [[1, 1, 0, 0]], [[0, 1, 0, 1]]], bool)
-    ours = table_results.Answers((0, 1, 2), hit, hit, np.arange(4), ("a",), np.arange(4))
-    theirs = table_results.Answers((1, 2), hit[1:], hit[1:], np.arange(4), ("a",), np.arange(4))  # seed 0 failed
+    ours = table_results.Outcomes((0, 1, 2), hit, hit, np.arange(4), ("a",), np.arange(4))
+    theirs = table_results.Outcomes((1, 2), hit[1:], hit[1:], np.arange(4), ("a",), np.arange(4))  # seed 0 failed
     row = table_results.compare_systems({"iLoRA": ours, other: theirs}).loc[other]
     assert row["value"] == row["low"] == row["high"] == 0
 
@@ -77,7 +79,7 @@ def test_runs_are_paired_by_their_seed(other):
 def test_a_larger_base_is_compared_with_the_same_seeds_of_the_small_one():
     def of(seeds, share, questions="a"):
         hit = np.random.default_rng(share).random((len(seeds), 1, 40)) < share / 10
-        return table_results.Answers(seeds, hit, hit, np.arange(40), (questions,), np.arange(40))
+        return table_results.Outcomes(seeds, hit, hit, np.arange(40), (questions,), np.arange(40))
 
     large = {"iLoRA": of((1, 2), 8), "LLaRA": of((0,), 5), "TALLRec": of((0,), 5, "b"), "Language model": of((0,), 4)}
     small = {"iLoRA": of((0, 1, 2), 3), "LLaRA": of((2,), 5), "TALLRec": of((0,), 5), "SASRec": of((0,), 9)}
@@ -91,22 +93,22 @@ def test_a_larger_base_is_compared_with_the_same_seeds_of_the_small_one():
 def test_a_sample_is_compared_on_its_rows_alone():
     rng, users, rows = np.random.default_rng(0), np.repeat(np.arange(10), 3), np.array([1, 2, 5, 17, 18, 29])
     ours, theirs = rng.random((3, 2, 30)) < 0.6, rng.random((1, 2, 30)) < 0.3
-    whole = table_results.Answers((0, 1, 2), ours, ours, users, ("a", "b"), np.arange(30))
-    part = table_results.Answers((0,), theirs[..., rows], theirs[..., rows], users[rows], ("a", "b"), rows)
+    whole = table_results.Outcomes((0, 1, 2), ours, ours, users, ("a", "b"), np.arange(30))
+    part = table_results.Outcomes((0,), theirs[..., rows], theirs[..., rows], users[rows], ("a", "b"), rows)
     row = table_results.compare_systems({"iLoRA": whole, "ChatRec": part}).loc["ChatRec"]
     expected = comparisons.paired_comparison(ours[..., rows], theirs[..., rows], users[rows])
     assert {name: row[name] for name in expected} == expected
     assert (row["n"], row["users"]) == (6, 5)
     back = table_results.compare_systems({"iLoRA": whole, "ChatRec": part}, "ChatRec").loc["iLoRA"]
     assert back["value"] == pytest.approx(-row["value"]) and back["n"] == 6
-    none = table_results.Answers((0,), theirs[..., :0], theirs[..., :0], users[:0], ("a", "b"), rows[:0])
+    none = table_results.Outcomes((0,), theirs[..., :0], theirs[..., :0], users[:0], ("a", "b"), rows[:0])
     assert table_results.compare_systems({"iLoRA": whole, "ChatRec": none}).empty
 
 
-def test_hits_of_valid_answers_are_the_ratio_of_sums():
+def test_the_hit_ratio_of_valid_is_the_ratio_of_sums():
     hit, valid = np.array([[[1, 0, 1, 0]]], bool), np.array([[[1, 1, 1, 0]]], bool)
-    answers = {"iLoRA": table_results.Answers((0,), hit, valid, np.arange(4), ("a",), np.arange(4))}
-    row = table_results.system_means(answers).loc["iLoRA"]
+    outcomes = {"iLoRA": table_results.Outcomes((0,), hit, valid, np.arange(4), ("a",), np.arange(4))}
+    row = table_results.system_means(outcomes).loc["iLoRA"]
     assert (row["value"], row["hit_ratio_of_valid"], row["valid_ratio"]) == (0.5, pytest.approx(2 / 3), 0.75)
 
 
@@ -117,8 +119,8 @@ def test_a_difference_needs_its_test_and_its_interval():
     assert table_results.conclusions({"x": compared})["x"] == "above A; below D; not significantly different from B, C"
 
 
-def test_answers_that_are_all_wrong_still_have_an_interval():
+def test_outcomes_that_are_all_wrong_have_an_interval():
     wrong = np.zeros((1, 5, 50), bool)
-    answers = table_results.Answers((0,), wrong, wrong, np.arange(50), ("a",) * 5, np.arange(50))
-    row = table_results.system_means({"ChatRec": answers}).loc["ChatRec"]
+    outcomes = table_results.Outcomes((0,), wrong, wrong, np.arange(50), ("a",) * 5, np.arange(50))
+    row = table_results.system_means({"ChatRec": outcomes}).loc["ChatRec"]
     assert row["value"] == 0 == row["low"] and 0.05 < row["high"] < 0.1  # Wilson's of 0 among 50

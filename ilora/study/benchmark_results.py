@@ -1,7 +1,7 @@
 """Results of the benchmarks as tables: ratios of times, measured values, and whether they meet their goals.
 
-The `metrics` of a result are parts. A part times several ways to do one thing; `to` names the way that all ratios
-refer to. A goal, {"at_least": number} or {"at_most": number}, is for a median ratio or for a measured value.
+The `metrics` of a result are parts. A part times several ways of doing one thing; `to` names the way that its ratios
+are relative to. A goal, {"at_least": number} or {"at_most": number}, is for a median ratio or for a measured value.
 """
 
 import operator
@@ -19,7 +19,7 @@ Results = Mapping[str, Mapping[str, Any]]  # name of the file, such as "language
 
 
 def load_benchmarks(folder: str | Path) -> dict[str, dict]:
-    """The result of each benchmark.  Raises UserError if the folder has none."""
+    """The result of each benchmark. Raises UserError if the folder has none."""
     results = load_results(folder)
     if not results:
         raise UserError(f"{folder} contains no results of benchmarks: run make bench")
@@ -39,7 +39,7 @@ def machines(results: Results) -> pd.DataFrame:
 
 
 def parts(results: Results, failed: bool = False) -> Iterator[tuple[str, str, dict]]:
-    """(benchmark, name of the part, its content) of every part that did not fail, or that did."""
+    """(benchmark, name of the part, its content) of every part that succeeded, or of every one that failed."""
     for benchmark, result in results.items():
         yield from ((benchmark, *part) for part in result["metrics"].items() if ("error" in part[1]) == failed)
 
@@ -52,19 +52,18 @@ def _entries(results: Results, key: str) -> Iterator[tuple[tuple[str, str, str],
                 yield (benchmark, part, name), entry, content
 
 
-def _table(rows: Iterable[tuple], name: str, *columns: str) -> pd.DataFrame:
-    index = ["benchmark", "part", name]
-    return pd.DataFrame(rows, columns=[*index, *columns]).set_index(index)
+def _table(rows: Iterable[tuple], index: str, columns: str) -> pd.DataFrame:
+    index = ["benchmark", "part", *index.split()]
+    return pd.DataFrame(rows, columns=[*index, *columns.split()]).set_index(index)
 
 
 def failed_parts(results: Results) -> pd.DataFrame:
     """Parts that could not be measured, and why."""
-    rows = [(benchmark, part, content["error"]) for benchmark, part, content in parts(results, failed=True)]
-    return pd.DataFrame(rows, columns=["benchmark", "part", "error"]).set_index(["benchmark", "part"])
+    return _table(((*part, content["error"]) for *part, content in parts(results, failed=True)), "", "error")
 
 
 def judge(value: float, goals: Mapping[str, float]) -> tuple[str, float, bool | None]:
-    """The goal in words and as a number, and whether the value meets it: ("", nan, None) without a goal."""
+    """The goal in words and as a number, and whether the value meets it; ("", nan, None) without a goal."""
     for kind, meets in (("at_least", operator.ge), ("at_most", operator.le)):
         if kind in goals:
             return f"{kind.replace('_', ' ')} {goals[kind]:g}", goals[kind], bool(meets(value, goals[kind]))
@@ -79,34 +78,28 @@ def ratios(results: Results) -> pd.DataFrame:
             ratio, seconds = entry["time_ratio"], (way["seconds"]["median"] for way in (entry, content[content["to"]]))
             measured = (ratio["median"], ratio["low"], ratio["high"], *judge(ratio["median"], entry))
             rows.append((*place, content["to"], content.get("rows"), *seconds, *measured))
-    columns = ["to", "rows", "seconds", "seconds_to", "value", "low", "high", "goal", "aim", "met"]
-    return _table(rows, "way", *columns)
+    return _table(rows, "way", "to rows seconds seconds_to value low high goal aim met")
 
 
 def measured_values(results: Results) -> pd.DataFrame:
     """Values that are not ratios, with their 95 % intervals where there are any, and the goal."""
-    rows = [
-        (*place, entry["value"], entry.get("low"), entry.get("high"), *judge(entry["value"], entry))
-        for place, entry, _ in _entries(results, "value")
-    ]
-    return _table(rows, "what", "value", "low", "high", "goal", "aim", "met")
+    entries = ((place, entry) for place, entry, _ in _entries(results, "value"))
+    rows = [(*p, e["value"], e.get("low"), e.get("high"), *judge(e["value"], e)) for p, e in entries]
+    return _table(rows, "what", "value low high goal aim met")
 
 
 def equality_checks(results: Results) -> pd.DataFrame:
     """Whether the ways of a part gave the same results, or how large the largest difference is, as text."""
-    rows = [
-        (benchmark, part, check, f"{value:.2g}" if isinstance(value, float) else str(value))
-        for benchmark, part, content in parts(results)
-        for check, value in content.get("agreement", {}).items()
-    ]
+    checks = ((*place, check) for *place, part in parts(results) for check in part.get("agreement", {}).items())
+    rows = [(*place, name, f"{x:.2g}" if isinstance(x, float) else str(x)) for *place, (name, x) in checks]
     return _table(rows, "what", "value")
 
 
 def training_steps(results: Results) -> pd.DataFrame:
     """Training steps of the adapter: seconds, tokens a second, share of the rate of matrix products, memory in MiB."""
-    measured = ["tokens_per_second", "share_of_matrix_rate", "step_mib", "peak_mib"]
+    measured = "tokens_per_second share_of_matrix_rate step_mib peak_mib"
     rows = []
     for place, entry, content in _entries(results, "tokens_per_second"):
         time = (entry["seconds"]["median"], content["to"], entry["time_ratio"]["median"])
-        rows.append((*place, content["rows"], *time, *(entry.get(name) for name in measured)))
-    return _table(rows, "way", "rows", "seconds", "to", "ratio", *measured)
+        rows.append((*place, content["rows"], *time, *(entry.get(name) for name in measured.split())))
+    return _table(rows, "way", f"rows seconds to ratio {measured}")

@@ -1,6 +1,6 @@
-"""What a gate does with its experts: how sharp, balanced and personal its weights are, and whether they follow groups.
+"""Statistics of gates: how sharp, balanced and personal their weights are, and whether they follow groups.
 
-Letters: n sequences, K experts
+Shapes: n sequences, K experts.
 """
 
 import numpy as np

@@ -1,6 +1,6 @@
 """Clusters of sequences, and the gradient of the training loss summed over each cluster (the paper's Figs. 1 and 3).
 
-Letters: n sequences, G groups, S snapshots of training, dim the width of a representation
+Shapes: n sequences, G groups, S snapshots of training, dim the width of a representation.
 """
 
 import contextlib
@@ -69,9 +69,9 @@ def halves(labels: np.ndarray, users: np.ndarray, seed: int = 0) -> np.ndarray:
         members = np.flatnonzero(labels == label)
         _, user, count = np.unique(users[members], return_inverse=True, return_counts=True)
         half, size = np.zeros(len(count), int), [0, 0]
-        for place in rng.permutation(len(count)):
-            half[place] = size[1] < size[0]
-            size[half[place]] += count[place]
+        for number in rng.permutation(len(count)):
+            half[number] = size[1] < size[0]
+            size[half[number]] += count[number]
         split[members] = 2 * label + half[user]
     return split
 
@@ -82,11 +82,9 @@ def group_gradients(
     """Gradient of the training loss summed over the sequences of each group: kind of module -> (G, its parameters).
 
     labels: (n,) the group of each question, 0 to G - 1, none empty. The loss is that of training on hybrid prompts,
-    without dropout. A kind (q_proj, ..., down_proj) has LoRA's A and B of all layers; the gate's weights are a kind of
-    their own. While B is zero, before the first step, only B has a gradient.
-
-    Costs one pass of training, and memory for one float32 vector per group on the CPU and two on the model's device.
-    Raises UserError for a model without an adapter.
+    without dropout. A kind (q_proj, ..., down_proj) has LoRA's A and B of all layers; the gate is another kind. Takes
+    the time of one pass of training, and memory for one float32 vector per group on the CPU and two on the model's
+    device. Raises UserError for a model without an adapter.
     """
     groups = int(labels.max()) + 1
     if labels.shape != (len(questions),) or len(np.unique(labels)) != groups or labels.min() < 0:
@@ -139,11 +137,7 @@ def inner_products(gradients: dict[str, Tensor]) -> dict[str, np.ndarray]:
 
 
 def products_over_training(
-    model: LanguageRecommender,
-    snapshots: Sequence[Path],
-    questions: Questions,
-    labels: np.ndarray,
-    batch_size: int = 32,
+    model: LanguageRecommender, snapshots: Sequence[Path], questions: Questions, labels: np.ndarray
 ) -> dict[str, np.ndarray]:
     """`inner_products` at each saved state of training: kind -> (S, G, G). The model is left unchanged.
 
@@ -154,7 +148,7 @@ def products_over_training(
     try:
         for path in snapshots:
             load_snapshot(model, path)
-            products.append(inner_products(group_gradients(model, questions, labels, batch_size)))
+            products.append(inner_products(group_gradients(model, questions, labels)))
     finally:
         model.load_state_dict(before, strict=False)
     return {kind: np.stack([state[kind] for state in products]) for kind in products[0]}

@@ -13,37 +13,35 @@ from ilora.language.recommender import LanguageRecommender
 
 
 class Player(widgets.VBox):
-    """A history and a draw of candidates to choose; prompt, gate and ranking follow every change.
+    """Choose a history and a draw of candidates; prompt, gate and ranking follow every change.
 
-    recommender: a tuned one, with or without a gate; history: item ids to begin with, oldest first.
-    Only the last items that fit into the encoder's window are read, as in training.
+    recommender: a tuned one, with or without a gate; history: item ids to begin with, oldest first. As in training,
+    only the last items that fit into the encoder's window are used.
     """
 
     def __init__(self, recommender: LanguageRecommender, history: Sequence[int]) -> None:
-        self.recommender = recommender
-        self.titles = recommender.prompts.titles
+        self.recommender, self.titles = recommender, recommender.prompts.titles
         wide = widgets.Layout(width="100%")
-        self.history = widgets.TagsInput(
-            value=[self.titles[item] for item in history], allowed_tags=self.titles, allow_duplicates=False, layout=wide
-        )
+        titles = [self.titles[item] for item in history]
+        self.history = widgets.TagsInput(value=titles, allowed_tags=self.titles, allow_duplicates=False, layout=wide)
         self.draw = widgets.IntSlider(description="candidates, draw", min=0, max=99, style={"description_width": "8em"})
         self.prompt, self.gate, self.ranking = widgets.HTML(), widgets.HTML(), widgets.HTML()
-        for knob in (self.history, self.draw):
-            knob.observe(self.show, "value")
+        for control in (self.history, self.draw):
+            control.observe(self.show, "value")
         label = widgets.Label("History, oldest first: type a title, Enter adds it, Backspace removes the last")
         tables = widgets.HBox([self.ranking, self.gate])
         super().__init__([label, self.history, self.draw, tables, self.prompt], layout=wide)
         self.show()
 
     def row(self) -> tuple[np.ndarray, np.ndarray, int]:
-        """What is asked: the history's last items and twenty others; the first stands where a target is wanted."""
+        """The history's last items and twenty other items; the first of these takes the place of the target."""
         items = [self.titles.index(title) for title in self.history.value]
         others = np.setdiff1d(np.arange(len(self.titles)), items)
-        offered = np.random.default_rng(self.draw.value).choice(others, CANDIDATES, replace=False)
-        return np.array(items[-self.recommender.encoder.window :]), offered, int(offered[0])
+        candidates = np.random.default_rng(self.draw.value).choice(others, CANDIDATES, replace=False)
+        return np.array(items[-self.recommender.encoder.window :]), candidates, int(candidates[0])
 
     def show(self, _: object = None) -> None:
-        """Answer the question and write the results into the widgets."""
+        """Rank the candidates and write the results into the widgets."""
         if not self.history.value:
             self.prompt.value, self.gate.value, self.ranking.value = "Add a title to the history.", "", ""
             return

@@ -1,19 +1,13 @@
 """Similarity of groups' gradients: cosines, how large they would be without noise, and a test against distance.
 
 The paper's Figs. 1 and 3 compare clusters by the cosine of their gradients. Two halves of one cluster show how much of
-a low cosine is noise (the diagonal of Fig. 3 is 1 by definition).
-
-    Letters: G groups, ... states of training
+a low cosine is noise (the diagonal of Fig. 3 is 1 by definition). Shapes: G groups, ... states of training.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
-import pandas as pd
 from scipy import stats
 from scipy.spatial.distance import squareform
 
-from ilora.data.windows import Questions
 from ilora.errors import UserError
 from ilora.study.gradients import GATE
 
@@ -79,25 +73,3 @@ def mantel(similarity: np.ndarray, distance: np.ndarray, permutations: int = 999
         permutation_type="pairings", n_resamples=permutations, vectorized=False, rng=np.random.default_rng(seed),
     )  # fmt: skip
     return {"value": float(test.statistic), "p": float(test.pvalue), "pairs": len(ranks), "members": len(similarity)}
-
-
-def ranked_pairs(similarity: np.ndarray) -> pd.DataFrame:
-    """All pairs of a symmetric (n, n), most similar first: first, second (row numbers), similarity."""
-    first, second = np.triu_indices(len(similarity), 1)
-    table = pd.DataFrame({"first": first, "second": second, "similarity": similarity[first, second]})
-    return table.sort_values("similarity", ascending=False, ignore_index=True)
-
-
-def side_by_side(questions: Questions, pair: pd.Series, titles: Sequence[str]) -> pd.DataFrame:
-    """The titles of the two sequences of a row of `ranked_pairs`, oldest first, the next one last (Fig. 1, right)."""
-    columns = {}
-    for row in (int(pair["first"]), int(pair["second"])):
-        history, _, target = questions[row]
-        padding = [""] * (questions.sequences.history.shape[1] - len(history))
-        columns[f"user {questions.sequences.user[row]}"] = [
-            *padding,
-            *(titles[item] for item in history),
-            titles[target],
-        ]
-    table = pd.DataFrame(columns)
-    return table.set_axis([*range(1, len(table)), "next"])

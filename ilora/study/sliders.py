@@ -1,14 +1,14 @@
-"""Sliders for pages without a kernel: one picture for each position, drawn beforehand, and a sentence under it.
+"""Sliders for pages without a kernel: a figure and a sentence for each position, drawn beforehand.
 
-The HTML is a list of figures, and stays one where no script runs or the page is printed. book/assets/slider.js puts a
-range input above them and shows one at a time. Nothing is computed in the browser and nothing is fetched.
+The HTML is a list of figures, and stays one where no script runs or the page is printed. book/assets/slider.js adds a
+range input and shows one figure at a time. Nothing is computed or downloaded in the browser.
 """
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from html import escape
 
+from IPython.display import HTML
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -16,26 +16,15 @@ from ilora.errors import UserError
 from ilora.study import figures
 
 
-@dataclass(frozen=True)
-class Slider:
-    """What a notebook shows as HTML."""
-
-    name: str
-    html: str = field(repr=False)
-
-    def _repr_html_(self) -> str:
-        return self.html
-
-
 def slider(
     pictures: Mapping[str, Axes | Figure], says: Sequence[str], label: str, name: str, alt: str, start: int = 0
-) -> Slider:
-    """A slider over pictures; closes their figures.
+) -> HTML:
+    """A slider over pictures; closes their figures. Equal figures give equal HTML.
 
-    pictures: what a position is called ("K = 4") -> its figure, or axes of it; says: what each picture shows, as a
-    sentence; label: what the knob is; name: letters and hyphens, unique on the page; alt: what all pictures show, to
-    which the position is added; start: the first position shown. Equal figures give equal HTML. Raises UserError for
-    a name that cannot be an id, a sentence too few or too many, and a start beyond the pictures.
+    pictures: name of a position ("K = 4") -> its figure, or axes of it; says: a sentence for each picture; label: of
+    the range input; name: letters and hyphens, unique on the page; alt: what all pictures show, completed by the
+    position; start: the first position shown. Raises UserError for a name that cannot be an id, another number of
+    sentences than of pictures, and a start outside the pictures.
     """
     if not re.fullmatch(r"[a-z][a-z-]*", name):
         raise UserError(f"a slider's name is letters a to z and hyphens, not {name!r}")
@@ -46,25 +35,21 @@ def slider(
         f'<input type="range" id="{name}-at" min="0" max="{len(pictures) - 1}" step="1" value="{start}">'
         f'<output for="{name}-at"></output></p>'
     )
-    rows = zip(pictures.items(), says, strict=True)
     shown = [
-        f'<figure data-at="{escape(at)}">{_svg(picture.figure, f"{name}-{place}", f"{alt}, at {at}")}'
-        f"<figcaption><strong>{escape(at)}.</strong> {escape(says_)}</figcaption></figure>"
-        for place, ((at, picture), says_) in enumerate(rows)
+        f'<figure data-at="{escape(at)}">{_svg(picture.figure, f"{name}-{number}", f"{alt}, at {at}")}'
+        f"<figcaption><strong>{escape(at)}.</strong> {escape(sentence)}</figcaption></figure>"
+        for number, ((at, picture), sentence) in enumerate(zip(pictures.items(), says, strict=True))
     ]
-    return Slider(
-        name,
-        f'<div class="slider mathjax_ignore tex2jax_ignore" id="{name}">\n{control}\n' + "\n".join(shown) + "\n</div>",
-    )
+    lines = [f'<div class="slider mathjax_ignore tex2jax_ignore" id="{name}">', control, *shown, "</div>"]
+    return HTML("\n".join(lines))
 
 
 def _svg(figure: Figure, prefix: str, label: str) -> str:
-    """The figure as an SVG element whose ids begin with `prefix`: several may stand on one page.
+    """The figure as an SVG element whose ids begin with `prefix`, so that a page can have several.
 
-    Matplotlib's style element, which would hold for the whole page, becomes
-    attributes of the element itself.
+    Attributes of the element replace Matplotlib's style element, which would apply to the whole page.
     """
     svg = re.sub(r"<metadata>.*?</metadata>|<style .*?</style>", "", figures.svg(figure), flags=re.S)
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", svg[svg.index("<svg") :])
-    look = 'stroke-linejoin="round" stroke-linecap="butt"'
-    return svg.strip().replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" {look} ', 1)
+    style = 'stroke-linejoin="round" stroke-linecap="butt"'
+    return svg.strip().replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" {style} ', 1)

@@ -1,7 +1,6 @@
 """Results of sweeps: one table of runs, means over seeds, and differences from the default run of the same seed.
 
-Intervals are Student's over seeds. In the world a seed determines the data as well as the training. Tables of
-nothing are empty, and figures say so.
+Intervals are Student's over seeds. In the world a seed determines the data as well as the training.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,9 +12,9 @@ from scipy import stats
 
 from ilora.errors import UserError
 from ilora.study.comparisons import format_interval
+from ilora.study.notebooks import plan
 from ilora.study.parameters import PARAMETERS
 from ilora.study.results import load_results
-from ilora.study.running import plan
 
 ADAPTER = ("rank", "alpha", "dropout", "experts", "gate", "guidance", "gate_per_layer", "gate_top_k")
 # They change a result only by chance; encoder_epochs is a limit, validation chooses the epoch.
@@ -32,17 +31,8 @@ def load_runs(folder: str | Path, notebook: str) -> pd.DataFrame:
     Runs of one expert are left out: every run has LoRA. Raises UserError if a setting's results are on different data.
     """
     (job,) = plan({}, [notebook])
-    rows = []
-    for result in load_results(folder, f"{job.source.stem}-*.json").values():
-        parameters, default = job.parameters | result["parameters"], job.parameters
-        changed = [name for name in parameters if name not in NEVER_COMPARED]
-        changed = tuple(name for name in changed if parameters[name] != default.get(name))
-        setting = [f"{name} {parameters[name]}" for name in changed if name in SETTING and name != "dataset"]
-        setting = ", ".join([parameters["dataset"], *setting])
-        content = result.get("inputs", {}).get("data") if parameters["dataset"] != "world" else None  # older: none
-        origin = {"device": result["device"]["name"], "commit": result["commit"], "data": content}
-        if parameters["experts"] > 1:
-            rows.append(parameters | _values(result["metrics"]) | origin | {"changed": changed, "setting": setting})
+    results = load_results(folder, f"{job.source.stem}-*.json").values()
+    rows = [row for row in (_row(result, job.parameters) for result in results) if row["experts"] > 1]
     table = pd.DataFrame(rows, columns=None if rows else [*job.parameters, "commit", "changed", "setting", "data"])
     for setting, count in table.groupby("setting")["data"].nunique().items():
         if count > 1:
@@ -50,12 +40,18 @@ def load_runs(folder: str | Path, notebook: str) -> pd.DataFrame:
     return table
 
 
-def _values(metrics: Mapping) -> dict:
-    """Nested metrics as "a.b" -> value; of an interval, only its value and p."""
-    flat = pd.json_normalize(metrics).iloc[0].to_dict()
+def _row(result: Mapping, default: Mapping) -> dict:
+    parameters = default | result["parameters"]
+    changed = [name for name in parameters if name not in NEVER_COMPARED and parameters[name] != default.get(name)]
+    setting = [f"{name} {parameters[name]}" for name in changed if name in SETTING and name != "dataset"]
+    content = result.get("inputs", {}).get("data") if parameters["dataset"] != "world" else None  # older: none
+    flat = pd.json_normalize(result["metrics"]).iloc[0].to_dict()  # nested metrics as "a.b" -> value
     intervals = {name.removesuffix(".value") for name in flat if name.endswith(".value")}
-    bounds = {f"{name}.{part}" for name in intervals for part in ("low", "high", "n", "users")}
-    return {name.removesuffix(".value"): value for name, value in flat.items() if name not in bounds}
+    left_out = {f"{name}.{part}" for name in intervals for part in ("low", "high", "n", "users")}
+    values = {name.removesuffix(".value"): value for name, value in flat.items() if name not in left_out}
+    origin = {"device": result["device"]["name"], "commit": result["commit"], "data": content}
+    setting = ", ".join([parameters["dataset"], *setting])
+    return parameters | values | origin | {"changed": tuple(changed), "setting": setting}
 
 
 def default_runs(runs: pd.DataFrame, *free: str) -> pd.DataFrame:

@@ -1,9 +1,8 @@
 """Results of the table of systems: means with intervals, paired comparisons, and what they allow us to conclude."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -12,7 +11,7 @@ from ilora import data, evaluation
 from ilora.errors import UserError
 from ilora.study.comparisons import crossed_interval, format_interval, holm, paired_comparison
 from ilora.study.results import load_results
-from ilora.study.table_runner import FREE, SYSTEMS
+from ilora.study.systems import ROUNDING_ONLY, SYSTEMS
 
 COMPARISON = [
     "n", "value", "low", "high", "p", "p_holm", "bootstrap_low", "bootstrap_high", "mcnemar_median", "mcnemar_least",
@@ -21,9 +20,8 @@ COMPARISON = [
 ORDER = {name: place for place, name in enumerate((*data.WORDS, *SYSTEMS))}  # of rows: data sets, systems
 
 
-@dataclass(frozen=True)
-class Answers:
-    """All runs' answers of one system to a set of questions, or to a sample of the set."""
+class Outcomes(NamedTuple):
+    """Outcomes of all runs of one system on a set of questions, or on a sample of the set."""
 
     seeds: tuple[int, ...]
     hit: np.ndarray  # (seeds, draws, n) bool
@@ -34,7 +32,7 @@ class Answers:
 
 
 def load_table(folder: str | Path) -> list[dict[str, Any]]:
-    """The results and failures of a folder.  Raises UserError if there are none."""
+    """The results and failures of a folder. Raises UserError if there are none."""
     results = [*load_results(folder, "table-*.json").values()]
     if not results:
         raise UserError(f"{folder} contains no results: make them with python -m ilora table --to {folder}")
@@ -54,42 +52,43 @@ def datasets_in(results: Sequence[Mapping]) -> list[str]:
     return list(dict.fromkeys(dataset for dataset, _ in _cells(results)))
 
 
-def answers_by_system(results: Sequence[Mapping], dataset: str, windows: str = "last") -> dict[str, Answers]:
-    """system -> its answers on a data set, in the table's order.
+def outcomes_by_system(results: Sequence[Mapping], dataset: str, windows: str = "last") -> dict[str, Outcomes]:
+    """system -> its outcomes on a data set, in the table's order.
 
     Raises UserError if runs of one system share a seed, or differ in their questions or in another setting.
     """
-    answers = {}
-    for system, runs in ((system, runs) for (name, system), runs in _cells(results).items() if name == dataset):
-        settings = pd.DataFrame([run["parameters"] for run in runs]).drop(columns=["seed", *FREE], errors="ignore")
-        differ = settings.columns[settings.nunique(dropna=False) > 1]
-        if len(differ):
-            raise UserError(f"the results of {system} on {dataset} differ in {', '.join(differ)}: keep one in a folder")
-        seeds = tuple(run["parameters"]["seed"] for run in runs)
-        if len({*seeds}) < len(seeds):
-            raise UserError(f"there are two results of {system} on {dataset} with one seed: keep one in a folder")
-        keys = [f"{windows} {key}" for key in ("questions", "windows", "rows")]
-        sets = [[run["outcomes"].get(key) for key in keys] for run in runs]
-        if dataset != "world" and any(questions != sets[0] for questions in sets):  # in the world each seed has a set
-            raise UserError(f"the runs of {system} on {dataset} answered different questions: run them again")
-        hit, valid = (
-            np.array([[list(row) for row in run["outcomes"][f"{windows} {key}"]] for run in runs]) == "1"
-            for key in ("hit", "valid")
-        )
-        questions, windows_per_user, sample = sets[0]
-        users = np.repeat(np.arange(len(windows_per_user)), windows_per_user)
-        rows = np.arange(len(users)) if sample is None else np.array(sample)
-        answers[system] = Answers(seeds, hit, valid, users[rows], tuple(questions), rows)
-    return answers
+    systems = {system: runs for (name, system), runs in _cells(results).items() if name == dataset}
+    return {system: _outcomes(runs, f"{system} on {dataset}", windows) for system, runs in systems.items()}
 
 
-def system_means(answers: Mapping[str, Answers]) -> pd.DataFrame:
+def _outcomes(runs: Sequence[Mapping], what: str, windows: str) -> Outcomes:
+    parameters = pd.DataFrame([run["parameters"] for run in runs])
+    settings = parameters.drop(columns=["seed", *ROUNDING_ONLY], errors="ignore")
+    differ = settings.columns[settings.nunique(dropna=False) > 1]
+    if len(differ):
+        raise UserError(f"the results of {what} differ in {', '.join(differ)}: keep one in a folder")
+    if parameters["seed"].duplicated().any():
+        raise UserError(f"there are two results of {what} with one seed: keep one in a folder")
+    sets = [[run["outcomes"].get(f"{windows} {key}") for key in ("questions", "windows", "rows")] for run in runs]
+    if runs[0]["parameters"]["dataset"] != "world" and any(other != sets[0] for other in sets):  # a world for each seed
+        raise UserError(f"the runs of {what} answered different questions: run them again")
+    hit, valid = (
+        np.array([[list(row) for row in run["outcomes"][f"{windows} {key}"]] for run in runs]) == "1"
+        for key in ("hit", "valid")
+    )
+    questions, windows_per_user, sample = sets[0]
+    users = np.repeat(np.arange(len(windows_per_user)), windows_per_user)
+    rows = np.arange(len(users)) if sample is None else np.array(sample)
+    return Outcomes(tuple(parameters["seed"]), hit, valid, users[rows], tuple(questions), rows)
+
+
+def system_means(outcomes: Mapping[str, Outcomes]) -> pd.DataFrame:
     """A row per system: `crossed_interval` of HitRatio@1 within [0, 1], valid_ratio, hit_ratio_of_valid.
 
-    Answers without any variance get the interval of `evaluation.interval`.
+    Outcomes without any variance get the interval of `evaluation.interval`.
     """
     rows = {}
-    for system, of in answers.items():
+    for system, of in outcomes.items():
         row = crossed_interval(of.hit, of.users)
         if row["low"] == row["high"]:
             row |= {end: evaluation.interval(of.hit.mean((0, 1)), of.users)[end] for end in ("low", "high")}
@@ -98,17 +97,17 @@ def system_means(answers: Mapping[str, Answers]) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
-def compare_systems(answers: Mapping[str, Answers], system: str = "iLoRA") -> pd.DataFrame:
+def compare_systems(outcomes: Mapping[str, Outcomes], system: str = "iLoRA") -> pd.DataFrame:
     """`paired_comparison` of one system with each other one on their common questions, with Holm's p over the rows."""
-    return _compare({other: (answers[system], answers[other], system) for other in answers if other != system})
+    return _compare({other: (outcomes[system], outcomes[other], system) for other in outcomes if other != system})
 
 
-def compare_bases(large: Mapping[str, Answers], small: Mapping[str, Answers]) -> pd.DataFrame:
+def compare_bases(large: Mapping[str, Outcomes], small: Mapping[str, Outcomes]) -> pd.DataFrame:
     """`paired_comparison` of each system over a large base with itself over a small one, as in `compare_systems`."""
     return _compare({system: (large[system], small[system], system) for system in large if system in small})
 
 
-def _compare(pairs: Mapping[str, tuple[Answers, Answers, str]]) -> pd.DataFrame:
+def _compare(pairs: Mapping[str, tuple[Outcomes, Outcomes, str]]) -> pd.DataFrame:
     """name -> (first, second, first's system); pairs without a common question or a common seed are left out."""
     rows = {}
     for name, (first, second, system) in pairs.items():

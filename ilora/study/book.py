@@ -1,0 +1,102 @@
+"""The book's pages: executed notebooks and their results, without traces of this machine, and the build."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from ilora import artifacts
+from ilora.errors import UserError
+from ilora.study import notebooks
+from ilora.study.notebooks import Job
+
+JUPYTER_BOOK = Path(sys.executable).with_name("jupyter-book")
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+def check_folder(book: Path, given: dict[str, Any], jobs: list[Job]) -> None:
+    """Raise UserError if the jobs, run with `given` parameters, cannot become a book in this folder."""
+    if not JUPYTER_BOOK.is_file():
+        raise UserError("there is no jupyter-book: pip install -e '.[notebooks,book]', or add --no-book")
+    if given and book == notebooks.ROOT / "book":
+        raise UserError("book/ is for runs with default parameters: name another folder with --book")
+    if book.exists() and not (book / "intro.md").is_file() and any(book.iterdir()):
+        raise UserError(f"{book} holds other files than a book: name a new or empty folder with --book")
+    executed = {job.source.name for job in jobs}
+    pages = (path.name for path in notebooks.sources())
+    missing = [page for page in pages if page not in executed and not (book / page).is_file()]
+    if missing:
+        raise UserError(f"the book would lack {', '.join(missing)}: leave out --only, or add --no-book")
+
+
+def refresh(book: Path, jobs: list[Job]) -> None:
+    """Put the executed notebooks and their results into the book; remove pages that have no source any more."""
+    import nbformat  # an optional dependency
+
+    if book != notebooks.ROOT / "book":
+        ignore = shutil.ignore_patterns("_build", "results", "*.ipynb")
+        shutil.copytree(notebooks.ROOT / "book", book, ignore=ignore, dirs_exist_ok=True)
+    for job in jobs:
+        executed, source = (nbformat.read(path, as_version=4) for path in (job.executed, job.source))
+        artifacts.write_atomic(book / job.source.name, normalised(executed, source))
+        result = book / "results" / f"{job.source.stem}.json"
+        result.unlink(missing_ok=True)
+        if job.result.is_file():
+            artifacts.write_json(result, portable(json.loads(job.result.read_text(encoding="utf-8"))))
+    stems = {path.stem for path in notebooks.sources()}
+    for path in [*book.glob("[0-9][0-9]_*.ipynb"), *book.glob("results/[0-9][0-9]_*.json")]:
+        if path.stem not in stems:
+            path.unlink()
+
+
+def normalised(executed: Any, source: Any) -> str:
+    """The executed notebook as text that is the same for equal runs: no timings or folders of this machine.
+
+    Output to stderr (progress bars) and widgets, which a page without a kernel cannot show, are left out.
+    """
+    import nbformat
+
+    metadata = {cell.id: cell.metadata for cell in source.cells}
+    for cell in executed.cells:
+        if cell.id not in metadata:  # the parameters that papermill injected
+            cell.id = "injected-parameters"
+        cell.metadata = metadata.get(cell.id, {"tags": ["injected-parameters"]})
+        if cell.cell_type == "code":
+            shown = [out for out in cell.outputs if out.get("name") != "stderr" and WIDGET not in out.get("data", {})]
+            cell.outputs = [nbformat.from_dict(portable(output)) for output in shown]
+    language = {name: value for name, value in executed.metadata.language_info.items() if name != "version"}
+    executed.metadata = source.metadata | {"language_info": language}
+    return nbformat.writes(executed).rstrip("\n") + "\n"
+
+
+def portable(value: Any) -> Any:
+    """JSON in which `artifacts`, `.` and `~` replace folders of this machine, and 0x0 addresses in memory.
+
+    Of an absolute data_dir only the last name is kept.
+    """
+    if isinstance(value, dict):
+        absolute = {"data_dir"} if os.path.isabs(str(value.get("data_dir"))) else set()
+        return {name: Path(item).name if name in absolute else portable(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [portable(item) for item in value]
+    if isinstance(value, str):
+        for folder, name in ((artifacts.home(), "artifacts"), (notebooks.ROOT, "."), (Path.home(), "~")):
+            if len(folder.parts) > 1:  # a home of `/` is in every path
+                value = re.sub(rf"(?<![\w.]){re.escape(str(folder))}(?![\w.-])", name, value)
+        value = re.sub(r"\bat 0x[0-9a-f]{6,}", "at 0x0", value)
+    return value
+
+
+def build(book: Path) -> None:
+    """Build all HTML again, because pages of an earlier build would hide their warnings. Raises UserError."""
+    print("building the book", file=sys.stderr)
+    command = [JUPYTER_BOOK, "build", book, "--all", "-W", "-n", "--keep-going"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        print(done.stdout, file=sys.stderr)
+        raise UserError("the book did not build; its warnings are above")
+    print("the book:", book / "_build" / "html" / "index.html")

@@ -1,0 +1,135 @@
+"""Run cells of a table or a sweep in several processes, each on its GPU, and publish their results.
+
+A cell is one run: `result` is the file that it writes, `run()` writes it, `str(cell)` names it.
+"""
+
+import json
+import math
+import multiprocessing
+import os
+import signal
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.queues import SimpleQueue
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from tqdm import tqdm
+
+from ilora.artifacts import digest, write_json
+from ilora.errors import UserError
+
+
+class Cell(Protocol):
+    """What `run_cells` runs. It is sent to other processes by pickle."""
+
+    result: Path
+
+    def run(self) -> None:
+        """Write `result`, or raise the reason why not; an attribute `reason` of the error is preferred to its text."""
+
+
+def add_options(parser: ArgumentParser, about_parameters: str) -> None:
+    """Add the options that `table` and `sweep` share."""
+    add = parser.add_argument
+    add("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="parameters", help=about_parameters)
+    add("--jobs", type=int, default=1, metavar="N",
+        help="cells at a time (1), distributed over the GPUs; set OMP_NUM_THREADS to share the cores")  # fmt: skip
+    add("--minutes", type=float, default=0, metavar="N",
+        help="stop after N minutes; started again, training resumes from its last checkpoints (no limit)")  # fmt: skip
+    add("--to", type=Path, metavar="DIR", help="copy the results to DIR, where the book's pages read them")
+
+
+def check_options(options: Namespace) -> None:
+    """Raise UserError for options that cannot be used."""
+    if options.jobs < 1 or not 0 <= options.minutes < math.inf:
+        raise UserError(f"--jobs must be at least 1 and --minutes 0 or more: {options.jobs}, {options.minutes}")
+
+
+def run_cells(cells: Sequence[Cell], jobs: int = 1, minutes: float = 0) -> Iterator[tuple[Cell, str]]:
+    """Run the cells that have no result yet, `jobs` at a time; yield each with its reason to fail, "" if it succeeded.
+
+    minutes: when to stop, 0 for never. Cells that are running then are stopped; their training resumes from its last
+    checkpoint the next time.
+    """
+    waiting = [cell for cell in cells if not cell.result.is_file()]
+    with tqdm(total=len(cells), initial=len(cells) - len(waiting), unit="cell", smoothing=0) as bar:
+        if jobs == 1 and not minutes:
+            attempts = ((cell, attempt(cell)) for cell in waiting)
+        else:
+            attempts = _in_processes(waiting, jobs, minutes)
+        for cell, reason in attempts:
+            bar.set_postfix_str(str(cell), refresh=False)
+            bar.update()
+            if reason:
+                bar.write(f"ilora: {cell} failed: {reason}", file=sys.stderr)
+            yield cell, reason
+
+
+def attempt(cell: Cell) -> str:
+    """Run a cell; return "" or, if it failed, the reason in one line."""
+    try:
+        cell.run()
+    except Exception as error:  # the other cells still run
+        return getattr(error, "reason", f"{type(error).__name__}: {error}").splitlines()[0]
+    return ""
+
+
+def _in_processes(waiting: Sequence[Cell], jobs: int, minutes: float) -> Iterator[tuple[Cell, str]]:
+    context, others = multiprocessing.get_context("spawn"), set(multiprocessing.active_children())
+    numbers = context.SimpleQueue()
+    for number in range(jobs):
+        numbers.put(number)
+    os.environ["TQDM_DISABLE"] = "1"  # for the new processes, whose progress bars would overwrite each other
+    pool = ProcessPoolExecutor(jobs, context, _prepare_process, (numbers,))
+    futures = {pool.submit(attempt, cell): cell for cell in waiting}
+    try:
+        for future in as_completed(futures, 60 * minutes or None):
+            yield futures[future], future.result()
+    except TimeoutError:
+        return
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a process died, as it does when memory runs out: start again with fewer --jobs; finished cells are kept"
+        ) from error
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in (processes := set(multiprocessing.active_children()) - others):
+            process.terminate()
+        for process in processes:
+            process.join(30)
+            process.kill()
+
+
+def _prepare_process(numbers: SimpleQueue) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # an orderly exit, which removes unfinished files
+    os.environ.update(gpu(numbers.get()))
+
+
+def gpu(number: int) -> dict[str, str]:
+    """The variable that shows one of several GPUs to the process with this number."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else [str(gpu) for gpu in range(torch.cuda.device_count())]
+    return {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if len(gpus) > 1 else {}
+
+
+def publish(results: Mapping[str, dict[str, Any]], folder: Path, ignored: Sequence[str] = ()) -> None:
+    """Write results (file name -> result) to `folder`, replacing those with the same name and parameters.
+
+    Results of older data, models or versions are removed in this way. ignored: parameters that are not compared.
+    """
+
+    def identity(result: Mapping[str, Any]) -> str:
+        compared = {name: value for name, value in result.get("parameters", {}).items() if name not in ignored}
+        return digest([result.get("name"), compared])
+
+    new = {identity(result) for result in results.values()}
+    for path in list(folder.glob("*-*.json")):
+        if identity(json.loads(path.read_text(encoding="utf-8"))) in new:
+            path.unlink()
+    for name, result in results.items():
+        write_json(folder / name, result)

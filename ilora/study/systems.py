@@ -1,0 +1,100 @@
+"""The systems of the paper's Table 1: how each is made from a data set, a seed and settings."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ilora import data, evaluation
+from ilora.errors import UserError
+from ilora.language import tuning
+from ilora.recommenders.base import Recommender
+from ilora.recommenders.popularity import Popularity
+from ilora.recommenders.training import EPOCHS, choose_regularisation, fit_recommender
+from ilora.study.chat import ChatRec
+
+SETTINGS = {  # notebook parameters that `python -m ilora table` has, with their defaults
+    "conflict": 0.5, "users": 2000, "repeats": "keep", "window": 10,
+    "base_model": "embedded", "rank": 8, "alpha": 32.0, "dropout": 0.0, "experts": 4,
+    "epochs": 1, "learning_rate": 3e-3, "batch_size": 32, "train_limit": 20000, "test_limit": 1000,
+    "micro_batch_size": 32, "compile": "auto",
+    "text_encoder": "sentence-transformers/all-MiniLM-L6-v2", "chat_url": "", "chat_model": "", "chat_limit": 100,
+    "device": "auto",
+}  # fmt: skip
+ADAPTER = ("base_model", "rank", "alpha", "dropout", "epochs", "learning_rate", "batch_size", "train_limit")
+ROUNDING_ONLY = ("device", "micro_batch_size", "compile")  # they change a result only by rounding
+
+
+@dataclass(frozen=True)
+class System:
+    """A row of the table: `make(dataset, seed, settings)` returns a system that can be evaluated.
+
+    uses: the settings that decide its result, besides those of data and questions.
+    seeds: whether it is trained, so that runs with other seeds differ.
+    sample: the setting with the number of questions, sampled at random, that it is evaluated on; "" for all questions.
+    recommender: its recommender whose dropout and L2 are chosen on validation; "" for none.
+    """
+
+    make: Callable[[data.Dataset, int, Mapping[str, Any]], evaluation.System]
+    uses: tuple[str, ...] = ()
+    seeds: bool = True
+    sample: str = ""
+    recommender: str = ""
+
+
+def trained(dataset: data.Dataset, kind: str, seed: int, settings: Mapping[str, Any]) -> Recommender:
+    """A recommender without language, with dropout and L2 chosen on validation with seed 0."""
+    common = {"window": settings["window"], "device": settings["device"]}
+    if kind == "MoRec":  # its text encoder is too large for a grid of trainings
+        chosen = {"text_encoder": settings["text_encoder"]}
+    else:
+        chosen = choose_regularisation(dataset, kind, **common)[0]
+    model, history = fit_recommender(dataset, seed, kind=kind, epochs=EPOCHS[kind], **common, **chosen)
+    model.validation = history["hit_ratio"].dropna().tolist()
+    return model
+
+
+def _recommender(kind: str) -> System:
+    def make(dataset: data.Dataset, seed: int, settings: Mapping[str, Any]) -> evaluation.System:
+        return trained(dataset, kind, seed, settings)
+
+    return System(make, ("text_encoder",)) if kind == "MoRec" else System(make, recommender=kind)
+
+
+def _tuned(encoder: str = "", experts: bool = False) -> System:
+    """A language model with an adapter: on hybrid prompts with an encoder's item embeddings, or on text alone."""
+    uses = (*ADAPTER, "experts") if experts else ADAPTER
+
+    def make(dataset: data.Dataset, seed: int, settings: Mapping[str, Any]) -> evaluation.System:
+        items = trained(dataset, encoder, seed, settings) if encoder else None
+        given = {name: settings[name] for name in (*uses, *ROUNDING_ONLY)}
+        model, history = tuning.tuned(dataset, items, seed=seed, window=settings["window"], **given)
+        model.validation = history["hit_ratio"].dropna().tolist()
+        return model
+
+    return System(make, uses, recommender=encoder)
+
+
+def _chat(dataset: data.Dataset, seed: int, settings: Mapping[str, Any]) -> evaluation.System:
+    if not settings["chat_url"] or not settings["chat_model"]:
+        raise UserError("ChatRec needs an endpoint: name it with -p chat_url URL and -p chat_model NAME")
+    titles = list(dataset.items["title"])
+    return ChatRec(settings["chat_url"], settings["chat_model"], titles, dataset.noun, dataset.verb)
+
+
+SYSTEMS = {
+    "Popularity": System(lambda dataset, seed, settings: Popularity.from_dataset(dataset), seeds=False),
+    "GRU4Rec": _recommender("GRU4Rec"),
+    "Caser": _recommender("Caser"),
+    "SASRec": _recommender("SASRec"),
+    "MoRec": _recommender("MoRec"),
+    "Language model": System(  # the paper's Llama2
+        lambda dataset, seed, settings: tuning.untuned(dataset, settings["base_model"], device=settings["device"]),
+        ("base_model",), seeds=False,
+    ),
+    "ChatRec": System(_chat, ("chat_url", "chat_model", "chat_limit"), seeds=False, sample="chat_limit"),
+    "TALLRec": _tuned(),
+    "LLaRA (GRU4Rec)": _tuned("GRU4Rec"),
+    "LLaRA (Caser)": _tuned("Caser"),
+    "LLaRA": _tuned("SASRec"),
+    "iLoRA": _tuned("SASRec", experts=True),
+}  # fmt: skip
