@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ilora.data.world import titles
 from ilora.errors import UserError
-from ilora.language import NO_ITEM, LanguageRecommender, Prompts, adapter_config, load_language_model, wording
+from ilora.language import LanguageRecommender, Prompts, adapter_config, load_language_model, wording
+from ilora.language.ranking import long_question
 from ilora.recommenders import SASRec
 
 TITLES = list(titles()["title"][:40])
@@ -109,11 +110,11 @@ def some_rows(lengths=(2, 5, 3), offered=4):
 @torch.no_grad()
 def plain_logits(model, row, answer=()):
     """(tokens, vocabulary) of a prompt and tokens after it: one row, no padding, mask, positions or cache."""
-    tokens, owners = model.prompts.write(*row[:2], behaviour=True)
-    table = model.language_model.get_input_embeddings()
+    tokens, items = model.prompts.write(*row[:2], hybrid=True), iter([*row[0], *row[1]])
+    embedding, is_item = model.language_model.get_input_embeddings(), model.prompts.item_token
     embeds = [
-        table(torch.tensor(token)) if owner == NO_ITEM else model.projector(model.encoder.items.weight[owner])
-        for token, owner in zip([*tokens, *answer], owners + [NO_ITEM] * len(answer), strict=True)
+        model.projector(model.encoder.items.weight[next(items)]) if token == is_item else embedding(torch.tensor(token))
+        for token in [*tokens, *answer]
     ]
     z = {"sequence_embeds": model.encoder.encode(model.encoder.pad([row[0]]))} if model.gated else {}
     return model.language_model(inputs_embeds=torch.stack(embeds)[None], use_cache=False, **z).logits[0]
@@ -145,7 +146,7 @@ def test_a_family_trains_ranks_and_writes_as_its_forward_pass_says(family, exper
     assert adapted == names
     assert all(name in caplog.text for name in names)
     left = {"OPT": "fc1, fc2", "Mixtral": "down_proj, gate, gate_up_proj", "Mamba": "dt_proj, out_proj"}.get(family, "")
-    (record,) = (record for record in caplog.records if record.name == "ilora.language.base_models")
+    (record,) = (record for record in caplog.records if record.name == "ilora.language.adapted_layers")
     assert record.levelname == ("WARNING" if left else "INFO")
     assert record.message.rpartition("; not on ")[2] == left if left else "; not on" not in record.message
 
@@ -190,7 +191,7 @@ def test_one_pass_is_tried_on_a_prompt_longer_than_a_window_and_within_the_posit
     family, changes, least, most, tokenizer
 ):
     model = recommender(family, tokenizer, **changes).eval()
-    assert least < model.length(model._long_row()) <= most
+    assert least < model.length(long_question(model)) <= most
     assert model.packs
 
 
@@ -272,9 +273,9 @@ def test_a_base_without_the_item_token_is_left_as_it_is(family, tokenizer):
     assert all(torch.equal(frozen[name], before[name]) for name in before)
     used = torch.tensor(sorted({token for title in model.prompts.answers for token in title}))
     torch.testing.assert_close(model.placeholder, inner.get_input_embeddings()(used).mean(0))
-    batch = model._batch(some_rows(), [[row[2]] for row in some_rows()])
-    owned = batch["owners"] != NO_ITEM
-    text = model._embeds(batch, hybrid=False)
+    batch = model.batch(some_rows(), [[row[2]] for row in some_rows()])
+    owned = batch["input_ids"] == model.prompts.item_token
+    text = model.embeds(batch, hybrid=False)
     assert (text[owned] == model.placeholder).all()
     assert torch.equal(text[~owned], inner.get_input_embeddings()(batch["input_ids"][~owned]))
     assert (model.projector(model.encoder.item_embeddings) - model.placeholder).abs().mean() < model.placeholder.std()

@@ -49,7 +49,7 @@ REFUSED = [
     ({"dataset": "wrold"}, "must be one of world, movielens, lastfm, steam, llara, csv, not 'wrold'"),
     ({"eval_windows": "some"}, "'eval_windows' must be one of last, all, not 'some'"),
     ({"data_dir": "/no/such/folder"}, "'data_dir' must be empty or a folder that exists"),
-    ({"base_model": " "}, "'base_model' must be 'embedded', 'embedded-large', 'smollm2' or"),
+    ({"base_model": " "}, "'base_model' must be 'embedded', 'smollm2' or"),
     (
         {"experts": 3, "rank": 8},
         "experts = 3 does not divide rank = 8: choose experts among 1, 2, 4, 8",

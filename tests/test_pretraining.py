@@ -1,3 +1,4 @@
+import re
 from collections import Counter
 from dataclasses import replace
 
@@ -15,13 +16,24 @@ from ilora.language.pretraining import (
     EMBEDDED,
     LONGEST_LIST,
     OTHER_DATA,
-    PUBLIC,
     VOCABULARY,
     Documents,
     Pretraining,
     train_tokenizer,
 )
 
+
+def arguments_of_the_embedded_model(users="20_000"):
+    """The arguments of `pretrain` in the code of the embedded model's README, with other readers."""
+    code = re.search(r"```python\n(.*?)```", (EMBEDDED / "README.md").read_text("utf-8"), re.S).group(1)
+    given = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretraining, "pretrain", lambda *arguments: given.extend(arguments))
+        exec(code.replace("20_000", users), {})
+    return given
+
+
+PUBLIC = arguments_of_the_embedded_model(users="40")[3]
 RECIPES = {"public": PUBLIC, "other data": OTHER_DATA}
 
 
@@ -289,42 +301,6 @@ def test_a_catalogue_shorter_than_the_longest_list_is_offered_whole(base):
 # ---------------------------------------------------------------- pretraining
 
 
-def grown(noise, monkeypatch):
-    """A model twice as wide and one layer deeper than the embedded one, grown from it, with its vocabulary."""
-    monkeypatch.setattr(pretraining, "NOISE", noise)
-    torch.manual_seed(0)
-    wider = replace(PUBLIC, width=2 * PUBLIC.width, heads=2 * PUBLIC.heads, layers=PUBLIC.layers + 1)
-    model = pretraining.LlamaForCausalLM(pretraining._config(wider)).eval()
-    pretraining._take_over(model, pretraining.AutoTokenizer.from_pretrained(EMBEDDED), EMBEDDED)
-    return model
-
-
-def test_a_grown_model_says_what_the_small_one_says_until_noise_tells_its_copies_apart(base, monkeypatch):
-    known = len(base[1])
-    tokens = torch.randint(len(pretraining.SPECIAL), known, (3, 30), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        small = base[0](tokens).logits[..., :known]
-        same, near = (grown(noise, monkeypatch)(tokens).logits[..., :known] for noise in (0.0, pretraining.NOISE))
-    torch.testing.assert_close(same, small, rtol=1e-4, atol=1e-4)
-    assert 0.01 * small.std() < (near - small).std() < 0.3 * small.std()
-
-
-def test_the_copies_of_a_unit_in_a_grown_model_learn_different_things(base, documents, monkeypatch):
-    model = grown(pretraining.NOISE, monkeypatch)
-    training = Pretraining(model)
-    training(training.collate([documents[row] for row in range(4)])).backward()
-    for layer in model.model.layers:
-        for weight in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight):
-            first, second = weight.grad.chunk(2)
-            assert first.norm() > 0 and not torch.allclose(first, second, rtol=1e-2)
-
-
-def test_the_large_base_has_fifty_million_parameters_even_with_the_smallest_vocabulary():
-    with torch.device("meta"):
-        model = pretraining.LlamaForCausalLM(pretraining._config(replace(pretraining.LARGE, vocabulary=VOCABULARY)))
-    assert sum(weight.numel() for weight in model.parameters()) >= 50_000_000
-
-
 def test_the_loss_is_next_token_cross_entropy_at_the_labels(base, documents):
     training = Pretraining(base[0])
     rows = [documents[row] for row in range(5)]
@@ -347,8 +323,8 @@ def test_a_warm_start_keeps_the_embeddings_of_shared_tokens(base):
     texts = [" Granite Voyage", " Zebra Quixote", " a mountain film"]
     tokenizer = train_tokenizer(list(wording("film", "watched")), texts, PUBLIC)
     torch.manual_seed(0)
-    model = pretraining.LlamaForCausalLM(pretraining._config(replace(PUBLIC, vocabulary=5000)))
-    pretraining._take_over(model, tokenizer, EMBEDDED)
+    model = pretraining.LlamaForCausalLM(pretraining.llama_config(replace(PUBLIC, vocabulary=5000)))
+    pretraining.copy_weights(model, tokenizer, EMBEDDED)
     new, kept = model.get_input_embeddings().weight, old_model.get_input_embeddings().weight
     shared = sorted(set(tokenizer.get_vocab()) & set(old.get_vocab()))
     assert {"<s>", "</s>", ITEM_TOKEN, "Ġnext", "ĠVoyage"} <= set(shared)
@@ -404,15 +380,7 @@ def test_pretraining_is_the_same_twice(home):
     assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
 
 
-def test_the_embedded_model_is_made_from_readers_without_conflict(tmp_path, monkeypatch):
-    monkeypatch.setattr(pretraining, "PUBLIC_READERS", 30)
-    made = []
-
-    def pretrain(dataset, folder, work, recipe, device):
-        assert len(dataset.users) == 30 and set(dataset.users["split"]) == {"train"} and folder != work
-        assert set(dataset.events["user"]) == set(dataset.users["user"])
-        made.append((folder, recipe, device))
-
-    monkeypatch.setattr(pretraining, "pretrain", pretrain)
-    pretraining.make_embedded(tmp_path, device="cpu")
-    assert made == [(tmp_path, PUBLIC, "cpu")]
+def test_the_embedded_model_is_made_from_readers_without_conflict():
+    library, folder, work, _ = arguments_of_the_embedded_model(users="30")
+    assert len(library.users) == 30 and set(library.users["split"]) == {"train"} and folder != work
+    assert set(library.events["user"]) == set(library.users["user"])

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
-from test_model import make, question_rows
+from test_language_recommender import make, question_rows
 from test_training import trained, weights
 
 from ilora import data, language
@@ -36,7 +36,9 @@ def main(folder):
     fit_recommender(world, epochs=1, device="cpu")  # dropout falls otherwise on two halves: it has to end, no more
     torch.manual_seed(3)
     encoder = SASRec(len(world.items))
-    model, history = language.tuned(world, encoder, "embedded", "cpu", experts=4, train_limit=32, batch_size=8)
+    adapter = language.AdapterSettings(experts=4)
+    arguments = language.tuning_arguments(batch_size=8, device="cpu")
+    model, history, _ = language.tune(world, encoder, adapter, arguments, train_limit=32)
     found["pipeline"] = flat(model), torch.tensor(history["loss"])
     group = torch.distributed
     together = group.is_initialized()

@@ -3,35 +3,18 @@
 from importlib import import_module
 from typing import Any
 
-_PLACES = {
-    "base_models": ("Projector", "load_language_model"),
-    "prompts": ("ITEM_TOKEN", "NO_ITEM", "NO_LABEL", "PROMPT", "Prompts", "prompt_text", "read_answer", "wording"),
-    "recommender": ("LanguageRecommender", "adapter_config"),
-    "tuning": ("snapshots", "tuned", "tuned_folder", "untuned"),
-}
-__all__ = [
-    "ITEM_TOKEN",
-    "NO_ITEM",
-    "NO_LABEL",
-    "PROMPT",
-    "LanguageRecommender",
-    "Projector",
-    "Prompts",
-    "adapter_config",
-    "load_language_model",
-    "prompt_text",
-    "read_answer",
-    "snapshots",
-    "tuned",
-    "tuned_folder",
-    "untuned",
-    "wording",
-]
+_MODULE_OF = {
+    "ITEM_TOKEN": "prompts", "NO_LABEL": "prompts", "PROMPT": "prompts", "Prompts": "prompts",
+    "prompt_text": "prompts", "read_answer": "prompts", "wording": "prompts",
+    "Projector": "base_models", "load_language_model": "base_models",
+    "LanguageRecommender": "recommender", "adapter_config": "adapted_layers",
+    "AdapterSettings": "tuning", "tune": "tuning", "tuning_arguments": "tuning", "untuned": "tuning",
+}  # fmt: skip
+__all__ = list(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:
     """Import a name when it is used, so that `python -m ilora.language.pretraining` runs a module not yet imported."""
-    for module, names in _PLACES.items():
-        if name in names:
-            return getattr(import_module(f"ilora.language.{module}"), name)
+    if name in _MODULE_OF:
+        return getattr(import_module(f"ilora.language.{_MODULE_OF[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

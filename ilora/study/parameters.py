@@ -58,9 +58,9 @@ PARAMETERS: dict[str, Parameter] = {
     "window": _at_least(3, "longest history, items"),
     "base_model": Parameter(
         str,
-        "'embedded', 'embedded-large', 'smollm2', or a Hugging Face causal LM by name or folder",
+        "'embedded', 'smollm2', or a Hugging Face causal LM by name or folder",
         lambda value: bool(value.strip()),
-        "'embedded', 'embedded-large', 'smollm2' or the name or folder of a causal language model",
+        "'embedded', 'smollm2' or the name or folder of a causal language model",
     ),
     "rank": _at_least(1, "LoRA rank r, all experts together"),
     "alpha": Parameter(float, "LoRA alpha", lambda value: 0 < value < float("inf"), "above 0"),

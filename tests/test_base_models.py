@@ -11,7 +11,7 @@ from ilora.data.world import titles
 from ilora.errors import UserError
 from ilora.evaluation import ask, metrics
 from ilora.language import LanguageRecommender, Projector, Prompts, base_models, load_language_model, wording
-from ilora.language.pretraining import EMBEDDED, LARGE, SPECIAL, VOCABULARY
+from ilora.language.pretraining import EMBEDDED, SPECIAL, VOCABULARY
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_it_knows_what_everybody_reads_next(base):
             continue
         scores = []
         for item in pair:
-            listed, _ = prompts.join([prompts.answers[i] for i in [*items, item]])
+            listed = prompts.join([prompts.answers[i] for i in [*items, item]], hybrid=False)
             tokens, answer = prompts.opening + listed, prompts.answers[item]
             with torch.no_grad():
                 logits = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
@@ -106,15 +106,6 @@ def test_the_embedded_base_serves_the_world_and_other_data_get_their_own(base, w
     monkeypatch.setattr(base_models, "base_for", lambda dataset, **_: asked.append(dataset.name) or EMBEDDED)
     load_language_model("embedded", replace(world, name="other"), device="cpu")
     assert asked == ["other"]
-
-
-def test_the_large_base_is_made_for_each_data_set_and_for_none_without_one(world, monkeypatch):
-    asked = []
-    monkeypatch.setattr(base_models, "base_for", lambda dataset, recipe, **_: asked.append(recipe) or EMBEDDED)
-    load_language_model("embedded-large", world, device="cpu")
-    assert asked == [LARGE]
-    with pytest.raises(UserError, match="name the data set"):
-        load_language_model("embedded-large", device="cpu")
 
 
 # ---------------------------------------------------------------- what cannot be loaded

@@ -8,7 +8,6 @@ from ilora.data import Questions, Sequences
 from ilora.data.world import titles
 from ilora.errors import UserError
 from ilora.language import (
-    NO_ITEM,
     PROMPT,
     LanguageRecommender,
     Prompts,
@@ -16,7 +15,8 @@ from ilora.language import (
     load_language_model,
     read_answer,
 )
-from ilora.language import recommender as model_module
+from ilora.language import recommender as recommender_module
+from ilora.language.ranking import attention_mask
 from ilora.recommenders import Caser, GRU4Rec, SASRec
 from ilora.training import TrainingArguments, fit
 
@@ -76,22 +76,23 @@ def padded(model, history):
     return torch.tensor([[len(TITLES)] * (window - len(history)) + list(history)])
 
 
-def reference_logits(model, tokens, owners, history, hybrid=True):
+def reference_logits(model, tokens, history, candidates, hybrid=True):
     """(tokens, vocabulary) of one sequence without padding, mask or positions."""
-    table = model.language_model.get_input_embeddings().weight
+    weight, items = model.language_model.get_input_embeddings().weight, iter([*history, *candidates])
     embeds = []
-    for token, owner in zip(tokens, owners, strict=True):
-        item = hybrid and model.encoder is not None and owner != NO_ITEM
-        embeds.append(model.projector(model.encoder.items.weight[owner]) if item else table[token])
+    for token in tokens:
+        item = next(items) if token == model.prompts.item_token else None
+        replaced = hybrid and item is not None
+        embeds.append(model.projector(model.encoder.items.weight[item]) if replaced else weight[token])
     gate = {"sequence_embeds": model.encoder.encode(padded(model, history))} if model.gated else {}
     return model.language_model(inputs_embeds=torch.stack(embeds)[None], **gate).logits[0]
 
 
 def reference_score(model, history, candidates, item, hybrid=True):
     """log P(title of `item` and end | prompt), Eq. 7."""
-    tokens, owners = model.prompts.write(history, candidates, behaviour=model.encoder is not None)
+    tokens = model.prompts.write(history, candidates, hybrid=model.encoder is not None)
     answer = [*model.prompts.answers[item], model.prompts.end]
-    logits = reference_logits(model, tokens + answer, owners + [NO_ITEM] * len(answer), history, hybrid)
+    logits = reference_logits(model, tokens + answer, history, candidates, hybrid)
     probability = logits.log_softmax(-1)
     return sum(probability[len(tokens) - 1 + place, token] for place, token in enumerate(answer))
 
@@ -147,11 +148,10 @@ def test_a_candidates_score_depends_on_the_question_not_on_the_target(model):
 @torch.no_grad()
 def greedy(model, history, candidates):
     """A plain greedy loop without a cache; the text written."""
-    tokens, owners = model.prompts.write(history, candidates, behaviour=model.encoder is not None)
+    tokens = model.prompts.write(history, candidates, hybrid=model.encoder is not None)
     written = []
     for _ in range(1 + max(len(model.prompts.answers[item]) for item in candidates)):
-        rest = [NO_ITEM] * len(written)
-        logits = reference_logits(model, tokens + written, owners + rest, history)[-1]
+        logits = reference_logits(model, tokens + written, history, candidates)[-1]
         token = int(logits.argmax())
         if token == model.prompts.end:
             break
@@ -165,7 +165,9 @@ def test_generate_agrees_with_a_plain_greedy_loop(model, monkeypatch):
     columns = [read_answer(text, [TITLES[item] for item in row[1]]) for text, row in zip(expected, rows, strict=True)]
     assert model.generate(rows) == columns
     assert any(column is not None for column in columns)
-    monkeypatch.setattr(model_module, "read_answer", lambda text, offered: text)  # letter for letter, valid or not
+    monkeypatch.setattr(
+        recommender_module, "read_answer", lambda text, offered: text
+    )  # the same letters, if invalid too
     assert [text.strip() for text in model.generate(rows)] == [text.strip() for text in expected]
 
 
@@ -206,8 +208,7 @@ def test_candidates_of_unlike_length_are_not_padded_to_the_longest(model):
     )
     model.rank(rows)
     hook.remove()
-    behaviour = model.encoder is not None
-    prompt = [len(model.prompts.write(*row[:2], behaviour)[0]) for row in rows]
+    prompt = [len(model.prompts.write(*row[:2], model.encoder is not None)) for row in rows]
     titles = [sum(len(model.prompts.answers[item]) for item in row[1]) for row in rows]
     assert seen == [max(map(sum, zip(prompt, titles, strict=True)))]
 
@@ -240,7 +241,7 @@ def test_padding_to_a_multiple_changes_shapes_only(model, multiple, monkeypatch)
         expected, ranked = model(model.collate(rows)), model.rank(rows)
         monkeypatch.setattr(model.prompts, "pad_to_multiple_of", multiple)
         batch = model.collate(rows)
-        assert all(batch[name].shape[1] % multiple == 0 for name in ("input_ids", "owners", "prompt", "at", "labels"))
+        assert all(batch[name].shape[1] % multiple == 0 for name in ("input_ids", "part", "at", "labels"))
         torch.testing.assert_close(model(batch), expected)
         torch.testing.assert_close(model.rank(rows), ranked, rtol=1e-4, atol=1e-3)
 
@@ -251,7 +252,7 @@ def test_the_loss_takes_logits_at_the_answers_only_and_no_mask(model):
     hook = model.language_model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True
     )
-    logits = model._logits(batch, hybrid=True)
+    logits = model.logits(batch)
     hook.remove()
     assert logits.shape[:2] == batch["labels"].shape  # the longest answer and its end
     assert "attention_mask" not in seen[0] and not seen[0]["use_cache"]
@@ -294,7 +295,7 @@ def test_the_curriculum_is_hybrid_with_probability_progress(monkeypatch):
         hybrids.append(bool(hybrid))
         return torch.zeros(*batch["labels"].shape, 4096)
 
-    monkeypatch.setattr(model, "_logits", recorded)
+    monkeypatch.setattr(model, "logits", recorded)
     for progress, low, high in ((0.0, 0, 0), (0.3, 0.26, 0.34), (1.0, 1, 1)):
         hybrids.clear()
         for seed in range(2000):
@@ -360,7 +361,7 @@ def test_a_history_beyond_the_window_is_cut_at_its_old_end():
 
 
 def representations(model, rows, answers=False):
-    return model._guidance(model._batch(rows, [[row[2]] for row in rows] if answers else None))["sequence_embeds"]
+    return model.sequence_embeds(model.batch(rows, [[row[2]] for row in rows] if answers else None))["sequence_embeds"]
 
 
 def test_random_guidance_is_fixed_by_seed_and_history():
@@ -386,7 +387,7 @@ def test_token_guidance_is_the_mean_of_the_prompts_token_embeddings():
         model.language_model.config.hidden_size, 64, generator=torch.Generator().manual_seed(7)
     )  # fmt: skip
     for row, found in zip(rows, z, strict=True):
-        tokens, _ = model.prompts.write(*row[:2], behaviour=True)
+        tokens = model.prompts.write(*row[:2], hybrid=True)
         mean = table[torch.tensor(tokens)].mean(0) @ projection
         torch.testing.assert_close(found, (mean - mean.mean()) / mean.std(correction=0), rtol=1e-4, atol=1e-4)
     assert (z[0] - z[1]).abs().max() > 1e-2
@@ -480,8 +481,8 @@ def test_the_seed_decides_the_start():
 
 def test_a_token_attends_to_the_prompt_and_its_title_and_padding_to_itself():
     model, rows = make("lora"), question_rows(lengths=(1, 6), offered=3)
-    batch = model._batch(rows, [row[1] for row in rows])
-    mask = model._mask(batch)
+    batch = model.batch(rows, [row[1] for row in rows])
+    mask = attention_mask(batch, model.language_model.config, torch.float32)
     assert mask.shape == (2, 1, *2 * batch["part"].shape[1:])
     assert mask.unique().tolist() == [torch.finfo(torch.float32).min, 0]
     assert (mask == 0).any(-1).all()  # a softmax over nothing has NaN gradients in CUDA's kernels
