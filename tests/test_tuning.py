@@ -66,14 +66,14 @@ def world(tmp_path, monkeypatch):
 
 
 def test_a_model_without_encoder_is_tuned_on_text_alone(world):
-    model, history, folder = tuned(world, None, window=5)
+    model, history, snapshots = tuned(world, None, window=5)
     assert model.encoder is None and model.projector is None
     assert history["hit_ratio"].notna().sum() == 1
     asked = data.questions(world, "test", 5, limit=8)
     outcomes = evaluation.ask(model, asked)
     assert len(outcomes) == 8 and outcomes["rank"].between(1, 20).all()
-    assert not (folder / "recommender" / "encoder").exists()
-    assert tuned(world, None, window=6).folder != folder
+    assert not (snapshots[0].parents[1] / "recommender" / "encoder").exists()
+    assert tuned(world, None, window=6)[2] != snapshots
 
 
 @pytest.mark.parametrize("experts", [1, 2])
@@ -89,13 +89,13 @@ def test_the_trained_model_is_the_reloaded_one_and_is_alone_in_memory(world, exp
     before = bases()
     gc.disable()
     try:
-        model = tuned(world, encoder, experts=experts, epochs=2).model
+        model, _, _ = tuned(world, encoder, experts=experts, epochs=2)
         assert bases() == before + 1
         rows = [data.questions(world, "test", 6)[row] for row in range(6)]
         ranked, written = model.rank(rows), model.generate(rows)
         assert not model.training
         del model
-        again = tuned(world, encoder, experts=experts, epochs=2).model
+        again, _, _ = tuned(world, encoder, experts=experts, epochs=2)
         assert bases() == before + 1
     finally:
         gc.enable()
@@ -106,7 +106,7 @@ def test_the_trained_model_is_the_reloaded_one_and_is_alone_in_memory(world, exp
 def test_a_prompt_longer_than_the_base_model_is_refused_before_training(world, monkeypatch):
     monkeypatch.setattr(tuning, "fit", lambda *_: pytest.fail("trained"))
     encoder, _ = fit_recommender(world, epochs=1, window=6, device="cpu")
-    monkeypatch.setattr("ilora.language.recommender.position_limit", lambda config: 60)
+    monkeypatch.setattr("ilora.language.base_models.position_limit", lambda model: 60)
     with pytest.raises(UserError, match="tokens, but the base model reads 60"):
         tuned(world, encoder)
     with pytest.raises(UserError, match="tokens, but the base model reads 60"):
@@ -121,7 +121,7 @@ def test_what_has_no_encoder_needs_a_window_and_no_gate(world):
 
 def test_a_model_is_tuned_with_another_encoder_than_sasrec(world):
     encoder, _ = fit_recommender(world, epochs=1, window=6, device="cpu", kind="GRU4Rec")
-    model = tuned(world, encoder, experts=2).model
+    model, _, _ = tuned(world, encoder, experts=2)
     assert type(model.encoder) is GRU4Rec and model.gated
     asked = data.questions(world, "test", 6, limit=8)
     assert list(recommenders.baselines(world, encoder, asked)) == ["popularity", "GRU4Rec"]

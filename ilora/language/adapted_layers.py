@@ -18,13 +18,9 @@ MAMBA = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}  # PEFT a
 
 
 def adapter_config(
-    rank: int = 8,
-    alpha: float = 32,
-    dropout: float = 0.1,
-    experts: int = 1,
-    target_modules: str | list[str] = "all-linear",
-    **gate: int | str | bool,
-) -> LoraConfig:
+    rank: int = 8, alpha: float = 32, dropout: float = 0.1, experts: int = 1,
+    target_modules: str | list[str] = "all-linear", **gate: int | str | bool,
+) -> LoraConfig:  # fmt: skip
     """The paper's adapter: LoRA for one expert, else iLoRA; by default on all linear layers but the output layer."""
     shape = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": target_modules}
     if experts == 1:
@@ -35,9 +31,9 @@ def adapter_config(
 def adapted(model: nn.Module, adapter: LoraConfig) -> PeftModel:
     """The model with an adapter on its `target_modules`; "all-linear": on all linear layers that can have one.
 
-    The log names them. An adapter cannot be put on the output layer; layers that get a list of tokens instead of
-    (batch, tokens, dim), or that the model does not call, because iLoRA then cannot know a token's row; stacked
-    experts; and Mamba's out_proj, which PEFT excludes. Raises UserError if `target_modules` names one, or nothing.
+    Left out are the output layer; layers that get a list of tokens instead of (batch, tokens, dim), or that the model
+    does not call, as iLoRA cannot know their rows; stacked experts; and Mamba's out_proj, which PEFT excludes. The log
+    names the layers. Raises UserError if `target_modules` names one that is left out, or nothing.
     """
     name = type(model).__name__
     if model.config.model_type == "mpt":

@@ -3,21 +3,13 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils import ModelOutput
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from ilora import artifacts, devices
 from ilora.data.dataset import Dataset
@@ -29,7 +21,7 @@ from ilora.language.prompts import Prompts
 
 def load_language_model(
     base_model: str = "embedded", dataset: Dataset | None = None, device: str = "auto"
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """A causal language model, frozen and in eval mode, and its tokenizer.
 
     base_model: a name on the Hugging Face hub, a folder, "smollm2" (see smollm2.py) or "embedded". For a `dataset`
@@ -66,11 +58,11 @@ def load_language_model(
     return model.to(place).eval().requires_grad_(False), tokenizer
 
 
-def position_limit(config: PretrainedConfig) -> int | None:
-    """The largest number of tokens that a model with this configuration can read; None if it has no limit."""
+def position_limit(model: nn.Module) -> int | None:
+    """The largest number of tokens that a model can read; None if it has no limit."""
     names = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "max_seq_len")
-    limits = [getattr(config.get_text_config(), name, None) for name in names]
-    return min((limit for limit in limits if limit), default=None)
+    limits = [getattr(model.config.get_text_config(), name, None) for name in names]
+    return min(filter(None, limits), default=None)
 
 
 def check_causal(model: nn.Module, prompts: Prompts) -> None:
@@ -97,12 +89,11 @@ def check_causal(model: nn.Module, prompts: Prompts) -> None:
 
 
 @torch.no_grad()
-def forward(model: nn.Module, tokens: list[list[int]]) -> ModelOutput:
+def forward(model: nn.Module, tokens: list[list[int]]) -> Any:
     """A model's output for token ids (batch, tokens), in eval mode."""
     training, embedding = model.training, model.get_input_embeddings()
-    output = model.eval()(
-        inputs_embeds=embedding(torch.tensor(tokens, device=embedding.weight.device)), use_cache=False
-    )
+    embeds = embedding(torch.tensor(tokens, device=embedding.weight.device))
+    output = model.eval()(inputs_embeds=embeds, use_cache=False)
     model.train(training)
     return output
 
@@ -115,27 +106,13 @@ def greedy(model: nn.Module, end: int) -> Iterator[None]:
     """
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     before = model.generation_config
-    ends = before.eos_token_id if before else None
-    ends = {end, *(ends if isinstance(ends, list) else [] if ends is None else [ends])}
-    model.generation_config = GenerationConfig(eos_token_id=sorted(ends), pad_token_id=end, do_sample=False)
+    known = getattr(before, "eos_token_id", None)
+    ends = sorted({end, *(known if isinstance(known, list) else [known])} - {None})
+    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=end, do_sample=False)
     try:
         yield
     finally:
         model.generation_config = before
-
-
-@contextmanager
-def logits_only_at(head: nn.Module, positions: Tensor) -> Iterator[None]:
-    """Inside this context, the output layer computes logits only at these positions (batch, n) of each row."""
-
-    def select(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-        return (inputs[0].take_along_dim(positions[..., None], dim=1),)  # (batch, tokens, dim) -> (batch, n, dim)
-
-    hook = head.register_forward_pre_hook(select)
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 class Projector(nn.Module):
@@ -156,9 +133,3 @@ class Projector(nn.Module):
 
     def forward(self, embeddings: Tensor) -> Tensor:
         return self.layers(embeddings)
-
-
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The layers that the model runs one after the other: its list of modules with the most parameters."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    return max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()), default=nn.ModuleList())

@@ -10,8 +10,8 @@ ways: `generate` writes a title greedily, `rank` scores each candidate by its li
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -27,17 +27,8 @@ from ilora.adapter.export import gate_weights
 from ilora.data.dataset import Dataset
 from ilora.data.windows import Questions, Row
 from ilora.errors import UserError
-from ilora.language import ranking
+from ilora.language import base_models, ranking
 from ilora.language.adapted_layers import adapted
-from ilora.language.base_models import (
-    Projector,
-    check_causal,
-    decoder_layers,
-    greedy,
-    load_language_model,
-    logits_only_at,
-    position_limit,
-)
 from ilora.language.guidance import GUIDANCE
 from ilora.language.prompts import PROMPT, Prompts, read_answer
 from ilora.recommenders.base import SequenceModel
@@ -65,14 +56,16 @@ class LanguageRecommender(nn.Module):
         if self.gated and encoder is None:
             raise UserError("iLoRA's gate reads the recommender's representation: give an encoder")
         self.encoder, self.projector = encoder, None
-        self._layers: tuple = ([], [])  # of the language model, and compiled ones
-        check_causal(language_model, prompts)
-        self.positions = position_limit(language_model.config)
+        self.compiled = False
+        base_models.check_causal(language_model, prompts)
+        self.positions = base_models.position_limit(language_model)
         self.register_buffer("placeholder", self._placeholder(language_model.get_input_embeddings()), persistent=False)
         torch.manual_seed(seed)  # the projector first, so that LoRA and iLoRA start from the same one
         if encoder is not None:
             device = self.placeholder.device
-            self.projector = Projector(encoder.item_embeddings.cpu(), self.placeholder.float().cpu()).to(device)
+            self.projector = base_models.Projector(encoder.item_embeddings.cpu(), self.placeholder.float().cpu()).to(
+                device
+            )
             encoder.requires_grad_(False).to(device)
         self.language_model = adapted(language_model, adapter) if adapter else language_model
 
@@ -150,12 +143,14 @@ class LanguageRecommender(nn.Module):
     def logits(self, batch: dict[str, Tensor], hybrid: bool = True, **inputs: Tensor | dict) -> Tensor:
         """(batch, labels, vocabulary): what the model predicts for the batch's labels."""
         embeds, gate_input = self.embeds(batch, hybrid), self.sequence_embeds(batch)
-        if self.training and self._layers[1]:
+        if self.training and self.compiled:
             embeds.requires_grad_()  # in text-only prompts too, so that compiled layers get one kind of input
         low = self.embedding.weight.dtype == torch.bfloat16  # then the adapter computes in it, too, as in training
+        at, head = batch["at"][..., None], self.language_model.get_output_embeddings()
         with (
-            torch.autocast(embeds.device.type, torch.bfloat16) if low else nullcontext(),
-            logits_only_at(self.language_model.get_output_embeddings(), batch["at"]),
+            self._eager_unless_training(),
+            torch.autocast(embeds.device.type, torch.bfloat16, enabled=low),
+            head.register_forward_pre_hook(lambda _, states: (states[0].take_along_dim(at, dim=1),)),
         ):
             return self.language_model(inputs_embeds=embeds, use_cache=False, **inputs, **gate_input).logits
 
@@ -165,9 +160,8 @@ class LanguageRecommender(nn.Module):
         Padding is on the right, where causal attention needs no mask.
         """
         hybrid = np.random.default_rng(step_seed).random() < progress
-        with self._compiled() if self.training else nullcontext():
-            logits = self.logits(batch, hybrid)
-        return -ranking.log_likelihood(logits, batch["labels"]).sum() / len(batch["labels"])
+        log_likelihood = ranking.log_likelihood(self.logits(batch, hybrid), batch["labels"])
+        return -log_likelihood.sum() / len(batch["labels"])
 
     # ---------------------------------------------------------------- what `fit` trains
 
@@ -192,21 +186,14 @@ class LanguageRecommender(nn.Module):
     def compile_layers(self) -> None:
         """Compile the language model's layers for training; each padded length is compiled once, in seconds."""
         self.prompts.pad_to_multiple_of = 64  # tokens
-        layers = decoder_layers(self.language_model)
-        self._layers = layers, [torch.compile(layer, dynamic=False) for layer in layers]
+        lists = [module for module in self.language_model.modules() if isinstance(module, nn.ModuleList)]
+        for layer in max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()), default=()):
+            layer.compile(dynamic=False)
+        self.compiled = True
 
-    @contextmanager
-    def _compiled(self) -> Iterator[None]:
-        """Inside this context, the language model runs its compiled layers, if there are any."""
-        layers, compiled = self._layers
-        plain = list(layers)
-        for place, layer in enumerate(compiled):
-            layers[place] = layer
-        try:
-            yield
-        finally:
-            for place, layer in enumerate(plain):
-                layers[place] = layer
+    def _eager_unless_training(self) -> AbstractContextManager:
+        eager = self.compiled and not self.training
+        return torch.compiler.set_stance("force_eager") if eager else nullcontext()
 
     # ---------------------------------------------------------------- predictions
 
@@ -236,7 +223,7 @@ class LanguageRecommender(nn.Module):
             return []
         batch = self.batch(rows)
         limits = [1 + max(len(self.prompts.answers[item]) for item in candidates) for _, candidates, _ in rows]
-        with greedy(self.language_model, self.prompts.end):
+        with self._eager_unless_training(), base_models.greedy(self.language_model, self.prompts.end):
             written = self.language_model.generate(
                 inputs_embeds=self.embeds(batch, hybrid=True),
                 attention_mask=(batch["part"] == PROMPT).long(),
@@ -292,7 +279,7 @@ class LanguageRecommender(nn.Module):
         if not (folder / "recommender.json").is_file():
             raise UserError(f"{folder} holds no recommender.json: name a folder that save_pretrained wrote")
         about = json.loads((folder / "recommender.json").read_text(encoding="utf-8"))
-        language_model, tokenizer = load_language_model(base_model or about["base_model"], dataset, device)
+        language_model, tokenizer = base_models.load_language_model(base_model or about["base_model"], dataset, device)
         prompts = Prompts(tokenizer, about["titles"], *about["wording"])
         encoder = SequenceModel.from_pretrained(folder / "encoder") if (folder / "encoder").is_dir() else None
         model = cls(

@@ -4,7 +4,7 @@ import hashlib
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 
@@ -56,19 +56,6 @@ def tuning_arguments(
     return TrainingArguments(epochs, batch_size, learning_rate, device=device, **usual | changes)
 
 
-class Tuned(NamedTuple):
-    """A tuned model, the history of its training, and the folder of its files: recommender/ and snapshots/."""
-
-    model: LanguageRecommender
-    history: pd.DataFrame
-    folder: Path
-
-    @property
-    def snapshots(self) -> list[Path]:
-        """States during training for `training.load_snapshot`, evenly spaced; the last is not always the best."""
-        return sorted((self.folder / "snapshots").iterdir())
-
-
 def untuned(
     dataset: Dataset, base_model: str = "embedded", encoder: SequenceModel | None = None, device: str = "auto"
 ) -> LanguageRecommender:
@@ -81,12 +68,13 @@ def untuned(
 def tune(
     dataset: Dataset, encoder: SequenceModel | None, adapter: AdapterSettings, arguments: TrainingArguments,
     base_model: str = "embedded", window: int = 0, train_limit: int = 0,
-) -> Tuned:  # fmt: skip
-    """A language model tuned as in LLaRA or, with several experts, iLoRA; trained once and kept.
+) -> tuple[LanguageRecommender, pd.DataFrame, list[Path]]:  # fmt: skip
+    """Tune a language model as LLaRA or, with several experts, iLoRA; trained once and kept.
 
     encoder: without one, prompts are text-only, as in TALLRec. arguments: see `tuning_arguments`. window: items of a
-    history, 0 for the encoder's; train_limit: training questions, 0 for all. HitRatio@1 on validation, by ranking
-    after each epoch, chooses the epoch. Raises UserError if a gate or the window needs an encoder.
+    history, 0 for the encoder's; train_limit: training questions, 0 for all. Returns the model of the epoch with the
+    highest HitRatio@1 on validation, by ranking; the history of training; and files for `training.load_snapshot`,
+    evenly spaced, the last one from the last step. Raises UserError if a gate or the window needs an encoder.
     """
     if encoder is None and (adapter.experts > 1 or not window):
         raise UserError("without an encoder give a window, and one expert: there is nothing for a gate to read")
@@ -119,10 +107,9 @@ def tune(
     kind = "LoRA" if adapter.experts == 1 else f"iLoRA with {adapter.experts} experts"
     folder = artifacts.cached("adapters", settings, inputs, make, note=f"{kind} on {dataset.name}")
     shutil.rmtree(work, ignore_errors=True)
-    model = trained[0] if trained else LanguageRecommender.from_pretrained(
-        folder / "recommender", base_model, arguments.device, dataset
-    )  # fmt: skip
-    return Tuned(model, pd.read_csv(folder / "history.csv"), folder)
+    kept = folder / "recommender", base_model, arguments.device, dataset
+    model = trained[0] if trained else LanguageRecommender.from_pretrained(*kept)
+    return model, pd.read_csv(folder / "history.csv"), sorted((folder / "snapshots").iterdir())
 
 
 def _content(encoder: SequenceModel) -> str:
