@@ -28,10 +28,7 @@ def random(batch: dict[str, Tensor], encoder: Recommender, embed: Embed, width: 
 
 
 def token(batch: dict[str, Tensor], encoder: Recommender, embed: Embed, width: int, seed: int) -> Tensor:
-    """The mean of the prompt's token embeddings, projected at random to `width`, which the paper leaves open.
-
-    It is normalised to mean 0 and variance 1, the scale of a SASRec state.
-    """
+    """The mean of the prompt's token embeddings, projected at random to `width` (our choice) and normalised."""
     in_prompt = (batch["part"] == PROMPT)[..., None].float()  # (batch, tokens, 1)
     mean = (embed(batch).float() * in_prompt).sum(1) / in_prompt.sum(1)  # (batch, hidden)
     projection = torch.randn(mean.shape[1], width, generator=torch.Generator().manual_seed(seed))

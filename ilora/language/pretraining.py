@@ -1,20 +1,14 @@
 """The small base models: documents that teach a small Llama what Llama-2 already knows, and the training on them.
 
-A base has read much, knows the titles and which title often follows which, and answers a prompt with an offered title,
-though an uninformed one. There are four kinds of documents; the loss covers the part that can be learned:
-
     history    the stories that a reader of the training split read, in order
     about      title and further text, where the data have any
     list       a list of titles, then the same in another order
-    choice     a whole prompt, answered with an offered title
+    choice     a whole prompt, answered with an offered title: a valid answer, but an uninformed one
 
 A choice is "spotted" if exactly one offered title was read: it is the answer, so that the base learns to compare the
-offered titles with the history. Real prompts offer nothing that was read, so this gives none of their answers away;
-the answers of other choices are random.
-
-`embedded` is made from readers of the world's library without taste groups. A base for other data starts from its
-weights. Its tokens may span words, up to whole titles: a model this small learns to choose among thousands of titles,
-but not to spell them.
+offered titles with the history. Real prompts offer nothing that was read, so this gives no answer away; the answers of
+other choices are random. `embedded` was made from readers without taste groups; a base for other data starts from its
+weights. Its tokens may be whole titles: a model this small learns to choose among many titles, not to spell them.
 """
 
 import shutil
@@ -118,10 +112,7 @@ def pretrain(
 
 
 def train_tokenizer(prompts: list[str], texts: list[str], recipe: Recipe) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with at most `recipe.vocabulary` tokens from the prompts and the items' texts.
-
-    Tokens that span words (Liu et al. 2025, SuperBPE) let a catalogue of thousands fit into short prompts.
-    """
+    """Byte-level BPE; tokens that span words (Liu et al. 2025, SuperBPE) make prompts short."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not recipe.across_spaces)
     tokenizer.decoder = decoders.ByteLevel()
@@ -158,20 +149,19 @@ def copy_weights(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, st
 
 
 class Documents:
-    """Row i is document i of an epoch: token ids and labels, a function of (seed, epoch, i) alone.
-
-    number: documents of an epoch; the next epoch has others, with longer lists if they grow.
-    """
+    """Row i of `number` is document i of an epoch: token ids and labels, which depend on (seed, epoch, i) alone."""
 
     def __init__(self, dataset: Dataset, prompts: Prompts, number: int, seed: int, recipe: Recipe):
         self.prompts, self.number, self.seed, self.recipe = prompts, number, seed, recipe
         events = dataset.events[dataset.events["user"].map(dataset.users["split"].eq("train"))]
         self.histories = [items.to_numpy() for _, items in events.groupby("user")["item"]]
-        texts = [" ".join(text.split()) for text in dataset.items["text"]]
-        self.texts = [(item, prompts.tokenizer(f" {text}", add_special_tokens=False).input_ids)
-                      for item, text in enumerate(texts) if text]  # fmt: skip
-        kinds = dict(zip(KINDS, recipe.shares, strict=True))
-        self.kinds = {kind: share for kind, share in kinds.items() if kind != "about" or self.texts}
+        texts = {item: " ".join(text.split()) for item, text in enumerate(dataset.items["text"])}
+        self.texts = {item: prompts.tokenizer(f" {text}", add_special_tokens=False).input_ids
+                      for item, text in texts.items() if text}  # fmt: skip
+        shares = [
+            share if kind != "about" or self.texts else 0 for kind, share in zip(KINDS, recipe.shares, strict=True)
+        ]
+        self.shares = np.array(shares) / sum(shares)
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
@@ -182,9 +172,7 @@ class Documents:
 
     def __getitem__(self, row: int) -> tuple[list[int], list[int]]:
         rng = np.random.default_rng([self.seed, self.epoch, row])
-        shares = np.array(list(self.kinds.values()))
-        kind = rng.choice(list(self.kinds), p=shares / shares.sum())
-        context, learned = getattr(self, f"_{kind}")(rng)
+        context, learned = getattr(self, f"_{rng.choice(KINDS, p=self.shares)}")(rng)
         return context + learned, [NO_LABEL] * len(context) + learned
 
     def _history(self, rng) -> tuple[list[int], list[int]]:
@@ -192,8 +180,8 @@ class Documents:
         return self.prompts.opening, self.prompts.join(titles, hybrid=rng.random() < 0.5)
 
     def _about(self, rng) -> tuple[list[int], list[int]]:
-        item, text = self.texts[rng.integers(len(self.texts))]
-        return self.prompts.opening[:1] + self.prompts.answers[item] + self.prompts.separator, text
+        item = list(self.texts)[rng.integers(len(self.texts))]
+        return self.prompts.opening[:1] + self.prompts.answers[item] + self.prompts.separator, self.texts[item]
 
     def _list(self, rng) -> tuple[list[int], list[int]]:
         titles, _ = self._some_titles(rng, rng.integers(2, self.longest + 1))
@@ -246,10 +234,8 @@ class Pretraining(nn.Module):
 
     def collate(self, rows: list[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
         """input_ids and labels, (batch, longest), padded on the right, where a causal model needs no mask."""
-        padded = {}
-        for name, column, value in (("input_ids", 0, 0), ("labels", 1, NO_LABEL)):
-            padded[name] = pad_sequence([torch.tensor(row[column]) for row in rows], True, value)
-        return padded
+        tokens, labels = ([torch.tensor(row[column]) for row in rows] for column in (0, 1))
+        return {"input_ids": pad_sequence(tokens, True), "labels": pad_sequence(labels, True, NO_LABEL)}
 
     def length(self, row: tuple[list[int], list[int]]) -> int:
         return len(row[0])

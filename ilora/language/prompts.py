@@ -71,10 +71,7 @@ class Prompts:
         self._refuse_unreadable_titles()
 
     def _continuations(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of texts that follow other text: sentence-piece tokenizers mark a start.
-
-        Each text is tokenised after a line break, which, unlike a sign, never merges with the signs after it.
-        """
+        """Token ids of texts as they follow other text, here a line break, which never merges with what follows."""
         before = self.tokenizer("\n", add_special_tokens=False).input_ids
         ids = self.tokenizer([f"\n{text}" for text in texts], add_special_tokens=False).input_ids
         return [tokens[len(before) :] for tokens in ids]
@@ -82,10 +79,9 @@ class Prompts:
     def _refuse_unreadable_titles(self) -> None:
         """Each title, written as an answer, must read back as itself: see `read_answer`, with all titles offered."""
         expected = [_normalised(title) for title in self.titles]
-        count, wrong = Counter(expected), []
-        for title, text, tokens in zip(self.titles, expected, self.answers, strict=True):
-            if not text or count[text] > 1 or _normalised(_first_line(self.read(tokens))) != text:
-                wrong.append(title)
+        count, triples = Counter(expected), zip(self.titles, expected, self.answers, strict=True)
+        wrong = [title for title, text, tokens in triples
+                 if not text or count[text] > 1 or _normalised(_first_line(self.read(tokens))) != text]  # fmt: skip
         if wrong:
             raise UserError(
                 f"{len(wrong)} of {len(self.titles)} titles do not read back as themselves when this tokenizer writes "
@@ -154,8 +150,7 @@ class Prompts:
 
     def _pad(self, rows: list[list[int]], value: int, left: bool) -> Tensor:
         """(rows, longest), a multiple of `pad_to_multiple_of` unless the padding is on the left."""
-        tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
-        padded = pad_sequence(tensors, batch_first=True, padding_value=value, padding_side="left" if left else "right")
+        padded = pad_sequence([torch.LongTensor(row) for row in rows], True, value, "left" if left else "right")
         missing = 0 if left else -padded.shape[1] % self.pad_to_multiple_of
         return functional.pad(padded, (0, missing), value=value)
 

@@ -34,34 +34,31 @@ def scores_of_answers(logits: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor,
     return scores, ~differs.any(1).cpu().numpy()
 
 
-def in_one_pass(model: nn.Module, rows: list[Row]) -> tuple[Tensor, np.ndarray]:
-    """`scores_of_answers` for the candidates of each row, from a `LanguageRecommender`."""
-    batch = model.batch(rows, [candidates for _, candidates, _ in rows])
-    mask = attention_mask(batch, model.language_model.config.get_text_config(), model.embedding.weight.dtype)
-    logits = model.logits(batch, attention_mask=mask, position_ids=batch["position_ids"])
-    return scores_of_answers(logits, batch)
-
-
-def one_by_one(model: nn.Module, rows: list[Row]) -> tuple[Tensor, np.ndarray]:
-    """The same from one forward pass for each candidate."""
+def scores(model: nn.Module, rows: list[Row], one_pass: bool) -> tuple[Tensor, np.ndarray]:
+    """`scores_of_answers` for all candidates of each row, from a `LanguageRecommender`."""
+    if one_pass:
+        batch = model.batch(rows, [candidates for _, candidates, _ in rows])
+        mask = attention_mask(batch, model.language_model.config.get_text_config(), model.embedding.weight.dtype)
+        logits = model.logits(batch, attention_mask=mask, position_ids=batch["position_ids"])
+        return scores_of_answers(logits, batch)
     parts = []
     for items in zip(*(candidates for _, candidates, _ in rows), strict=True):
         batch = model.batch(rows, [[item] for item in items])
         parts.append(scores_of_answers(model.logits(batch), batch))
-    scores, written = zip(*parts, strict=True)
-    return torch.cat(scores, dim=1), np.concatenate(written, axis=1)
+    values, written = zip(*parts, strict=True)
+    return torch.cat(values, dim=1), np.concatenate(written, axis=1)
 
 
 def why_not_in_one_pass(model: nn.Module) -> str:
     """Why this model's scores in one pass differ from those one by one, tried on a long question; "" if they agree."""
     rows = [long_question(model)]
-    expected = one_by_one(model, rows)[0]
+    expected, _ = scores(model, rows, one_pass=False)
     try:
-        scores = in_one_pass(model, rows)[0]
+        values, _ = scores(model, rows, one_pass=True)
     except Exception as error:  # whatever a model says to masks or positions that it does not know
         return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     tolerance = 1e-3 if model.embedding.weight.dtype == torch.float32 else 4e-2  # of log P; other masks: more
-    agree = torch.allclose(scores, expected, rtol=tolerance, atol=tolerance)
+    agree = torch.allclose(values, expected, rtol=tolerance, atol=tolerance)
     return "" if agree else "it does not follow the given mask and positions"
 
 
@@ -78,7 +75,7 @@ def long_question(model: nn.Module) -> Row:
 def attention_mask(batch: dict[str, Tensor], config: object, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
     """(rows, 1, query, key) to add to attention scores: 0 where a query may attend to a key, else the least number.
 
-    A sliding window limits how far back, in positions. Models whose layers differ get a mask for each type of layer.
+    Models whose layers differ, some with a sliding window, get a mask for each type of layer.
     """
     part, position = batch["part"], batch["position_ids"]
     before = torch.ones(2 * part.shape[1:], dtype=torch.bool, device=part.device).tril()

