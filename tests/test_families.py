@@ -174,8 +174,8 @@ def test_a_family_trains_ranks_and_writes_as_its_forward_pass_says(family, exper
     monkeypatch.setattr(model, "_column", lambda row, tokens: written.append([int(t) for t in tokens]))
     model.generate(rows)
     for row, tokens in zip(rows, written, strict=True):
-        own = greedy(model, row)
-        assert tokens[: len(own)] == own and set(tokens[len(own) :]) <= {model.prompts.end}
+        plain = greedy(model, row)
+        assert tokens[: len(plain)] == plain and set(tokens[len(plain) :]) <= {model.prompts.end}
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_one_pass_is_tried_on_a_prompt_longer_than_a_window_and_within_the_posit
 
 
 @pytest.mark.parametrize(
-    ("family", "asked", "adapted"),
+    ("family", "wanted", "adapted"),
     [
         ("Llama", ["q_proj", "v_proj"], {"q_proj", "v_proj"}),
         ("Llama", r".*layers\.1\.mlp\.(up|down)_proj", {"up_proj", "down_proj"}),
@@ -207,13 +207,15 @@ def test_one_pass_is_tried_on_a_prompt_longer_than_a_window_and_within_the_posit
         ("GPT2", "ALL-LINEAR", {"c_attn", "c_proj", "c_fc"}),
     ],
 )
-def test_target_modules_are_a_setting(family, asked, adapted, tokenizer):
+def test_target_modules_are_a_setting(family, wanted, adapted, tokenizer):
     prompts = Prompts(tokenizer, TITLES, "story", "read")
-    adapter = adapter_config(experts=1, target_modules=asked)
+    adapter = adapter_config(experts=1, target_modules=wanted)
     model = LanguageRecommender(base(family, tokenizer), prompts, None, adapter)
-    found = {name.split(".lora_A")[0].split(".")[-1] for name, _ in model.named_parameters() if "lora_A" in name}
-    assert found == adapted
-    assert adapter.target_modules == (asked if isinstance(asked, str) else set(asked))  # the caller's own, unchanged
+    layers = {name.split(".lora_A")[0].split(".")[-1] for name, _ in model.named_parameters() if "lora_A" in name}
+    assert layers == adapted
+    assert adapter.target_modules == (
+        wanted if isinstance(wanted, str) else set(wanted)
+    )  # the caller's configuration is unchanged
 
 
 @pytest.mark.parametrize("family", ["Llama", "GPT2"])
@@ -230,7 +232,7 @@ def test_a_base_that_carries_an_adapter_is_refused_until_it_is_unloaded(family, 
 
 @pytest.mark.parametrize("experts", [1, 4])
 @pytest.mark.parametrize(
-    ("family", "asked", "message"),
+    ("family", "wanted", "message"),
     [
         ("OPT", ["q_proj", "fc1"], "means fc1 in OPTForCausalLM"),
         ("Mamba", ["in_proj", "out_proj"], "means out_proj in MambaForCausalLM"),
@@ -238,11 +240,11 @@ def test_a_base_that_carries_an_adapter_is_refused_until_it_is_unloaded(family, 
         ("Mixtral", ["gate_up_proj"], "means gate_up_proj in MixtralForCausalLM.*q_proj"),
     ],
 )
-def test_layers_that_cannot_be_adapted_are_refused_by_name(family, asked, message, experts, tokenizer):
+def test_layers_that_cannot_be_adapted_are_refused_by_name(family, wanted, message, experts, tokenizer):
     prompts, encoder = Prompts(tokenizer, TITLES, "story", "read"), SASRec(len(TITLES), dim=64)
     with pytest.raises(UserError, match=message):
         LanguageRecommender(
-            base(family, tokenizer), prompts, encoder, adapter_config(experts=experts, target_modules=asked)
+            base(family, tokenizer), prompts, encoder, adapter_config(experts=experts, target_modules=wanted)
         )
 
 
@@ -274,10 +276,10 @@ def test_a_base_without_the_item_token_is_left_as_it_is(family, tokenizer):
     used = torch.tensor(sorted({token for title in model.prompts.answers for token in title}))
     torch.testing.assert_close(model.placeholder, inner.get_input_embeddings()(used).mean(0))
     batch = model.batch(some_rows(), [[row[2]] for row in some_rows()])
-    owned = batch["input_ids"] == model.prompts.item_token
+    is_item = batch["input_ids"] == model.prompts.item_token
     text = model.embeds(batch, hybrid=False)
-    assert (text[owned] == model.placeholder).all()
-    assert torch.equal(text[~owned], inner.get_input_embeddings()(batch["input_ids"][~owned]))
+    assert (text[is_item] == model.placeholder).all()
+    assert torch.equal(text[~is_item], inner.get_input_embeddings()(batch["input_ids"][~is_item]))
     assert (model.projector(model.encoder.item_embeddings) - model.placeholder).abs().mean() < model.placeholder.std()
 
 

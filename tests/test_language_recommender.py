@@ -49,7 +49,7 @@ def make(kind):
             if "lora_B" in name or "projector" in name:
                 parameter += 0.03 * torch.randn_like(parameter)
             if "W_g" in name:
-                parameter *= 5  # experts of clearly unlike weight
+                parameter *= 5  # experts with clearly different weights
     return model.eval()
 
 
@@ -59,7 +59,7 @@ def model(request):
 
 
 def question_rows(lengths=(1, 6, 3, 4), offered=20, seed=0):
-    """Questions of unlike length: (history, candidates, target)."""
+    """Questions of different lengths: (history, candidates, target)."""
     rng, rows = np.random.default_rng(seed), []
     for length in lengths:
         items = rng.permutation(len(TITLES))
@@ -103,11 +103,11 @@ def reference_score(model, history, candidates, item, hybrid=True):
 @torch.no_grad()
 def test_rank_equals_independent_forward_passes(model):
     rows = question_rows()
-    found = model.rank(rows)
-    assert found.shape == (4, 20)
+    ranked = model.rank(rows)
+    assert ranked.shape == (4, 20)
     expected = [[reference_score(model, row[0], row[1], item) for item in row[1]] for row in rows]
-    torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-4, atol=1e-3)
-    assert found.std(1).min() > 0.1  # far above the tolerance
+    torch.testing.assert_close(ranked, torch.tensor(expected), rtol=1e-4, atol=1e-3)
+    assert ranked.std(1).min() > 0.1  # far above the tolerance
 
 
 def test_rank_under_eager_attention_is_the_same(model):
@@ -136,10 +136,10 @@ def test_padding_and_the_order_of_a_batch_change_nothing(model):
 
 def test_a_candidates_score_depends_on_the_question_not_on_the_target(model):
     history, candidates, _ = question_rows()[1]
-    one, other = (model.rank([(history, candidates, int(target))]) for target in candidates[:2])
-    torch.testing.assert_close(one, other, rtol=0, atol=0)
+    first, second = (model.rank([(history, candidates, int(target))]) for target in candidates[:2])
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
     changed = model.rank([(history[::-1], candidates, 0)])
-    assert (changed - one).abs().max() > 1e-2
+    assert (changed - first).abs().max() > 1e-2
 
 
 # ---------------------------------------------------------------- generate
@@ -189,16 +189,16 @@ def test_answer_is_rank_and_generate(model, monkeypatch):
     rows = question_rows(lengths=(1, 6, 3, 4, 2, 5, 6, 1), seed=3)
     scores, written = model.rank(rows), model.generate(rows)
     named = {id(row) for row, column in zip(rows, written, strict=True) if column is not None}
-    asked, plain = [], model.generate
-    monkeypatch.setattr(model, "generate", lambda rows: asked.extend(rows) or plain(rows))
-    found, columns = model.answer(rows)
-    torch.testing.assert_close(found, scores, rtol=1e-5, atol=1e-4)
+    generated, plain = [], model.generate
+    monkeypatch.setattr(model, "generate", lambda rows: generated.extend(rows) or plain(rows))
+    answer_scores, columns = model.answer(rows)
+    torch.testing.assert_close(answer_scores, scores, rtol=1e-5, atol=1e-4)
     assert columns == written
-    assert 0 < len(asked) < len(rows)
-    assert {id(row) for row in rows} - named <= {id(row) for row in asked}
+    assert 0 < len(generated) < len(rows)
+    assert {id(row) for row in rows} - named <= {id(row) for row in generated}
 
 
-def test_candidates_of_unlike_length_are_not_padded_to_the_longest(model):
+def test_candidates_of_different_lengths_are_not_padded_to_the_longest(model):
     assert model.packs
     rows, seen = question_rows(), []
     inner = model.language_model.get_base_model() if hasattr(model.language_model, "peft_config") else None
@@ -221,9 +221,9 @@ def test_loss_is_the_mean_of_minus_log_likelihood(model, hybrid):
     rows = question_rows()
     batch = model.collate(rows)
     with torch.no_grad():
-        found = model(batch, progress=1.0 if hybrid else 0.0)
+        loss = model(batch, progress=1.0 if hybrid else 0.0)
         expected = -sum(reference_score(model, *row, hybrid=hybrid) for row in rows) / len(rows)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-4)
 
 
 def test_loss_of_a_batch_is_the_mean_of_its_rows(model):
@@ -345,7 +345,7 @@ def test_the_gate_sees_the_encoders_representation_of_the_history():
         assert (z[:, None] - expected).abs().amax(-1).amin(1).max() < 1e-5
     weights = seen[0][1]
     torch.testing.assert_close(weights, (expected @ gate.W_g.weight.T).softmax(-1), rtol=1e-5, atol=1e-5)
-    assert weights.std(0).max() > 0.05  # unlike users get unlike experts
+    assert weights.std(0).max() > 0.05  # different users get different experts
     torch.testing.assert_close(model.gate_weights(rows), weights.detach(), rtol=1e-5, atol=1e-5)
 
 
@@ -369,7 +369,9 @@ def test_random_guidance_is_fixed_by_seed_and_history():
     z = representations(model, rows)
     assert z.shape == (4, 64) and len(z.unique()) == z.numel()
     assert abs(z.mean()) < 0.2 and abs(z.std() - 1) < 0.2
-    others = [(history, offered[::-1], target) for history, offered, target in rows]  # asked anew, in training
+    others = [
+        (history, offered[::-1], target) for history, offered, target in rows
+    ]  # other candidates, as in another epoch
     assert torch.equal(representations(model, others[::-1], answers=True).flip(0), z)
     assert torch.equal(representations(make("random"), rows), z)
     model.encoder.items.weight.data.zero_()
@@ -386,10 +388,10 @@ def test_token_guidance_is_the_mean_of_the_prompts_token_embeddings():
     table, projection = model.language_model.get_input_embeddings().weight, torch.randn(
         model.language_model.config.hidden_size, 64, generator=torch.Generator().manual_seed(7)
     )  # fmt: skip
-    for row, found in zip(rows, z, strict=True):
+    for row, vector in zip(rows, z, strict=True):
         tokens = model.prompts.write(*row[:2], hybrid=True)
         mean = table[torch.tensor(tokens)].mean(0) @ projection
-        torch.testing.assert_close(found, (mean - mean.mean()) / mean.std(correction=0), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(vector, (mean - mean.mean()) / mean.std(correction=0), rtol=1e-4, atol=1e-4)
     assert (z[0] - z[1]).abs().max() > 1e-2
     torch.testing.assert_close(representations(model, rows, answers=True), z)  # answers are not read
     assert (model.gate_weights(rows).std(0) > 0).all()
@@ -397,7 +399,7 @@ def test_token_guidance_is_the_mean_of_the_prompts_token_embeddings():
 
 @pytest.mark.parametrize("kind", ["random", "token"])
 def test_ranking_and_loss_have_the_prompts_guidance(kind, monkeypatch):
-    """Candidates behind the prompt, padding and other rows are none of the gate's business."""
+    """The gate gets no candidates after the prompt, no padding and no other rows."""
     model, rows, seen = make(kind), question_rows(), []
     assert model.packs
     gate = model.language_model.base_model.lora_gate["default"]
@@ -440,14 +442,14 @@ def test_any_sequence_model_may_be_the_encoder(tmp_path, kind):
         for name, parameter in model.named_parameters():
             if "lora_B" in name or "projector" in name:
                 parameter += 0.03 * torch.randn_like(parameter)
-    found = model.rank(rows)
-    for row, scores in zip(rows[:2], found, strict=False):
+    ranked = model.rank(rows)
+    for row, scores in zip(rows[:2], ranked, strict=False):
         expected = torch.stack([reference_score(model, row[0], row[1], item) for item in row[1]])
         torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-3)
     model.save_pretrained(tmp_path / "kept", base_model="embedded")
     again = LanguageRecommender.from_pretrained(tmp_path / "kept", device="cpu")
     assert type(again.encoder) is kind
-    torch.testing.assert_close(again.rank(rows), found, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(again.rank(rows), ranked, rtol=1e-5, atol=1e-4)
 
 
 def test_a_fresh_adapter_answers_as_the_language_model_does():

@@ -1,4 +1,4 @@
-"""What the steps of the notebooks make is found again by what it was made from."""
+"""A tuned model is kept by its data, models and settings, and loads as it was trained."""
 
 import gc
 
@@ -46,7 +46,7 @@ def test_settings_of_a_gate_count_only_where_there_is_one(kept):
 
 
 def test_an_adapter_of_an_earlier_version_has_the_same_key(kept):
-    """Adapters that took hours are found again."""
+    """Adapters that took hours to train are loaded, not trained again."""
     settings = kept(experts=4, rank=8, alpha=32.0)
     assert artifacts.digest(settings) == "7fe7b258f907"
     settings = kept(target_modules=["q_proj"], alpha=32.0)
@@ -69,8 +69,8 @@ def test_a_model_without_encoder_is_tuned_on_text_alone(world):
     model, history, snapshots = tuned(world, None, window=5)
     assert model.encoder is None and model.projector is None
     assert history["hit_ratio"].notna().sum() == 1
-    asked = data.questions(world, "test", 5, limit=8)
-    outcomes = evaluation.ask(model, asked)
+    questions = data.questions(world, "test", 5, limit=8)
+    outcomes = evaluation.ask(model, questions)
     assert len(outcomes) == 8 and outcomes["rank"].between(1, 20).all()
     assert not (snapshots[0].parents[1] / "recommender" / "encoder").exists()
     assert tuned(world, None, window=6)[2] != snapshots
@@ -123,6 +123,6 @@ def test_a_model_is_tuned_with_another_encoder_than_sasrec(world):
     encoder, _ = fit_recommender(world, epochs=1, window=6, device="cpu", kind="GRU4Rec")
     model, _, _ = tuned(world, encoder, experts=2)
     assert type(model.encoder) is GRU4Rec and model.gated
-    asked = data.questions(world, "test", 6, limit=8)
-    assert list(recommenders.baselines(world, encoder, asked)) == ["popularity", "GRU4Rec"]
-    assert len(evaluation.ask(model, asked)) == 8
+    questions = data.questions(world, "test", 6, limit=8)
+    assert list(recommenders.baselines(world, encoder, questions)) == ["popularity", "GRU4Rec"]
+    assert len(evaluation.ask(model, questions)) == 8

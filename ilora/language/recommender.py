@@ -29,7 +29,7 @@ from ilora.data.windows import Questions, Row
 from ilora.errors import UserError
 from ilora.language import base_models, ranking
 from ilora.language.adapted_layers import adapted
-from ilora.language.guidance import GUIDANCE
+from ilora.language.guidance import GUIDANCE, guide
 from ilora.language.prompts import PROMPT, Prompts, read_answer
 from ilora.recommenders.base import SequenceModel
 
@@ -41,7 +41,7 @@ class LanguageRecommender(nn.Module):
 
     encoder: a trained recommender, kept frozen; None for text-only prompts, which need none.
     adapter: configuration of LoRA or iLoRA; None for the language model as it is.
-    seed: of the projector, and of random guidance; guidance: what iLoRA's gate gets, a name in GUIDANCE.
+    seed: of the projector, and of random guidance; guidance: what iLoRA's gate gets, one of GUIDANCE.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class LanguageRecommender(nn.Module):
         if not self.gated:
             return {}
         width, embed = self.language_model.active_peft_config.gate_dim, partial(self.embeds, hybrid=False)
-        return {"sequence_embeds": GUIDANCE[self.guidance](batch, self.encoder, embed, width, self.seed)}
+        return {"sequence_embeds": guide(self.guidance, batch, self.encoder, embed, width, self.seed)}
 
     def logits(self, batch: dict[str, Tensor], hybrid: bool = True, **inputs: Tensor | dict) -> Tensor:
         """(batch, labels, vocabulary): what the model predicts for the batch's labels."""

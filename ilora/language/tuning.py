@@ -35,7 +35,7 @@ class AdapterSettings:
     gate: str = "linear"  # or "convolutional"
     gate_per_layer: bool = False
     gate_top_k: int = 0  # experts with weight for one history; 0: all
-    guidance: str = "sequence"  # what the gate gets, a name in guidance.GUIDANCE
+    guidance: str = "sequence"  # what the gate gets, one of guidance.GUIDANCE
     target_modules: str | list[str] = "all-linear"  # see `adapted_layers.adapted`
 
     def identity(self) -> dict[str, Any]:
