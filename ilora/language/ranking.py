@@ -34,6 +34,7 @@ def scores_of_answers(logits: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor,
     return scores, ~differs.any(1).cpu().numpy()
 
 
+@torch.no_grad()
 def scores(model: nn.Module, rows: list[Row], one_pass: bool) -> tuple[Tensor, np.ndarray]:
     """`scores_of_answers` for all candidates of each row, from a `LanguageRecommender`."""
     if one_pass:

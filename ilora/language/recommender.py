@@ -192,7 +192,6 @@ class LanguageRecommender(nn.Module):
 
     # ---------------------------------------------------------------- predictions
 
-    @torch.no_grad()
     def rank(self, rows: list[Row]) -> Tensor:
         """(rows, candidates) log P(title and end | prompt)."""
         return ranking.scores(self, rows, self.packs)[0]
@@ -225,7 +224,6 @@ class LanguageRecommender(nn.Module):
         """The column of the candidate that an answer names, or None."""
         return read_answer(self.prompts.read(tokens), [self.prompts.titles[item] for item in row[1]])
 
-    @torch.no_grad()
     def answer(self, rows: list[Row]) -> tuple[Tensor, list[int | None]]:
         """What `rank` and `generate` give; only rows in which greedy decoding writes no candidate are generated."""
         scores, written = ranking.scores(self, rows, self.packs)
@@ -269,9 +267,7 @@ class LanguageRecommender(nn.Module):
         language_model, tokenizer = base_models.load_language_model(base_model or about["base_model"], dataset, device)
         prompts = Prompts(tokenizer, about["titles"], *about["wording"])
         encoder = SequenceModel.from_pretrained(folder / "encoder") if (folder / "encoder").is_dir() else None
-        model = cls(
-            language_model, prompts, encoder, **{name: about[name] for name in ("seed", "guidance") & about.keys()}
-        )
+        model = cls(language_model, prompts, encoder, None, about.get("seed", 0), about.get("guidance", "sequence"))
         try:
             if encoder is not None:
                 model.projector.load_state_dict(safetensors.torch.load_file(folder / "projector.safetensors"))

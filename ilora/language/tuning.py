@@ -39,7 +39,7 @@ class AdapterSettings:
     target_modules: str | list[str] = "all-linear"  # see `adapted_layers.adapted`
 
     def identity(self) -> dict[str, Any]:
-        """The settings that decide the result: without a gate none of its settings, and no newer defaults."""
+        """The settings that decide the result: a gate's only if there is one, newer ones only if changed."""
         newer = ("gate_per_layer", "gate_top_k", "guidance", "target_modules")
         values = {name: getattr(self, name) for name in ("rank", "alpha", "dropout", "experts", "gate", *newer)}
         ignored = {name for name in newer if values[name] == getattr(AdapterSettings, name)}
