@@ -31,7 +31,7 @@ from transformers import DynamicCache
 from ilora import data, devices, evaluation, language
 from ilora.data import Questions
 from ilora.evaluation.outcomes import batches_by_length
-from ilora.language import ITEM_TOKEN, NO_ITEM, NO_LABEL, LanguageRecommender, adapter_config, wording
+from ilora.language import ITEM_TOKEN, NO_LABEL, PROMPT, LanguageRecommender, adapter_config, ranking, wording
 from ilora.recommenders import SASRec
 from ilora.training import TrainingArguments, fit
 from ilora.training.loop import combined_seed
@@ -91,7 +91,7 @@ class Bench:
         batches = cut(self.rows, self.together)
         ways = {
             "one pass": lambda: torch.cat([self.model.rank(rows) for rows in batches]),
-            "20 passes": lambda: torch.cat([self.model._one_by_one(rows)[0] for rows in batches]),
+            "20 passes": lambda: torch.cat([ranking.scores(self.model, rows, one_pass=False)[0] for rows in batches]),
         }
         return ways, largest_difference
 
@@ -187,13 +187,10 @@ def collate_text(model: LanguageRecommender, rows: Sequence[Row]) -> dict[str, T
     ids, real = batch["input_ids"], batch.pop("attention_mask").bool()
     answers = prompts.tokenizer([f" {prompts.titles[target]}" for *_, target in rows], add_special_tokens=False)
     start = real.sum(1) - torch.tensor([len(tokens) + 1 for tokens in answers["input_ids"]])  # with the end
-    batch["prompt"] = torch.arange(ids.shape[1]) < start[:, None]
-    batch["labels"] = ids.where(real & ~batch["prompt"], NO_LABEL)
+    batch["labels"] = ids.where(real & (torch.arange(ids.shape[1]) >= start[:, None]), NO_LABEL)
     batch["at"] = torch.arange(ids.shape[1]).expand(ids.shape)
-    batch["owners"] = torch.full_like(ids, NO_ITEM)
-    items = [int(item) for history, candidates, _ in rows for item in (*history, *candidates)]
-    batch["owners"][batch["prompt"] & (ids == prompts.item_token)] = torch.tensor(items)
-    batch["behaviour"] = (batch["owners"].flatten() != NO_ITEM).nonzero()[:, 0]
+    batch["items"] = torch.tensor([int(item) for row in rows for item in (*row[0], *row[1])])
+    batch["places"] = (ids.flatten() == prompts.item_token).nonzero()[:, 0]
     padding = [len(prompts.titles)]
     histories = [padding * (model.encoder.window - len(history)) + list(history) for history, *_ in rows]
     return batch | {"history": torch.tensor(np.array(histories))}
@@ -201,7 +198,7 @@ def collate_text(model: LanguageRecommender, rows: Sequence[Row]) -> dict[str, T
 
 def full_loss(model: LanguageRecommender, batch: dict[str, Tensor], hybrid: bool) -> Tensor:
     """Mean over rows of -log P(answer), from all logits."""
-    logits = model._logits(batch, hybrid)[:, :-1].float()
+    logits = model.logits(batch, hybrid)[:, :-1].float()
     labels = batch["labels"][:, 1:]
     loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=NO_LABEL, reduction="sum")
     return loss / len(labels)
@@ -258,10 +255,10 @@ class Apart:
 @torch.no_grad()
 def prompts_of(model: LanguageRecommender, rows: Sequence[Row]) -> tuple[dict, Tensor]:
     """What the language model reads for these rows, and what their gate reads, (rows, gate_dim)."""
-    batch = model._batch(rows)
-    mask = batch["prompt"].long()
+    batch = model.batch(rows)
+    mask = (batch["part"] == PROMPT).long()
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    inputs = {"inputs_embeds": model._embeds(batch, hybrid=True), "attention_mask": mask, "position_ids": positions}
+    inputs = {"inputs_embeds": model.embeds(batch, hybrid=True), "attention_mask": mask, "position_ids": positions}
     return inputs, model.encoder.encode(batch["history"])
 
 

@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     asked = data.questions(source, "train", limit=options.examples)
     rows = (asked[row] for row in np.random.default_rng(0).permutation(len(asked)))
-    length = np.array([prompts.length(row[0], row[1], behaviour=True) + prompts.size[row[2]] for row in rows])
+    length = np.array([len(prompts.write(row[0], row[1], hybrid=True)) + len(prompts.answers[row[2]]) for row in rows])
     shares = {
         "as they come": share(length, options.micro_batch_size, options.micro_batch_size),
         "training": share(length, options.batch_size, options.micro_batch_size),

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ilora.data.world import titles
 from ilora.errors import UserError
-from ilora.language import NO_ITEM, LanguageRecommender, Prompts, adapter_config, load_language_model, wording
+from ilora.language import LanguageRecommender, Prompts, adapter_config, load_language_model, wording
+from ilora.language.ranking import long_question
 from ilora.recommenders import SASRec
 
 TITLES = list(titles()["title"][:40])
@@ -109,11 +110,11 @@ def some_rows(lengths=(2, 5, 3), offered=4):
 @torch.no_grad()
 def plain_logits(model, row, answer=()):
     """(tokens, vocabulary) of a prompt and tokens after it: one row, no padding, mask, positions or cache."""
-    tokens, owners = model.prompts.write(*row[:2], behaviour=True)
-    table = model.language_model.get_input_embeddings()
+    tokens, items = model.prompts.write(*row[:2], hybrid=True), iter([*row[0], *row[1]])
+    embedding, is_item = model.language_model.get_input_embeddings(), model.prompts.item_token
     embeds = [
-        table(torch.tensor(token)) if owner == NO_ITEM else model.projector(model.encoder.items.weight[owner])
-        for token, owner in zip([*tokens, *answer], owners + [NO_ITEM] * len(answer), strict=True)
+        model.projector(model.encoder.items.weight[next(items)]) if token == is_item else embedding(torch.tensor(token))
+        for token in [*tokens, *answer]
     ]
     z = {"sequence_embeds": model.encoder.encode(model.encoder.pad([row[0]]))} if model.gated else {}
     return model.language_model(inputs_embeds=torch.stack(embeds)[None], use_cache=False, **z).logits[0]
@@ -145,7 +146,7 @@ def test_a_family_trains_ranks_and_writes_as_its_forward_pass_says(family, exper
     assert adapted == names
     assert all(name in caplog.text for name in names)
     left = {"OPT": "fc1, fc2", "Mixtral": "down_proj, gate, gate_up_proj", "Mamba": "dt_proj, out_proj"}.get(family, "")
-    (record,) = (record for record in caplog.records if record.name == "ilora.language.base_models")
+    (record,) = (record for record in caplog.records if record.name == "ilora.language.adapted_layers")
     assert record.levelname == ("WARNING" if left else "INFO")
     assert record.message.rpartition("; not on ")[2] == left if left else "; not on" not in record.message
 
@@ -173,8 +174,8 @@ def test_a_family_trains_ranks_and_writes_as_its_forward_pass_says(family, exper
     monkeypatch.setattr(model, "_column", lambda row, tokens: written.append([int(t) for t in tokens]))
     model.generate(rows)
     for row, tokens in zip(rows, written, strict=True):
-        own = greedy(model, row)
-        assert tokens[: len(own)] == own and set(tokens[len(own) :]) <= {model.prompts.end}
+        plain = greedy(model, row)
+        assert tokens[: len(plain)] == plain and set(tokens[len(plain) :]) <= {model.prompts.end}
 
 
 @pytest.mark.parametrize(
@@ -190,7 +191,7 @@ def test_one_pass_is_tried_on_a_prompt_longer_than_a_window_and_within_the_posit
     family, changes, least, most, tokenizer
 ):
     model = recommender(family, tokenizer, **changes).eval()
-    assert least < model.length(model._long_row()) <= most
+    assert least < model.length(long_question(model)) <= most
     assert model.packs
 
 
@@ -198,7 +199,7 @@ def test_one_pass_is_tried_on_a_prompt_longer_than_a_window_and_within_the_posit
 
 
 @pytest.mark.parametrize(
-    ("family", "asked", "adapted"),
+    ("family", "wanted", "adapted"),
     [
         ("Llama", ["q_proj", "v_proj"], {"q_proj", "v_proj"}),
         ("Llama", r".*layers\.1\.mlp\.(up|down)_proj", {"up_proj", "down_proj"}),
@@ -206,13 +207,15 @@ def test_one_pass_is_tried_on_a_prompt_longer_than_a_window_and_within_the_posit
         ("GPT2", "ALL-LINEAR", {"c_attn", "c_proj", "c_fc"}),
     ],
 )
-def test_target_modules_are_a_setting(family, asked, adapted, tokenizer):
+def test_target_modules_are_a_setting(family, wanted, adapted, tokenizer):
     prompts = Prompts(tokenizer, TITLES, "story", "read")
-    adapter = adapter_config(experts=1, target_modules=asked)
+    adapter = adapter_config(experts=1, target_modules=wanted)
     model = LanguageRecommender(base(family, tokenizer), prompts, None, adapter)
-    found = {name.split(".lora_A")[0].split(".")[-1] for name, _ in model.named_parameters() if "lora_A" in name}
-    assert found == adapted
-    assert adapter.target_modules == (asked if isinstance(asked, str) else set(asked))  # the caller's own, unchanged
+    layers = {name.split(".lora_A")[0].split(".")[-1] for name, _ in model.named_parameters() if "lora_A" in name}
+    assert layers == adapted
+    assert adapter.target_modules == (
+        wanted if isinstance(wanted, str) else set(wanted)
+    )  # the caller's configuration is unchanged
 
 
 @pytest.mark.parametrize("family", ["Llama", "GPT2"])
@@ -229,7 +232,7 @@ def test_a_base_that_carries_an_adapter_is_refused_until_it_is_unloaded(family, 
 
 @pytest.mark.parametrize("experts", [1, 4])
 @pytest.mark.parametrize(
-    ("family", "asked", "message"),
+    ("family", "wanted", "message"),
     [
         ("OPT", ["q_proj", "fc1"], "means fc1 in OPTForCausalLM"),
         ("Mamba", ["in_proj", "out_proj"], "means out_proj in MambaForCausalLM"),
@@ -237,11 +240,11 @@ def test_a_base_that_carries_an_adapter_is_refused_until_it_is_unloaded(family, 
         ("Mixtral", ["gate_up_proj"], "means gate_up_proj in MixtralForCausalLM.*q_proj"),
     ],
 )
-def test_layers_that_cannot_be_adapted_are_refused_by_name(family, asked, message, experts, tokenizer):
+def test_layers_that_cannot_be_adapted_are_refused_by_name(family, wanted, message, experts, tokenizer):
     prompts, encoder = Prompts(tokenizer, TITLES, "story", "read"), SASRec(len(TITLES), dim=64)
     with pytest.raises(UserError, match=message):
         LanguageRecommender(
-            base(family, tokenizer), prompts, encoder, adapter_config(experts=experts, target_modules=asked)
+            base(family, tokenizer), prompts, encoder, adapter_config(experts=experts, target_modules=wanted)
         )
 
 
@@ -272,11 +275,11 @@ def test_a_base_without_the_item_token_is_left_as_it_is(family, tokenizer):
     assert all(torch.equal(frozen[name], before[name]) for name in before)
     used = torch.tensor(sorted({token for title in model.prompts.answers for token in title}))
     torch.testing.assert_close(model.placeholder, inner.get_input_embeddings()(used).mean(0))
-    batch = model._batch(some_rows(), [[row[2]] for row in some_rows()])
-    owned = batch["owners"] != NO_ITEM
-    text = model._embeds(batch, hybrid=False)
-    assert (text[owned] == model.placeholder).all()
-    assert torch.equal(text[~owned], inner.get_input_embeddings()(batch["input_ids"][~owned]))
+    batch = model.batch(some_rows(), [[row[2]] for row in some_rows()])
+    is_item = batch["input_ids"] == model.prompts.item_token
+    text = model.embeds(batch, hybrid=False)
+    assert (text[is_item] == model.placeholder).all()
+    assert torch.equal(text[~is_item], inner.get_input_embeddings()(batch["input_ids"][~is_item]))
     assert (model.projector(model.encoder.item_embeddings) - model.placeholder).abs().mean() < model.placeholder.std()
 
 

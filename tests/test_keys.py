@@ -102,7 +102,11 @@ def recommender(key="data-1", dataset=None, **settings):
 
 
 def adapter(key="data-1", encoder="one", **settings):
-    return language.tuned_folder(DATASET[key], ENCODER[encoder], **settings)
+    places = {"base_model", "window", "train_limit"} & settings.keys()
+    rest = {name: settings.pop(name) for name in places}
+    names = {field.name for field in dataclasses.fields(language.AdapterSettings)} & settings.keys()
+    chosen = language.AdapterSettings(**{name: settings.pop(name) for name in names})
+    return language.tune(DATASET[key], ENCODER[encoder], chosen, language.tuning_arguments(**settings), **rest)
 
 
 def base(key="data-1", **settings):
@@ -180,7 +184,7 @@ CHANGES = {
         "experts": 2, "gate": "convolutional", "gate_per_layer": True, "gate_top_k": 2, "guidance": "random",
         "epochs": 2, "learning_rate": 1e-3, "batch_size": 16, "train_limit": 20, "seed": 1, "window": 5,
     },
-    "adapter on text": {"key": "data-2", "window": 5, "base_model": "embedded-large"},
+    "adapter on text": {"key": "data-2", "window": 5, "base_model": "ada/small"},
     "cell": {
         "system": "LLaRA", "seed": 1, "draws": 3, "conflict": 0.1, "users": 41, "repeats": "drop", "window": 5,
         "base_model": "ada/small",

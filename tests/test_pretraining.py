@@ -1,3 +1,4 @@
+import re
 from collections import Counter
 from dataclasses import replace
 
@@ -15,13 +16,24 @@ from ilora.language.pretraining import (
     EMBEDDED,
     LONGEST_LIST,
     OTHER_DATA,
-    PUBLIC,
     VOCABULARY,
     Documents,
     Pretraining,
     train_tokenizer,
 )
 
+
+def arguments_of_the_embedded_model(users="20_000"):
+    """The arguments of `pretrain` in the code of the embedded model's README, with other readers."""
+    code = re.search(r"```python\n(.*?)```", (EMBEDDED / "README.md").read_text("utf-8"), re.S).group(1)
+    given = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretraining, "pretrain", lambda *arguments: given.extend(arguments))
+        exec(code.replace("20_000", users), {})
+    return given
+
+
+PUBLIC = arguments_of_the_embedded_model(users="40")[3]
 RECIPES = {"public": PUBLIC, "other data": OTHER_DATA}
 
 
@@ -83,9 +95,9 @@ def test_documents_are_of_four_kinds_of_which_three_are_common(documents):
 def test_labels_are_the_last_tokens_themselves_and_never_the_question(documents):
     for row in range(len(documents)):
         tokens, labels = documents[row]
-        read, learned, theirs = parts(documents, row)
-        assert len(tokens) == len(labels) and theirs == learned and len(learned) > 0 and len(read) > 0
-        assert NO_LABEL not in theirs and read[0] == documents.prompts.tokenizer.bos_token_id
+        read, learned, labelled = parts(documents, row)
+        assert len(tokens) == len(labels) and labelled == learned and len(learned) > 0 and len(read) > 0
+        assert NO_LABEL not in labelled and read[0] == documents.prompts.tokenizer.bos_token_id
 
 
 def titles_in(documents, tokens):
@@ -93,18 +105,18 @@ def titles_in(documents, tokens):
     known = {
         tuple(answer): title for answer, title in zip(documents.prompts.answers, documents.prompts.titles, strict=True)
     }
-    found, piece = [], []
+    names, piece = [], []
     for token in [*[t for t in tokens if t != documents.prompts.item_token], *documents.prompts.separator]:
         if [token] == documents.prompts.separator:
-            found.append(known.get(tuple(piece)))
+            names.append(known.get(tuple(piece)))
             piece = []
         else:
             piece.append(token)
-    return None if None in found else found
+    return None if None in names else names
 
 
 def test_each_kind_is_learned_where_there_is_something_to_learn(documents):
-    prompts, real, columns, asked = documents.prompts, Counter(), [], 0
+    prompts, real, columns, total = documents.prompts, Counter(), [], 0
     answers_read, recipe = [], documents.recipe
     train = set(prompts.titles[:30])
     for row in range(len(documents)):
@@ -118,7 +130,7 @@ def test_each_kind_is_learned_where_there_is_something_to_learn(documents):
             item = prompts.titles.index(title)
             assert learned == prompts.tokenizer(f" {titles()['text'][item]}", add_special_tokens=False).input_ids
         else:
-            asked += 1
+            total += 1
             before, offered = split_at(read, prompts.offer)
             assert offered[-len(prompts.question) :] == prompts.question
             offered = titles_in(documents, offered[: -len(prompts.question)])
@@ -136,7 +148,7 @@ def test_each_kind_is_learned_where_there_is_something_to_learn(documents):
                 columns.append((offered.index(named[0]) + 0.5) / len(offered))
                 answers_read.append(named[0] in history)
     assert min(real["list"], real["choice"]) > 20
-    share = (real["list"] + real["choice"]) / asked
+    share = (real["list"] + real["choice"]) / total
     assert 0.4 < share < 0.6 if recipe.invented else share == 1
     assert stats.kstest(columns, "uniform").pvalue > 0.001  # the place of the answer tells nothing
     spotted = recipe.spotted + (1 - recipe.spotted) * 8 / 40
@@ -144,7 +156,7 @@ def test_each_kind_is_learned_where_there_is_something_to_learn(documents):
 
 
 def split_at(tokens, piece):
-    """What stands before and behind the first place of a piece."""
+    """The tokens before and after the first occurrence of a piece."""
     place = next(i for i in range(len(tokens)) if tokens[i : i + len(piece)] == piece)
     return tokens[:place], tokens[place + len(piece) :]
 
@@ -183,13 +195,13 @@ def test_lists_that_grow_are_short_at_first(documents):
         return max(lengths)
 
     try:
-        found = [longest() for epoch in (0, 1, 7) if documents.set_epoch(epoch) is None]
+        longest_lists = [longest() for epoch in (0, 1, 7) if documents.set_epoch(epoch) is None]
     finally:
         documents.set_epoch(0)
     if documents.recipe.grow:
-        assert found[0] == 6 and 6 < found[1] <= 10 < found[2] <= LONGEST_LIST
+        assert longest_lists[0] == 6 < longest_lists[1] <= 10 < longest_lists[2] <= LONGEST_LIST
     else:
-        assert all(18 < length <= LONGEST_LIST for length in found)
+        assert all(18 < length <= LONGEST_LIST for length in longest_lists)
 
 
 def offers(documents):
@@ -205,13 +217,13 @@ def offers(documents):
 
 def pieces(prompts, tokens):
     """Titles of a joined list, whether known or invented; no invented title here holds the separator."""
-    found = [[]]
+    titles = [[]]
     for token in tokens:
         if [token] == prompts.separator:
-            found.append([])
+            titles.append([])
         else:
-            found[-1].append(token)
-    return found
+            titles[-1].append(token)
+    return titles
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=list(RECIPES))
@@ -231,10 +243,10 @@ def test_a_spotted_title_is_the_one_offered_title_that_was_read_and_the_answer(b
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=list(RECIPES))
 def test_a_share_of_choices_is_spotted_and_the_rest_left_to_chance(base, recipe):
     documents = documents_of(base, replace(recipe, shares=(0, 0, 0, 1), invented=False))
-    found = list(offers(documents))
-    one = [[title for title in offered if title in history] == [answer] for history, offered, answer in found]
-    assert len(found) == 400 and recipe.spotted - 0.07 < np.mean(one) < recipe.spotted + 0.12
-    assert any(answer not in history for history, _, answer in found)
+    choices = list(offers(documents))
+    one = [[title for title in offered if title in history] == [answer] for history, offered, answer in choices]
+    assert len(choices) == 400 and recipe.spotted - 0.07 < np.mean(one) < recipe.spotted + 0.12
+    assert any(answer not in history for history, _, answer in choices)
 
 
 def test_a_small_catalogue_is_offered_whole(base):
@@ -278,51 +290,7 @@ def test_documents_are_about_the_items_that_have_text_alone(base):
     assert seen == {(known[1], " two lines"), (known[3], " drama")}
 
 
-def test_a_catalogue_shorter_than_the_longest_list_is_offered_whole(base):
-    dataset = small_dataset()
-    events = dataset.events[dataset.events["item"] < 12]
-    tiny = replace(dataset, items=dataset.items.head(12), events=events)
-    lengths = [len(offered) for _, offered, _ in offers(documents_of(base, replace(OTHER_DATA, spotted=0), 200, tiny))]
-    assert max(lengths) == 12
-
-
 # ---------------------------------------------------------------- pretraining
-
-
-def grown(noise, monkeypatch):
-    """A model twice as wide and one layer deeper than the embedded one, grown from it, with its vocabulary."""
-    monkeypatch.setattr(pretraining, "NOISE", noise)
-    torch.manual_seed(0)
-    wider = replace(PUBLIC, width=2 * PUBLIC.width, heads=2 * PUBLIC.heads, layers=PUBLIC.layers + 1)
-    model = pretraining.LlamaForCausalLM(pretraining._config(wider)).eval()
-    pretraining._take_over(model, pretraining.AutoTokenizer.from_pretrained(EMBEDDED), EMBEDDED)
-    return model
-
-
-def test_a_grown_model_says_what_the_small_one_says_until_noise_tells_its_copies_apart(base, monkeypatch):
-    known = len(base[1])
-    tokens = torch.randint(len(pretraining.SPECIAL), known, (3, 30), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        small = base[0](tokens).logits[..., :known]
-        same, near = (grown(noise, monkeypatch)(tokens).logits[..., :known] for noise in (0.0, pretraining.NOISE))
-    torch.testing.assert_close(same, small, rtol=1e-4, atol=1e-4)
-    assert 0.01 * small.std() < (near - small).std() < 0.3 * small.std()
-
-
-def test_the_copies_of_a_unit_in_a_grown_model_learn_different_things(base, documents, monkeypatch):
-    model = grown(pretraining.NOISE, monkeypatch)
-    training = Pretraining(model)
-    training(training.collate([documents[row] for row in range(4)])).backward()
-    for layer in model.model.layers:
-        for weight in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight):
-            first, second = weight.grad.chunk(2)
-            assert first.norm() > 0 and not torch.allclose(first, second, rtol=1e-2)
-
-
-def test_the_large_base_has_fifty_million_parameters_even_with_the_smallest_vocabulary():
-    with torch.device("meta"):
-        model = pretraining.LlamaForCausalLM(pretraining._config(replace(pretraining.LARGE, vocabulary=VOCABULARY)))
-    assert sum(weight.numel() for weight in model.parameters()) >= 50_000_000
 
 
 def test_the_loss_is_next_token_cross_entropy_at_the_labels(base, documents):
@@ -336,8 +304,8 @@ def test_the_loss_is_next_token_cross_entropy_at_the_labels(base, documents):
                 if label != NO_LABEL:
                     losses += functional.cross_entropy(logits[place], torch.tensor(label))
                     count += 1
-        found = training(training.collate(rows))
-    torch.testing.assert_close(found, losses / count, rtol=1e-5, atol=1e-5)
+        loss = training(training.collate(rows))
+    torch.testing.assert_close(loss, losses / count, rtol=1e-5, atol=1e-5)
     batch = training.collate(rows)
     assert batch["input_ids"].shape == batch["labels"].shape == (5, max(map(training.length, rows)))
 
@@ -347,8 +315,8 @@ def test_a_warm_start_keeps_the_embeddings_of_shared_tokens(base):
     texts = [" Granite Voyage", " Zebra Quixote", " a mountain film"]
     tokenizer = train_tokenizer(list(wording("film", "watched")), texts, PUBLIC)
     torch.manual_seed(0)
-    model = pretraining.LlamaForCausalLM(pretraining._config(replace(PUBLIC, vocabulary=5000)))
-    pretraining._take_over(model, tokenizer, EMBEDDED)
+    model = pretraining.LlamaForCausalLM(pretraining.llama_config(replace(PUBLIC, vocabulary=5000)))
+    pretraining.copy_weights(model, tokenizer, EMBEDDED)
     new, kept = model.get_input_embeddings().weight, old_model.get_input_embeddings().weight
     shared = sorted(set(tokenizer.get_vocab()) & set(old.get_vocab()))
     assert {"<s>", "</s>", ITEM_TOKEN, "Ġnext", "ĠVoyage"} <= set(shared)
@@ -356,7 +324,7 @@ def test_a_warm_start_keeps_the_embeddings_of_shared_tokens(base):
     assert rows[0] != rows[1] and len(new) == 5000
     assert torch.equal(new[rows[0]], kept[rows[1]])
     others = new[sorted(set(range(5000)) - set(rows[0]))]
-    assert others.std().item() == pytest.approx(kept.std().item(), rel=0.05)  # the rest start alike
+    assert others.std().item() == pytest.approx(kept.std().item(), rel=0.05)  # the rest have the same scale
     inner = {name: value for name, value in old_model.state_dict().items() if ".layers." in name or "norm" in name}
     assert len(inner) == 37 and all(torch.equal(model.state_dict()[name], value) for name, value in inner.items())
     assert model.lm_head.weight is model.get_input_embeddings().weight
@@ -404,15 +372,7 @@ def test_pretraining_is_the_same_twice(home):
     assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
 
 
-def test_the_embedded_model_is_made_from_readers_without_conflict(tmp_path, monkeypatch):
-    monkeypatch.setattr(pretraining, "PUBLIC_READERS", 30)
-    made = []
-
-    def pretrain(dataset, folder, work, recipe, device):
-        assert len(dataset.users) == 30 and set(dataset.users["split"]) == {"train"} and folder != work
-        assert set(dataset.events["user"]) == set(dataset.users["user"])
-        made.append((folder, recipe, device))
-
-    monkeypatch.setattr(pretraining, "pretrain", pretrain)
-    pretraining.make_embedded(tmp_path, device="cpu")
-    assert made == [(tmp_path, PUBLIC, "cpu")]
+def test_the_embedded_model_is_made_from_readers_without_conflict():
+    library, folder, work, _ = arguments_of_the_embedded_model(users="30")
+    assert len(library.users) == 30 and set(library.users["split"]) == {"train"} and folder != work
+    assert set(library.events["user"]) == set(library.users["user"])

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from ilora.errors import UserError
-from ilora.language import ITEM_TOKEN, NO_ITEM, NO_LABEL, Prompts, prompt_text, read_answer, wording
+from ilora.language import ITEM_TOKEN, NO_LABEL, PROMPT, Prompts, prompt_text, read_answer, wording
 
 TITLES = ["Mossy Oak", "The Neon Market, part 2", "Ill", "Salted: a tale", "Oak"]
 
@@ -65,19 +65,19 @@ def text_of(history, candidates, mark=""):
 def test_pieces_join_to_the_tokens_of_the_whole_text(tokenizer):
     prompts = Prompts(tokenizer, TITLES, "story", "read")
     history, candidates = [0, 3, 2], [4, 1, 0]
-    tokens, _ = prompts.write(history, candidates, behaviour=False)
+    tokens = prompts.write(history, candidates, hybrid=False)
     whole = tokenizer(text_of(history, candidates), add_special_tokens=False).input_ids
     assert tokens == [tokenizer.bos_token_id, *whole]
 
 
 def test_the_answer_continues_the_prompt_as_text_does(prompts):
     whole = prompts.tokenizer(text_of([0, 1], [2, 3]) + f" {TITLES[3]}", add_special_tokens=False).input_ids
-    tokens, _ = prompts.write([0, 1], [2, 3], behaviour=False)
+    tokens = prompts.write([0, 1], [2, 3], hybrid=False)
     assert tokens[1:] + prompts.answers[3] == whole
 
 
 def test_a_prompt_reads_as_meant(prompts):
-    tokens, _ = prompts.write([0, 1], [2, 3], behaviour=True)
+    tokens = prompts.write([0, 1], [2, 3], hybrid=True)
     assert prompts.tokenizer.decode(tokens) == "<s>" + text_of([0, 1], [2, 3], mark=ITEM_TOKEN)
 
 
@@ -87,8 +87,7 @@ def test_a_tokenizer_without_the_item_token_gets_one_and_stays_as_it_is(tokenize
     prompts = Prompts(tokenizer, TITLES, "story", "read")
     assert not prompts.has_item_token and len(tokenizer) == size
     assert prompts.item_token not in (tokenizer.eos_token_id, tokenizer.unk_token_id)
-    tokens, owners = prompts.write([0, 1], [2, 3], behaviour=True)
-    assert [token == prompts.item_token for token in tokens] == [owner != NO_ITEM for owner in owners]
+    tokens = prompts.write([0, 1], [2, 3], hybrid=True)
     assert prompts.end not in tokens
     assert prompts.tokenizer.decode(tokens).count(ITEM_TOKEN) == 4
     known = Prompts(byte_level(ITEM_TOKEN), TITLES, "story", "read")
@@ -149,28 +148,27 @@ def test_thousands_of_titles_are_checked_in_a_moment():
 def test_a_tokenizer_without_a_start_token_begins_with_the_text():
     tokenizer = byte_level()
     tokenizer.bos_token = None
-    tokens, _ = Prompts(tokenizer, TITLES, "story", "read").write([0], [1], behaviour=False)
+    tokens = Prompts(tokenizer, TITLES, "story", "read").write([0], [1], hybrid=False)
     assert tokens == tokenizer(text_of([0], [1]), add_special_tokens=False).input_ids
 
 
-# ---------------------------------------------------------------- owners
+# ---------------------------------------------------------------- item tokens
 
 
-def test_each_item_owns_the_token_right_behind_its_title(prompts):
+def test_the_item_token_follows_each_title(prompts):
     history, candidates = [4, 0], [2, 1, 4]
-    tokens, owners = prompts.write(history, candidates, behaviour=True)
-    assert len(tokens) == len(owners)
-    owned = [place for place, owner in enumerate(owners) if owner != NO_ITEM]
-    assert [owners[place] for place in owned] == history + candidates
-    assert [place for place, token in enumerate(tokens) if token == prompts.item_token] == owned
-    for place in owned:
-        title = prompts.answers[owners[place]]
+    tokens = prompts.write(history, candidates, hybrid=True)
+    places = [place for place, token in enumerate(tokens) if token == prompts.item_token]
+    assert len(places) == 5
+    for place, item in zip(places, history + candidates, strict=True):
+        title = prompts.answers[item]
         assert tokens[place - len(title) : place] == title
 
 
-def test_a_text_only_prompt_has_no_behaviour_tokens(prompts):
-    tokens, owners = prompts.write([0, 1], [2, 3], behaviour=False)
-    assert set(owners) == {NO_ITEM} and prompts.item_token not in tokens
+def test_a_text_only_prompt_has_no_item_tokens(prompts):
+    assert prompts.item_token not in prompts.write([0, 1], [2, 3], hybrid=False)
+    batch = prompts.batch([[0, 1]], [[2, 3]], hybrid=False)
+    assert len(batch["items"]) == len(batch["places"]) == 0
 
 
 # ---------------------------------------------------------------- batches
@@ -179,28 +177,37 @@ def test_a_text_only_prompt_has_no_behaviour_tokens(prompts):
 def test_prompts_alone_are_padded_on_the_left(prompts):
     histories, candidates = [[2], [0, 1, 3, 4], [2, 2]], [[0, 1], [1, 0], [4, 2]]
     batch = prompts.batch(histories, candidates)
-    assert set(batch) == {"input_ids", "owners", "prompt"}
+    assert set(batch) == {"input_ids", "position_ids", "part", "items", "places"}
     for row, (history, offered) in enumerate(zip(histories, candidates, strict=True)):
-        tokens, owners = prompts.write(history, offered, behaviour=True)
+        tokens = prompts.write(history, offered, hybrid=True)
         padding = batch["input_ids"].shape[1] - len(tokens)
         assert batch["input_ids"][row].tolist() == [0] * padding + tokens
-        assert batch["owners"][row].tolist() == [NO_ITEM] * padding + owners
-        assert batch["prompt"][row].tolist() == [False] * padding + [True] * len(tokens)
-    assert batch["prompt"].all(1).sum() == 1
+        assert (batch["part"][row] == PROMPT).tolist() == [False] * padding + [True] * len(tokens)
+    assert (batch["part"] == PROMPT).all(1).sum() == 1
 
 
-@pytest.mark.parametrize("behaviour", [True, False])
-def test_each_answer_follows_the_prompt_and_padding_is_on_the_right(prompts, behaviour):
+@pytest.mark.parametrize("answers", [None, [[1, 2, 0], [4]]])
+def test_a_batch_says_where_the_token_of_each_item_is(prompts, answers):
+    histories, candidates = [[0], [3, 4, 1]], [[1, 2], [0, 2]]
+    batch = prompts.batch(histories, candidates, answers)
+    assert batch["items"].tolist() == [0, 1, 2, 3, 4, 1, 0, 2]
+    assert (batch["input_ids"].flatten()[batch["places"]] == prompts.item_token).all()
+    assert (batch["input_ids"] == prompts.item_token).sum() == len(batch["places"]) == 8
+    before = batch["input_ids"].flatten()[batch["places"] - 1]  # the last token of each title
+    assert before.tolist() == [prompts.answers[item][-1] for item in batch["items"].tolist()]
+
+
+@pytest.mark.parametrize("hybrid", [True, False])
+def test_each_answer_follows_the_prompt_and_padding_is_on_the_right(prompts, hybrid):
     histories, candidates, answers = [[0], [3, 4, 1]], [[1, 2], [0, 2]], [[1, 2, 0], [4]]
-    batch = prompts.batch(histories, candidates, answers, behaviour)
+    batch = prompts.batch(histories, candidates, answers, hybrid)
     for row, items in enumerate(answers):
-        tokens, owners = prompts.write(histories[row], candidates[row], behaviour)
+        tokens = prompts.write(histories[row], candidates[row], hybrid)
         titles = [prompts.answers[item] for item in items]
         padding = [0] * (batch["input_ids"].shape[1] - len(tokens) - sum(map(len, titles)))
         assert batch["input_ids"][row].tolist() == [*tokens, *chain(*titles), *padding]
-        assert batch["owners"][row, : len(tokens)].tolist() == owners
-        assert (batch["owners"][row, len(tokens) :] == NO_ITEM).all()
-        assert batch["prompt"][row].sum() == len(tokens) and batch["prompt"][row, : len(tokens)].all()
+        in_prompt = batch["part"][row] == PROMPT
+        assert in_prompt.sum() == len(tokens) and in_prompt[: len(tokens)].all()
         for column, title in enumerate(titles):
             learned = batch["column"][row] == column
             at, place = batch["at"][row][learned], (batch["part"][row] == column).nonzero()[:, 0]
@@ -216,9 +223,9 @@ def test_a_list_may_be_empty(prompts):
     batch = prompts.batch([[], [1]], [[2, 0], [3, 4]])
     opening, offer, question = wording("story", "read")
     text = f"{opening}{offer} {TITLES[2]}{ITEM_TOKEN}; {TITLES[0]}{ITEM_TOKEN}{question}"
-    read = batch["input_ids"][0][batch["prompt"][0]]
+    read = batch["input_ids"][0][batch["part"][0] == PROMPT]
     assert prompts.tokenizer.decode(read) == f"<s>{text}"
-    assert prompts.write([], [2], behaviour=True)[0] != prompts.write([], [2], behaviour=False)[0]
+    assert prompts.write([], [2], hybrid=True) != prompts.write([], [2], hybrid=False)
 
 
 @pytest.mark.parametrize("item", [-1, len(TITLES)])
@@ -230,12 +237,6 @@ def test_an_item_that_does_not_exist_is_refused(prompts, item):
 def test_batches_refuse_lists_of_unlike_number(prompts):
     with pytest.raises(ValueError, match="zip"):
         prompts.batch([[0], [1]], [[1, 2]])
-
-
-@pytest.mark.parametrize("behaviour", [True, False])
-@pytest.mark.parametrize(("history", "offered"), [([0], [1, 2]), ([], [3]), ([3, 3, 1], [4, 2])])
-def test_length_is_that_of_the_prompt(prompts, history, offered, behaviour):
-    assert prompts.length(history, offered, behaviour) == len(prompts.write(history, offered, behaviour)[0])
 
 
 # ---------------------------------------------------------------- answers
@@ -274,7 +275,7 @@ def test_the_text_of_a_prompt_is_what_its_tokens_say():
     prompts = Prompts(tokenizer, TITLES, "story", "read")
     for history, offered in (([0, 3], [1, 2, 4]), ([2], [0, 1])):
         titles = [[TITLES[item] for item in items] for items in (history, offered)]
-        tokens, _ = prompts.write(history, offered, behaviour=True)
+        tokens = prompts.write(history, offered, hybrid=True)
         assert tokenizer.decode(tokens) == "<s>" + prompt_text(*titles, "story", "read")
-        tokens, _ = prompts.write(history, offered, behaviour=False)
+        tokens = prompts.write(history, offered, hybrid=False)
         assert tokenizer.decode(tokens) == "<s>" + prompt_text(*titles, "story", "read", mark="")

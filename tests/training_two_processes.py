@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
-from test_model import make, question_rows
+from test_language_recommender import make, question_rows
 from test_training import trained, weights
 
 from ilora import data, language
@@ -35,7 +35,9 @@ def main(folder):
     fit_recommender(world, epochs=1, device="cpu")  # its dropout differs with two processes: it only has to finish
     torch.manual_seed(3)
     encoder = SASRec(len(world.items))
-    model, history = language.tuned(world, encoder, "embedded", "cpu", experts=4, train_limit=32, batch_size=8)
+    adapter = language.AdapterSettings(experts=4)
+    arguments = language.tuning_arguments(batch_size=8, device="cpu")
+    model, history, _ = language.tune(world, encoder, adapter, arguments, train_limit=32)
     results["pipeline"] = flat(model), torch.tensor(history["loss"])
     group = torch.distributed
     together = group.is_initialized()

@@ -1,31 +1,28 @@
-"""Prompts: a history, twenty candidates and a question, put together from titles that were tokenised once.
+"""Prompts: a history, twenty candidates and a question, joined from titles that are tokenised once.
 
     Each story this person read, in order: A; B; C. The next story is one of: X; Y; Z. The next story is: Y</s>
 
-A behaviour token after each title (`A<item>; B<item>`) makes the prompt hybrid: the model replaces the token's
-embedding by the projected embedding of the recommender (Eq. 6). Left as it is, it is LLaRA's placeholder.
+A hybrid prompt has an item token after each title (`A<item>; B<item>`), whose embedding the model replaces by the
+projected embedding of the recommender (Eq. 6). If it is not replaced, it is LLaRA's placeholder.
 """
 
 import copy
-import math
 from collections import Counter
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AddedToken, PreTrainedTokenizerBase
 
 from ilora.data.dataset import one_line
 from ilora.errors import UserError
 
 ITEM_TOKEN = "<item>"
-NO_ITEM, NO_LABEL = -1, -100
+NO_LABEL = -100
 PROMPT, PADDING = -1, -2  # `part` of tokens that belong to no answer
-FILL = {  # padding: any token will do, as nothing attends to it
-    "input_ids": 0, "owners": NO_ITEM, "prompt": False, "position_ids": 0, "part": PADDING,
-    "labels": NO_LABEL, "at": 0, "column": PADDING,
-}  # fmt: skip
+FILL = {"input_ids": 0, "position_ids": 0, "part": PADDING, "labels": NO_LABEL, "at": 0, "column": PADDING}
 
 
 def wording(noun: str, verb: str) -> tuple[str, str, str]:
@@ -34,13 +31,13 @@ def wording(noun: str, verb: str) -> tuple[str, str, str]:
 
 
 def prompt_text(history: Sequence[str], candidates: Sequence[str], noun: str, verb: str, mark: str = ITEM_TOKEN) -> str:
-    """The prompt of titles as text, with a mark after each; `Prompts` writes the same in tokens."""
+    """The prompt as text, with a mark after each title; `Prompts` writes the same as token ids."""
     opening, offer, question = wording(noun, verb)
-    read, offered = ("; ".join(f"{title}{mark}" for title in titles) for titles in (history, candidates))
-    return f"{opening} {read}{offer} {offered}{question}"
+    first, second = ("; ".join(f"{title}{mark}" for title in titles) for titles in (history, candidates))
+    return f"{opening} {first}{offer} {second}{question}"
 
 
-def _plain(text: str) -> str:
+def _normalised(text: str) -> str:
     """Equal for texts that count as the same title."""
     return one_line(one_line(text).casefold())
 
@@ -64,32 +61,27 @@ class Prompts:
             tokenizer = copy.deepcopy(tokenizer)
             tokenizer.add_tokens([AddedToken(ITEM_TOKEN, special=True, normalized=False)], special_tokens=True)
         self.tokenizer, self.titles, self.words = tokenizer, [one_line(title) for title in titles], (noun, verb)
-        bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         opening, offer, question = wording(noun, verb)
-        self.opening = bos + tokenizer(opening, add_special_tokens=False).input_ids
-        self.offer, self.question, self.separator = self._tokens([offer, question, ";"])
-        self.answers = self._tokens([f" {title}" for title in self.titles])
-        self.size = [len(answer) for answer in self.answers]  # tokens
-        self.longest = max(self.size) + 1  # tokens of an answer, with the end
+        self.opening = start + tokenizer(opening, add_special_tokens=False).input_ids
+        self.offer, self.question, self.separator = self._continuations([offer, question, ";"])
+        self.answers = self._continuations([f" {title}" for title in self.titles])
+        self.longest = max(map(len, self.answers)) + 1  # tokens of an answer, with the end
         self.end, self.item_token = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(ITEM_TOKEN)
         self._refuse_unreadable_titles()
 
-    def _tokens(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of texts as they follow other text: sentence-piece tokenizers mark a start.
-
-        A line break comes before; unlike a sign it is not one token with the signs that follow.
-        """
+    def _continuations(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of texts as they follow other text, here a line break, which never merges with what follows."""
         before = self.tokenizer("\n", add_special_tokens=False).input_ids
         ids = self.tokenizer([f"\n{text}" for text in texts], add_special_tokens=False).input_ids
         return [tokens[len(before) :] for tokens in ids]
 
     def _refuse_unreadable_titles(self) -> None:
         """Each title, written as an answer, must read back as itself: see `read_answer`, with all titles offered."""
-        plain = [_plain(title) for title in self.titles]
-        number = Counter(plain)
-        found = self.tokenizer.batch_decode(self.answers, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        pairs = zip(self.titles, plain, found, strict=True)
-        wrong = [title for title, own, text in pairs if not own or number[own] > 1 or _plain(_first_line(text)) != own]
+        expected = [_normalised(title) for title in self.titles]
+        count, triples = Counter(expected), zip(self.titles, expected, self.answers, strict=True)
+        wrong = [title for title, text, tokens in triples
+                 if not text or count[text] > 1 or _normalised(_first_line(self.read(tokens))) != text]  # fmt: skip
         if wrong:
             raise UserError(
                 f"{len(wrong)} of {len(self.titles)} titles do not read back as themselves when this tokenizer writes "
@@ -100,84 +92,67 @@ class Prompts:
         """The text of an answer."""
         return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def join(self, titles: Sequence[list[int]], items: Sequence[int] | None = None) -> tuple[list[int], list[int]]:
-        """Token ids of "A; B; C" and, for each token, the item whose behaviour token it is, or NO_ITEM."""
-        tokens, owners = [], []
-        for place, title in enumerate(titles):
-            piece = (self.separator if place else []) + title
-            owners += [NO_ITEM] * len(piece)
-            if items is not None:
-                piece = [*piece, self.item_token]
-                owners.append(items[place])
-            tokens += piece
-        return tokens, owners
+    def join(self, titles: Sequence[list[int]], hybrid: bool) -> list[int]:
+        """Token ids of "A; B; C", in a hybrid prompt with the item token after each title."""
+        tokens = []
+        for title in titles:
+            tokens += [*(self.separator if tokens else []), *title, *([self.item_token] if hybrid else [])]
+        return tokens
 
-    def write(self, history: Sequence[int], candidates: Sequence[int], behaviour: bool) -> tuple[list[int], list[int]]:
-        """One prompt up to the question: token ids and the owner of each token, see `join`."""
-        tokens, owners = list(self.opening), [NO_ITEM] * len(self.opening)
-        for items, after in ((history, self.offer), (candidates, self.question)):
-            listed, owned = self.join([self.answers[item] for item in items], items if behaviour else None)
-            tokens += listed + after
-            owners += owned + [NO_ITEM] * len(after)
-        return tokens, owners
+    def write(self, history: Sequence[int], candidates: Sequence[int], hybrid: bool) -> list[int]:
+        """Token ids of one prompt, up to the question."""
+        titles = [[self.answers[item] for item in items] for items in (history, candidates)]
+        return self.write_titles(*titles, hybrid)
+
+    def write_titles(self, history: list[list[int]], candidates: list[list[int]], hybrid: bool) -> list[int]:
+        """The same for titles that are given as token ids."""
+        listed = [self.join(titles, hybrid) for titles in (history, candidates)]
+        return [*self.opening, *listed[0], *self.offer, *listed[1], *self.question]
 
     def batch(
-        self,
-        histories: Sequence[Sequence[int]],
-        candidates: Sequence[Sequence[int]],
-        answers: Sequence[Sequence[int]] | None = None,
-        behaviour: bool = True,
-    ) -> dict[str, Tensor]:
-        """Prompts, each (batch, tokens): input_ids, owners, and prompt (bool), false for answers and padding.
+        self, histories: Sequence[Sequence[int]], candidates: Sequence[Sequence[int]],
+        answers: Sequence[Sequence[int]] | None = None, hybrid: bool = True,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """Padded prompts, each followed by the titles of its `answers`, if there are any.
 
-        histories: item ids, oldest first, without padding. Without `answers` the padding is on the left, as `generate`
-        wants it. answers: for each row the items whose titles follow the prompt, padded on the right. Then there are
-        also, (batch, tokens), position_ids and part: which answer a token belongs to, PROMPT, or PADDING; and, (batch,
-        answer tokens), labels: the tokens of all answers, each with the end token, or NO_LABEL; at: the place of the
-        token that a label follows; column: the label's answer, or PADDING.
+        histories, candidates, answers: item ids of each row, without padding. Without `answers` the padding is on the
+        left, as `generate` needs it, else on the right. (batch, tokens): input_ids; position_ids, as if each answer
+        stood alone after the prompt; part, the answer that a token belongs to, PROMPT or PADDING. (batch, labels):
+        labels, the tokens of all answers, each with the end token, or NO_LABEL; at, where in the row the token is that
+        predicts a label; column, the answer that a label belongs to. (item tokens,): items, and places, where their
+        tokens are in the flattened batch. Raises IndexError for unknown items.
         """
-        items = np.concatenate([np.asarray(row, np.int64) for rows in (histories, candidates) for row in rows])
+        rows = [[*row, *offered] for row, offered in zip(histories, candidates, strict=True)]
+        items = torch.tensor([item for row in rows for item in row], dtype=torch.long)
         if len(items) and not 0 <= items.min() <= items.max() < len(self.titles):
             raise IndexError(f"items are 0 to {len(self.titles) - 1}, not {items.min()} to {items.max()}")
-        prompts = [self.write(*row, behaviour) for row in zip(histories, candidates, strict=True)]
-        if answers is None:
-            rows = [{"input_ids": ids, "owners": owners, "prompt": [True] * len(ids)} for ids, owners in prompts]
-        else:
-            rows = [self._answered(*prompt, titles) for prompt, titles in zip(prompts, answers, strict=True)]
-        return {name: self._pad([row[name] for row in rows], value, answers is None)
-                for name, value in FILL.items() if name in rows[0]}  # fmt: skip
+        prompts = [self.write(*row, hybrid) for row in zip(histories, candidates, strict=True)]
+        rows = [self._row(*row) for row in zip(prompts, answers or [[]] * len(prompts), strict=True)]
+        names = list(FILL)[: 3 if answers is None else None]
+        batch = {name: self._pad([row[name] for row in rows], FILL[name], answers is None) for name in names}
+        places = (batch["input_ids"].flatten() == self.item_token).nonzero()[:, 0]
+        return batch | {"items": items if hybrid else items[:0], "places": places}
 
-    def _answered(self, prompt: list[int], owners: list[int], items: Sequence[int]) -> dict[str, list]:
-        """A row of `batch`, without padding: a prompt followed by the titles of items."""
-        row = {"input_ids": list(prompt), "position_ids": list(range(len(prompt))), "part": [PROMPT] * len(prompt)}
+    def _row(self, prompt: list[int], answers: Sequence[int]) -> dict[str, list[int]]:
+        """A row of `batch`, without padding."""
+        length = len(prompt)
+        row = {"input_ids": [*prompt], "position_ids": [*range(length)], "part": [PROMPT] * length}
         row |= {"labels": [], "at": [], "column": []}
-        for column, item in enumerate(items):
+        for column, item in enumerate(answers):
             title, start = self.answers[item], len(row["input_ids"])
-            row["at"] += [len(prompt) - 1, *range(start, start + len(title))]
-            row["labels"] += [*title, self.end]
-            row["column"] += [column] * (len(title) + 1)
             row["input_ids"] += title
-            row["position_ids"] += range(len(prompt), len(prompt) + len(title))
+            row["position_ids"] += range(length, length + len(title))
             row["part"] += [column] * len(title)
-        added = len(row["input_ids"]) - len(prompt)
-        return row | {"owners": owners + [NO_ITEM] * added, "prompt": [True] * len(prompt) + [False] * added}
+            row["labels"] += [*title, self.end]
+            row["at"] += [length - 1, *range(start, start + len(title))]
+            row["column"] += [column] * (len(title) + 1)
+        return row
 
-    def _pad(self, rows: Sequence[list[int]], value: int | bool, left: bool) -> Tensor:
+    def _pad(self, rows: list[list[int]], value: int, left: bool) -> Tensor:
         """(rows, longest), a multiple of `pad_to_multiple_of` unless the padding is on the left."""
-        multiple = 1 if left else self.pad_to_multiple_of
-        width = multiple * math.ceil(max(map(len, rows)) / multiple)
-        padded = np.full((len(rows), width), value)
-        for place, row in zip(padded, rows, strict=True):
-            place[width - len(row) if left else 0 :][: len(row)] = row
-        return torch.from_numpy(padded)
-
-    def length(self, history: Sequence[int], candidates: Sequence[int], behaviour: bool = False) -> int:
-        """Tokens of a prompt up to the question."""
-        tokens = len(self.opening) + len(self.offer) + len(self.question)
-        for items in (history, candidates):
-            tokens += sum(self.size[item] for item in items) + (len(self.separator) + behaviour) * len(items)
-            tokens -= len(self.separator) * bool(len(items))
-        return tokens
+        padded = pad_sequence([torch.LongTensor(row) for row in rows], True, value, "left" if left else "right")
+        missing = 0 if left else -padded.shape[1] % self.pad_to_multiple_of
+        return functional.pad(padded, (0, missing), value=value)
 
 
 def _first_line(text: str) -> str:
@@ -185,15 +160,15 @@ def _first_line(text: str) -> str:
 
 
 def read_answer(text: str, titles: Sequence[str]) -> int | None:
-    """Column of the offered title that an answer names, or None: an invalid answer.
+    """The column of the offered title that an answer names, or None for an invalid answer.
 
-    Valid is an answer whose first line is an offered title (case and spacing aside) or, failing that, one in
-    which exactly one offered title occurs, the rule of the released code.
+    An answer is valid if its first line is an offered title (ignoring case and spacing) or, failing that, if exactly
+    one offered title occurs in it, the rule of the released code.
     """
-    plain = [_plain(title) for title in titles]
-    first = _plain(_first_line(text))
-    if first in plain:
-        return plain.index(first)
-    whole = _plain(text)
-    inside = [column for column, title in enumerate(plain) if title in whole]
+    offered = [_normalised(title) for title in titles]
+    first = _normalised(_first_line(text))
+    if first in offered:
+        return offered.index(first)
+    whole = _normalised(text)
+    inside = [column for column, title in enumerate(offered) if title in whole]
     return inside[0] if len(inside) == 1 else None

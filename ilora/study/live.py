@@ -46,7 +46,7 @@ class Player(widgets.VBox):
             self.prompt.value, self.gate.value, self.ranking.value = "Add a title to the history.", "", ""
             return
         row = self.row()
-        tokens, _ = self.recommender.prompts.write(row[0], row[1], behaviour=True)
+        tokens = self.recommender.prompts.write(row[0], row[1], hybrid=True)
         text = escape(self.recommender.prompts.tokenizer.decode(tokens))
         self.prompt.value = f'<pre style="white-space: pre-wrap">{text}</pre>'
         scores = self.recommender.rank([row]).cpu().double().numpy()

@@ -66,8 +66,12 @@ def _tuned(encoder: str = "", experts: bool = False) -> System:
 
     def make(dataset: data.Dataset, seed: int, settings: Mapping[str, Any]) -> evaluation.System:
         items = trained(dataset, encoder, seed, settings) if encoder else None
-        given = {name: settings[name] for name in (*uses, *ROUNDING_ONLY)}
-        model, history = tuning.tuned(dataset, items, seed=seed, window=settings["window"], **given)
+        names = ("rank", "alpha", "dropout", *(["experts"] if experts else []))
+        adapter = tuning.AdapterSettings(**{name: settings[name] for name in names})
+        names = ("epochs", "batch_size", "learning_rate", *ROUNDING_ONLY)
+        arguments = tuning.tuning_arguments(**{name: settings[name] for name in names}, seed=seed)
+        limits = {name: settings[name] for name in ("window", "train_limit")}
+        model, history, _ = tuning.tune(dataset, items, adapter, arguments, settings["base_model"], **limits)
         model.validation = history["hit_ratio"].dropna().tolist()
         return model
 

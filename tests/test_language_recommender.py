@@ -8,7 +8,6 @@ from ilora.data import Questions, Sequences
 from ilora.data.world import titles
 from ilora.errors import UserError
 from ilora.language import (
-    NO_ITEM,
     PROMPT,
     LanguageRecommender,
     Prompts,
@@ -16,7 +15,8 @@ from ilora.language import (
     load_language_model,
     read_answer,
 )
-from ilora.language import recommender as model_module
+from ilora.language import recommender as recommender_module
+from ilora.language.ranking import attention_mask
 from ilora.recommenders import Caser, GRU4Rec, SASRec
 from ilora.training import TrainingArguments, fit
 
@@ -49,7 +49,7 @@ def make(kind):
             if "lora_B" in name or "projector" in name:
                 parameter += 0.03 * torch.randn_like(parameter)
             if "W_g" in name:
-                parameter *= 5  # experts of clearly unlike weight
+                parameter *= 5  # experts with clearly different weights
     return model.eval()
 
 
@@ -59,7 +59,7 @@ def model(request):
 
 
 def question_rows(lengths=(1, 6, 3, 4), offered=20, seed=0):
-    """Questions of unlike length: (history, candidates, target)."""
+    """Questions of different lengths: (history, candidates, target)."""
     rng, rows = np.random.default_rng(seed), []
     for length in lengths:
         items = rng.permutation(len(TITLES))
@@ -76,22 +76,23 @@ def padded(model, history):
     return torch.tensor([[len(TITLES)] * (window - len(history)) + list(history)])
 
 
-def reference_logits(model, tokens, owners, history, hybrid=True):
+def reference_logits(model, tokens, history, candidates, hybrid=True):
     """(tokens, vocabulary) of one sequence without padding, mask or positions."""
-    table = model.language_model.get_input_embeddings().weight
+    weight, items = model.language_model.get_input_embeddings().weight, iter([*history, *candidates])
     embeds = []
-    for token, owner in zip(tokens, owners, strict=True):
-        item = hybrid and model.encoder is not None and owner != NO_ITEM
-        embeds.append(model.projector(model.encoder.items.weight[owner]) if item else table[token])
+    for token in tokens:
+        item = next(items) if token == model.prompts.item_token else None
+        replaced = hybrid and item is not None
+        embeds.append(model.projector(model.encoder.items.weight[item]) if replaced else weight[token])
     gate = {"sequence_embeds": model.encoder.encode(padded(model, history))} if model.gated else {}
     return model.language_model(inputs_embeds=torch.stack(embeds)[None], **gate).logits[0]
 
 
 def reference_score(model, history, candidates, item, hybrid=True):
     """log P(title of `item` and end | prompt), Eq. 7."""
-    tokens, owners = model.prompts.write(history, candidates, behaviour=model.encoder is not None)
+    tokens = model.prompts.write(history, candidates, hybrid=model.encoder is not None)
     answer = [*model.prompts.answers[item], model.prompts.end]
-    logits = reference_logits(model, tokens + answer, owners + [NO_ITEM] * len(answer), history, hybrid)
+    logits = reference_logits(model, tokens + answer, history, candidates, hybrid)
     probability = logits.log_softmax(-1)
     return sum(probability[len(tokens) - 1 + place, token] for place, token in enumerate(answer))
 
@@ -102,11 +103,11 @@ def reference_score(model, history, candidates, item, hybrid=True):
 @torch.no_grad()
 def test_rank_equals_independent_forward_passes(model):
     rows = question_rows()
-    found = model.rank(rows)
-    assert found.shape == (4, 20)
+    ranked = model.rank(rows)
+    assert ranked.shape == (4, 20)
     expected = [[reference_score(model, row[0], row[1], item) for item in row[1]] for row in rows]
-    torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-4, atol=1e-3)
-    assert found.std(1).min() > 0.1  # far above the tolerance
+    torch.testing.assert_close(ranked, torch.tensor(expected), rtol=1e-4, atol=1e-3)
+    assert ranked.std(1).min() > 0.1  # far above the tolerance
 
 
 def test_rank_under_eager_attention_is_the_same(model):
@@ -135,10 +136,10 @@ def test_padding_and_the_order_of_a_batch_change_nothing(model):
 
 def test_a_candidates_score_depends_on_the_question_not_on_the_target(model):
     history, candidates, _ = question_rows()[1]
-    one, other = (model.rank([(history, candidates, int(target))]) for target in candidates[:2])
-    torch.testing.assert_close(one, other, rtol=0, atol=0)
+    first, second = (model.rank([(history, candidates, int(target))]) for target in candidates[:2])
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
     changed = model.rank([(history[::-1], candidates, 0)])
-    assert (changed - one).abs().max() > 1e-2
+    assert (changed - first).abs().max() > 1e-2
 
 
 # ---------------------------------------------------------------- generate
@@ -147,11 +148,10 @@ def test_a_candidates_score_depends_on_the_question_not_on_the_target(model):
 @torch.no_grad()
 def greedy(model, history, candidates):
     """A plain greedy loop without a cache; the text written."""
-    tokens, owners = model.prompts.write(history, candidates, behaviour=model.encoder is not None)
+    tokens = model.prompts.write(history, candidates, hybrid=model.encoder is not None)
     written = []
     for _ in range(1 + max(len(model.prompts.answers[item]) for item in candidates)):
-        rest = [NO_ITEM] * len(written)
-        logits = reference_logits(model, tokens + written, owners + rest, history)[-1]
+        logits = reference_logits(model, tokens + written, history, candidates)[-1]
         token = int(logits.argmax())
         if token == model.prompts.end:
             break
@@ -165,7 +165,9 @@ def test_generate_agrees_with_a_plain_greedy_loop(model, monkeypatch):
     columns = [read_answer(text, [TITLES[item] for item in row[1]]) for text, row in zip(expected, rows, strict=True)]
     assert model.generate(rows) == columns
     assert any(column is not None for column in columns)
-    monkeypatch.setattr(model_module, "read_answer", lambda text, offered: text)  # letter for letter, valid or not
+    monkeypatch.setattr(
+        recommender_module, "read_answer", lambda text, offered: text
+    )  # the same letters, if invalid too
     assert [text.strip() for text in model.generate(rows)] == [text.strip() for text in expected]
 
 
@@ -187,16 +189,16 @@ def test_answer_is_rank_and_generate(model, monkeypatch):
     rows = question_rows(lengths=(1, 6, 3, 4, 2, 5, 6, 1), seed=3)
     scores, written = model.rank(rows), model.generate(rows)
     named = {id(row) for row, column in zip(rows, written, strict=True) if column is not None}
-    asked, plain = [], model.generate
-    monkeypatch.setattr(model, "generate", lambda rows: asked.extend(rows) or plain(rows))
-    found, columns = model.answer(rows)
-    torch.testing.assert_close(found, scores, rtol=1e-5, atol=1e-4)
+    generated, plain = [], model.generate
+    monkeypatch.setattr(model, "generate", lambda rows: generated.extend(rows) or plain(rows))
+    answer_scores, columns = model.answer(rows)
+    torch.testing.assert_close(answer_scores, scores, rtol=1e-5, atol=1e-4)
     assert columns == written
-    assert 0 < len(asked) < len(rows)
-    assert {id(row) for row in rows} - named <= {id(row) for row in asked}
+    assert 0 < len(generated) < len(rows)
+    assert {id(row) for row in rows} - named <= {id(row) for row in generated}
 
 
-def test_candidates_of_unlike_length_are_not_padded_to_the_longest(model):
+def test_candidates_of_different_lengths_are_not_padded_to_the_longest(model):
     assert model.packs
     rows, seen = question_rows(), []
     inner = model.language_model.get_base_model() if hasattr(model.language_model, "peft_config") else None
@@ -206,8 +208,7 @@ def test_candidates_of_unlike_length_are_not_padded_to_the_longest(model):
     )
     model.rank(rows)
     hook.remove()
-    behaviour = model.encoder is not None
-    prompt = [len(model.prompts.write(*row[:2], behaviour)[0]) for row in rows]
+    prompt = [len(model.prompts.write(*row[:2], model.encoder is not None)) for row in rows]
     titles = [sum(len(model.prompts.answers[item]) for item in row[1]) for row in rows]
     assert seen == [max(map(sum, zip(prompt, titles, strict=True)))]
 
@@ -220,9 +221,9 @@ def test_loss_is_the_mean_of_minus_log_likelihood(model, hybrid):
     rows = question_rows()
     batch = model.collate(rows)
     with torch.no_grad():
-        found = model(batch, progress=1.0 if hybrid else 0.0)
+        loss = model(batch, progress=1.0 if hybrid else 0.0)
         expected = -sum(reference_score(model, *row, hybrid=hybrid) for row in rows) / len(rows)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-4)
 
 
 def test_loss_of_a_batch_is_the_mean_of_its_rows(model):
@@ -240,7 +241,7 @@ def test_padding_to_a_multiple_changes_shapes_only(model, multiple, monkeypatch)
         expected, ranked = model(model.collate(rows)), model.rank(rows)
         monkeypatch.setattr(model.prompts, "pad_to_multiple_of", multiple)
         batch = model.collate(rows)
-        assert all(batch[name].shape[1] % multiple == 0 for name in ("input_ids", "owners", "prompt", "at", "labels"))
+        assert all(batch[name].shape[1] % multiple == 0 for name in ("input_ids", "part", "at", "labels"))
         torch.testing.assert_close(model(batch), expected)
         torch.testing.assert_close(model.rank(rows), ranked, rtol=1e-4, atol=1e-3)
 
@@ -251,7 +252,7 @@ def test_the_loss_takes_logits_at_the_answers_only_and_no_mask(model):
     hook = model.language_model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True
     )
-    logits = model._logits(batch, hybrid=True)
+    logits = model.logits(batch)
     hook.remove()
     assert logits.shape[:2] == batch["labels"].shape  # the longest answer and its end
     assert "attention_mask" not in seen[0] and not seen[0]["use_cache"]
@@ -294,7 +295,7 @@ def test_the_curriculum_is_hybrid_with_probability_progress(monkeypatch):
         hybrids.append(bool(hybrid))
         return torch.zeros(*batch["labels"].shape, 4096)
 
-    monkeypatch.setattr(model, "_logits", recorded)
+    monkeypatch.setattr(model, "logits", recorded)
     for progress, low, high in ((0.0, 0, 0), (0.3, 0.26, 0.34), (1.0, 1, 1)):
         hybrids.clear()
         for seed in range(2000):
@@ -344,7 +345,7 @@ def test_the_gate_sees_the_encoders_representation_of_the_history():
         assert (z[:, None] - expected).abs().amax(-1).amin(1).max() < 1e-5
     weights = seen[0][1]
     torch.testing.assert_close(weights, (expected @ gate.W_g.weight.T).softmax(-1), rtol=1e-5, atol=1e-5)
-    assert weights.std(0).max() > 0.05  # unlike users get unlike experts
+    assert weights.std(0).max() > 0.05  # different users get different experts
     torch.testing.assert_close(model.gate_weights(rows), weights.detach(), rtol=1e-5, atol=1e-5)
 
 
@@ -360,7 +361,7 @@ def test_a_history_beyond_the_window_is_cut_at_its_old_end():
 
 
 def representations(model, rows, answers=False):
-    return model._guidance(model._batch(rows, [[row[2]] for row in rows] if answers else None))["sequence_embeds"]
+    return model.sequence_embeds(model.batch(rows, [[row[2]] for row in rows] if answers else None))["sequence_embeds"]
 
 
 def test_random_guidance_is_fixed_by_seed_and_history():
@@ -368,7 +369,9 @@ def test_random_guidance_is_fixed_by_seed_and_history():
     z = representations(model, rows)
     assert z.shape == (4, 64) and len(z.unique()) == z.numel()
     assert abs(z.mean()) < 0.2 and abs(z.std() - 1) < 0.2
-    others = [(history, offered[::-1], target) for history, offered, target in rows]  # asked anew, in training
+    others = [
+        (history, offered[::-1], target) for history, offered, target in rows
+    ]  # other candidates, as in another epoch
     assert torch.equal(representations(model, others[::-1], answers=True).flip(0), z)
     assert torch.equal(representations(make("random"), rows), z)
     model.encoder.items.weight.data.zero_()
@@ -385,10 +388,10 @@ def test_token_guidance_is_the_mean_of_the_prompts_token_embeddings():
     table, projection = model.language_model.get_input_embeddings().weight, torch.randn(
         model.language_model.config.hidden_size, 64, generator=torch.Generator().manual_seed(7)
     )  # fmt: skip
-    for row, found in zip(rows, z, strict=True):
-        tokens, _ = model.prompts.write(*row[:2], behaviour=True)
+    for row, vector in zip(rows, z, strict=True):
+        tokens = model.prompts.write(*row[:2], hybrid=True)
         mean = table[torch.tensor(tokens)].mean(0) @ projection
-        torch.testing.assert_close(found, (mean - mean.mean()) / mean.std(correction=0), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(vector, (mean - mean.mean()) / mean.std(correction=0), rtol=1e-4, atol=1e-4)
     assert (z[0] - z[1]).abs().max() > 1e-2
     torch.testing.assert_close(representations(model, rows, answers=True), z)  # answers are not read
     assert (model.gate_weights(rows).std(0) > 0).all()
@@ -396,7 +399,7 @@ def test_token_guidance_is_the_mean_of_the_prompts_token_embeddings():
 
 @pytest.mark.parametrize("kind", ["random", "token"])
 def test_ranking_and_loss_have_the_prompts_guidance(kind, monkeypatch):
-    """Candidates behind the prompt, padding and other rows are none of the gate's business."""
+    """The gate gets no candidates after the prompt, no padding and no other rows."""
     model, rows, seen = make(kind), question_rows(), []
     assert model.packs
     gate = model.language_model.base_model.lora_gate["default"]
@@ -439,14 +442,14 @@ def test_any_sequence_model_may_be_the_encoder(tmp_path, kind):
         for name, parameter in model.named_parameters():
             if "lora_B" in name or "projector" in name:
                 parameter += 0.03 * torch.randn_like(parameter)
-    found = model.rank(rows)
-    for row, scores in zip(rows[:2], found, strict=False):
+    ranked = model.rank(rows)
+    for row, scores in zip(rows[:2], ranked, strict=False):
         expected = torch.stack([reference_score(model, row[0], row[1], item) for item in row[1]])
         torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-3)
     model.save_pretrained(tmp_path / "kept", base_model="embedded")
     again = LanguageRecommender.from_pretrained(tmp_path / "kept", device="cpu")
     assert type(again.encoder) is kind
-    torch.testing.assert_close(again.rank(rows), found, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(again.rank(rows), ranked, rtol=1e-5, atol=1e-4)
 
 
 def test_a_fresh_adapter_answers_as_the_language_model_does():
@@ -480,8 +483,8 @@ def test_the_seed_decides_the_start():
 
 def test_a_token_attends_to_the_prompt_and_its_title_and_padding_to_itself():
     model, rows = make("lora"), question_rows(lengths=(1, 6), offered=3)
-    batch = model._batch(rows, [row[1] for row in rows])
-    mask = model._mask(batch)
+    batch = model.batch(rows, [row[1] for row in rows])
+    mask = attention_mask(batch, model.language_model.config, torch.float32)
     assert mask.shape == (2, 1, *2 * batch["part"].shape[1:])
     assert mask.unique().tolist() == [torch.finfo(torch.float32).min, 0]
     assert (mask == 0).any(-1).all()  # a softmax over nothing has NaN gradients in CUDA's kernels

@@ -1,4 +1,4 @@
-"""What the steps of the notebooks make is found again by what it was made from."""
+"""A tuned model is kept by its data, models and settings, and loads as it was trained."""
 
 import gc
 
@@ -7,38 +7,56 @@ import torch
 
 from ilora import artifacts, data, evaluation, language, recommenders
 from ilora.errors import UserError
-from ilora.language import tuning
+from ilora.language import AdapterSettings, tuning, tuning_arguments
 from ilora.recommenders import GRU4Rec, SASRec, fit_recommender
 
 
+class Kept(Exception):
+    """Carries the settings under which an adapter would be kept."""
+
+
 @pytest.fixture
-def asked(monkeypatch, tmp_path):
-    """Parameters by which an adapter tuned with these settings is kept, without tuning it."""
+def kept(monkeypatch, tmp_path):
+    """The settings under which an adapter would be kept, without tuning it."""
     monkeypatch.setenv("ILORA_HOME", str(tmp_path))
     source = data.load("world", users=40)
     encoder = SASRec(len(source.items))
 
-    def parameters(**settings):
-        kept = []
-        monkeypatch.setattr(artifacts, "cached", lambda kind, settings, *_, **__: kept.append(settings) or tmp_path)
-        language.tuned_folder(source, encoder, **settings)
-        return kept[0]
+    def stop(kind, settings, *_, **__):
+        raise Kept(settings)
 
-    return parameters
+    def settings_of(**settings):
+        monkeypatch.setattr(artifacts, "cached", stop)
+        with pytest.raises(Kept) as caught:
+            language.tune(source, encoder, AdapterSettings(**settings), tuning_arguments(device="cpu"))
+        return caught.value.args[0]
+
+    return settings_of
 
 
-def test_settings_of_a_gate_count_only_where_there_is_one(asked):
+def test_settings_of_a_gate_count_only_where_there_is_one(kept):
     gate = {"gate": "linear", "guidance": "sequence", "gate_per_layer": False, "gate_top_k": 0}
     adapter = {"rank", "alpha", "dropout", "experts"}
-    names = asked(experts=4, **gate).keys()
+    names = kept(experts=4, **gate).keys()
     assert names & {*adapter, *gate} == {*adapter, "gate"}
-    other = asked(experts=4, **gate | {"gate_per_layer": True, "gate_top_k": 2, "guidance": "random"})
+    other = kept(experts=4, **gate | {"gate_per_layer": True, "gate_top_k": 2, "guidance": "random"})
     assert other.keys() - names == {"gate_per_layer", "gate_top_k", "guidance"}
     ignored = {"gate_per_layer": True, "gate_top_k": 2, "guidance": "random"}
-    assert asked(experts=1, **ignored) == asked(experts=1)  # LoRA has no gate
+    assert kept(experts=1, **ignored) == kept(experts=1)  # LoRA has no gate
 
 
-SMALL = {"device": "cpu", "train_limit": 16, "batch_size": 8, "rank": 4}
+def test_an_adapter_of_an_earlier_version_has_the_same_key(kept):
+    """Adapters that took hours to train are loaded, not trained again."""
+    settings = kept(experts=4, rank=8, alpha=32.0)
+    assert artifacts.digest(settings) == "7fe7b258f907"
+    settings = kept(target_modules=["q_proj"], alpha=32.0)
+    assert artifacts.digest(settings) == "5111d48d7941"
+
+
+def tuned(world, encoder, epochs=1, window=0, **adapter):
+    """A small model and the history of its training."""
+    arguments = tuning_arguments(epochs, batch_size=8, device="cpu")
+    return language.tune(world, encoder, AdapterSettings(rank=4, **adapter), arguments, window=window, train_limit=16)
 
 
 @pytest.fixture
@@ -48,15 +66,14 @@ def world(tmp_path, monkeypatch):
 
 
 def test_a_model_without_encoder_is_tuned_on_text_alone(world):
-    model, history = language.tuned(world, None, window=5, **SMALL)
+    model, history, snapshots = tuned(world, None, window=5)
     assert model.encoder is None and model.projector is None
     assert history["hit_ratio"].notna().sum() == 1
-    asked = data.questions(world, "test", 5, limit=8)
-    outcomes = evaluation.evaluate(model, asked)
+    questions = data.questions(world, "test", 5, limit=8)
+    outcomes = evaluation.evaluate(model, questions)
     assert len(outcomes) == 8 and outcomes["rank"].between(1, 20).all()
-    folder = language.tuned_folder(world, None, window=5, **SMALL)
-    assert not (folder / "recommender" / "encoder").exists()
-    assert language.tuned_folder(world, None, window=6, **SMALL) != folder
+    assert not (snapshots[0].parents[1] / "recommender" / "encoder").exists()
+    assert tuned(world, None, window=6)[2] != snapshots
 
 
 @pytest.mark.parametrize("experts", [1, 2])
@@ -72,13 +89,13 @@ def test_the_trained_model_is_the_reloaded_one_and_is_alone_in_memory(world, exp
     before = bases()
     gc.disable()
     try:
-        model, _ = language.tuned(world, encoder, experts=experts, epochs=2, **SMALL)
+        model, _, _ = tuned(world, encoder, experts=experts, epochs=2)
         assert bases() == before + 1
         rows = [data.questions(world, "test", 6)[row] for row in range(6)]
         ranked, written = model.rank(rows), model.generate(rows)
         assert not model.training
         del model
-        again, _ = language.tuned(world, encoder, experts=experts, epochs=2, **SMALL)
+        again, _, _ = tuned(world, encoder, experts=experts, epochs=2)
         assert bases() == before + 1
     finally:
         gc.enable()
@@ -89,9 +106,9 @@ def test_the_trained_model_is_the_reloaded_one_and_is_alone_in_memory(world, exp
 def test_a_prompt_longer_than_the_base_model_is_refused_before_training(world, monkeypatch):
     monkeypatch.setattr(tuning, "fit", lambda *_: pytest.fail("trained"))
     encoder, _ = fit_recommender(world, epochs=1, window=6, device="cpu")
-    monkeypatch.setattr("ilora.language.recommender.position_limit", lambda config: 60)
+    monkeypatch.setattr("ilora.language.base_models.position_limit", lambda model: 60)
     with pytest.raises(UserError, match="tokens, but the base model reads 60"):
-        language.tuned(world, encoder, **SMALL)
+        tuned(world, encoder)
     with pytest.raises(UserError, match="tokens, but the base model reads 60"):
         evaluation.evaluate(language.untuned(world), data.questions(world, "test", limit=4))
 
@@ -99,13 +116,13 @@ def test_a_prompt_longer_than_the_base_model_is_refused_before_training(world, m
 def test_what_has_no_encoder_needs_a_window_and_no_gate(world):
     for wrong in ({}, {"window": 5, "experts": 4}):
         with pytest.raises(UserError, match="without an encoder give a window, and one expert"):
-            language.tuned_folder(world, None, **wrong)
+            tuned(world, None, **wrong)
 
 
 def test_a_model_is_tuned_with_another_encoder_than_sasrec(world):
     encoder, _ = fit_recommender(world, epochs=1, window=6, device="cpu", kind="GRU4Rec")
-    model, _ = language.tuned(world, encoder, experts=2, **SMALL)
+    model, _, _ = tuned(world, encoder, experts=2)
     assert type(model.encoder) is GRU4Rec and model.gated
-    asked = data.questions(world, "test", 6, limit=8)
-    assert list(recommenders.baselines(world, encoder, asked)) == ["popularity", "GRU4Rec"]
-    assert len(evaluation.evaluate(model, asked)) == 8
+    questions = data.questions(world, "test", 6, limit=8)
+    assert list(recommenders.baselines(world, encoder, questions)) == ["popularity", "GRU4Rec"]
+    assert len(evaluation.evaluate(model, questions)) == 8

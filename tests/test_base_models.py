@@ -11,7 +11,7 @@ from ilora.data.world import titles
 from ilora.errors import UserError
 from ilora.evaluation import compute_metrics, evaluate
 from ilora.language import LanguageRecommender, Projector, Prompts, base_models, load_language_model, wording
-from ilora.language.pretraining import EMBEDDED, LARGE, SPECIAL, VOCABULARY
+from ilora.language.pretraining import EMBEDDED, SPECIAL, VOCABULARY
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +69,9 @@ def test_before_any_adapter_it_names_an_offered_title_but_not_the_right_one(base
         plain = prompts.batch
         monkeypatch.setattr(prompts, "batch", lambda *args: plain(*args[:3], True))
     recommender = LanguageRecommender(model, prompts)
-    found = compute_metrics(evaluate(recommender, Questions(test.take(chosen), len(world.items), seed=0)))
-    assert found["valid_ratio"]["value"] >= 0.9
-    assert found["hit_ratio"]["value"] < 0.12
+    report = compute_metrics(evaluate(recommender, Questions(test.take(chosen), len(world.items), seed=0)))
+    assert report["valid_ratio"]["value"] >= 0.9
+    assert report["hit_ratio"]["value"] < 0.12
 
 
 def test_it_knows_what_everybody_reads_next(base):
@@ -88,7 +88,7 @@ def test_it_knows_what_everybody_reads_next(base):
             continue
         scores = []
         for item in pair:
-            listed, _ = prompts.join([prompts.answers[i] for i in [*items, item]])
+            listed = prompts.join([prompts.answers[i] for i in [*items, item]], hybrid=False)
             tokens, answer = prompts.opening + listed, prompts.answers[item]
             with torch.no_grad():
                 logits = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
@@ -102,19 +102,10 @@ def test_the_embedded_base_serves_the_world_and_other_data_get_their_own(base, w
     monkeypatch.setattr(base_models, "base_for", lambda dataset, **_: pytest.fail("made a base for the world"))
     model, _ = load_language_model("embedded", world, device="cpu")
     assert torch.equal(model.lm_head.weight, base[0].lm_head.weight)
-    asked = []
-    monkeypatch.setattr(base_models, "base_for", lambda dataset, **_: asked.append(dataset.name) or EMBEDDED)
+    made_for = []
+    monkeypatch.setattr(base_models, "base_for", lambda dataset, **_: made_for.append(dataset.name) or EMBEDDED)
     load_language_model("embedded", replace(world, name="other"), device="cpu")
-    assert asked == ["other"]
-
-
-def test_the_large_base_is_made_for_each_data_set_and_for_none_without_one(world, monkeypatch):
-    asked = []
-    monkeypatch.setattr(base_models, "base_for", lambda dataset, recipe, **_: asked.append(recipe) or EMBEDDED)
-    load_language_model("embedded-large", world, device="cpu")
-    assert asked == [LARGE]
-    with pytest.raises(UserError, match="name the data set"):
-        load_language_model("embedded-large", device="cpu")
+    assert made_for == ["other"]
 
 
 # ---------------------------------------------------------------- what cannot be loaded
@@ -148,8 +139,8 @@ def test_the_projector_starts_near_the_placeholder_whatever_the_scale(scale):
     torch.manual_seed(0)
     embeddings, placeholder = scale * torch.randn(50, 64), torch.randn(128)
     projector = Projector(embeddings, placeholder)
-    found = projector(embeddings)
-    assert found.shape == (50, 128)
-    apart = (found - placeholder).norm(dim=1) / placeholder.norm()
-    assert 0.01 < apart.mean() < 0.6  # near, but every item another
-    assert torch.pdist(found).min() > 1e-3
+    projected = projector(embeddings)
+    assert projected.shape == (50, 128)
+    distance = (projected - placeholder).norm(dim=1) / placeholder.norm()
+    assert 0.01 < distance.mean() < 0.6  # near, but each item is different
+    assert torch.pdist(projected).min() > 1e-3
