@@ -1,6 +1,8 @@
 """What the pages in words tell a reader to type: Python that runs, commands and parameters that exist."""
 
+import contextlib
 import functools
+import io
 import re
 import shlex
 import subprocess
@@ -15,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Traine
 from ilora import data
 from ilora.errors import UserError
 from ilora.language.pretraining import EMBEDDED
-from ilora.study import parameters
+from ilora.study import parameters, running
 
 PAGES = sorted((ROOT / "book").glob("*.md"))
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -33,13 +35,28 @@ def somewhere(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_the_code_on_the_page_of_the_adapter_runs(somewhere, monkeypatch):
-    """On the embedded model, in the place of the large one."""
+@pytest.fixture
+def small_llama(monkeypatch):
+    """Loads the embedded model and its tokenizer in the place of Llama-2-7B."""
     model_of, tokenizer_of = AutoModelForCausalLM.from_pretrained, AutoTokenizer.from_pretrained
     monkeypatch.setattr(
         AutoModelForCausalLM, "from_pretrained", lambda *_, **__: model_of(EMBEDDED, dtype=torch.float32)
     )
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda _, **given: tokenizer_of(EMBEDDED, **given))
+
+
+def test_the_code_in_the_readme_runs_and_its_adapter_depends_on_the_history(small_llama):
+    names = {"input_ids": torch.tensor([[5, 6, 7], [5, 6, 7]]), "z": torch.randn(2, 64)}
+    (block,) = blocks("README", "python")
+    exec(block, names)
+    for name, matrix in names["model"].named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(matrix, std=0.05)
+    first, second = names["model"](names["input_ids"], sequence_embeds=names["z"]).logits
+    assert names["logits"].shape[:2] == (2, 3) and (first - second).abs().max() > 1e-3
+
+
+def test_the_code_on_the_page_of_the_adapter_runs(small_llama, somewhere):
     here, (first, *code) = {}, blocks("adapter", "python")
     assert len(code) == 9
     exec(first, here)
@@ -103,10 +120,14 @@ def commands():
 
 
 @functools.cache
-def explained(*command):
-    """What this command of ours says of itself, before any work."""
-    done = subprocess.run([sys.executable, *command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
-    return done.stdout
+def help_text(*command):
+    """What `python -m ilora` prints with `--help`; that of its commands without starting Python again."""
+    if not command:
+        help_of = [sys.executable, "-m", "ilora", "--help"]
+        return subprocess.run(help_of, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.raises(SystemExit):
+        running.main([*command, "--help"])
+    return printed.getvalue()
 
 
 @pytest.mark.parametrize(("page", "command"), list(commands()))
@@ -116,9 +137,9 @@ def test_a_command_names_what_is_there(page, command):
     for word in command:
         if word.startswith("notebooks/"):
             assert (ROOT / word).is_file()
-    if "-m" in command and command[2].startswith("ilora"):
-        about = explained(*command[1 : 4 if {"table", "sweep"} & set(command) else 3])
-        assert all(re.search(rf"{word}\b", about) for word in command if word.startswith("--"))
+    if command[1:3] == ["-m", "ilora"]:
+        text = help_text(*({"table", "sweep"} & set(command[3:4])))
+        assert all(re.search(rf"{word}\b", text) for word in command if word.startswith("--"))
     given = [(command[at + 1], command[at + 2]) for at, word in enumerate(command) if word == "-p"]
     given = [pair for pair in given if pair[0] != "data_dir"]  # a folder of the reader's
     if ("dataset", "csv") in given:
