@@ -119,7 +119,8 @@ def code(tab):
 
 
 AUDIT = """async ([run, notOurs]) => {
-    const found = await axe.run(document, {runOnly: run, preload: false});
+    const likeRowsAbove = "table.dataframe tbody tr:nth-child(n + 4)";  // thousands of cells of one style
+    const found = await axe.run({exclude: [[likeRowsAbove]]}, {runOnly: run, preload: false});
     const ours = (rule, node) => !document.querySelector(node.target[0]).matches(notOurs[rule.id] ?? "nothing");
     return [found.passes.length, found.violations.flatMap(rule => rule.nodes.filter(node => ours(rule, node))
         .map(node => `${rule.id} ${node.target}: ${node.failureSummary}`))];
@@ -136,8 +137,8 @@ def violations(tab, *rules):
     return violations
 
 
-@pages
-def test_a_page_served_under_a_sub_path_asks_for_nothing_outside_it(window, served, name):
+@pytest.mark.parametrize("name", ["intro", "04_ilora", "11_play"])
+def test_a_page_served_under_a_sub_path_requests_nothing_outside_it(window, served, name):
     tab = look(window, f"{served}/{name}.html")
     assert not tab.problems
     assert not [url for url in tab.requests if not url.startswith((f"{served}/", "data:"))]
@@ -223,7 +224,7 @@ def test_a_page_with_its_pictures_is_small(html, name):
 
 
 @pages
-def test_a_page_asks_first_and_ends_in_takeaways(html, name):
+def test_a_page_begins_with_a_question_and_ends_in_takeaways(html, name):
     article = soup(html, name).select_one("article")
     title = article.h1.get_text().removesuffix("#")
     last = [title.get_text() for title in article.select(".admonition-title")][-1:]

@@ -34,7 +34,7 @@ names = pytest.mark.parametrize("source", SOURCES, ids=[path.stem for path in SO
 
 
 def tracked():
-    """The files that git tracks; a source archive has none to ask about."""
+    """The files that git tracks; a source archive has no git."""
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
     return subprocess.check_output(["git", "-C", ROOT, "ls-files"], text=True).splitlines()
@@ -57,7 +57,7 @@ def pins():
     return {canonicalize_name(name): version for name, version in lines}
 
 
-def test_the_lock_pins_all_that_pyproject_asks_for_within_its_ranges():
+def test_the_lock_pins_every_requirement_of_pyproject_within_its_range():
     for requirement in direct_requirements():
         pin = pins().get(canonicalize_name(requirement.name))
         assert pin, f"{requirement.name} is not in requirements.lock: run `make lock`"
@@ -68,7 +68,7 @@ def test_the_lock_holds_pins_alone():
     lines = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
     lines = [line for line in lines if line.strip() and not line.strip().startswith("#")]
     assert len(lines) == len(pins())
-    assert "+" not in pins()["torch"]  # a plain pin, for CPU and CUDA builds
+    assert "+" not in pins()["torch"]  # a plain pin fits CPU and CUDA builds
 
 
 def test_conda_installs_the_lock():
@@ -179,8 +179,7 @@ def test_no_data_that_may_not_be_redistributed_is_tracked():
 def test_tracked_text_names_no_machines_folders():
     paths = [ROOT / path for path in tracked() if Path(path).suffix in {".py", ".md", ".ipynb", ".json", ".yml"}]
     machine = re.compile(r"(?<![\w.])/(home|root|Users|work)/\w")
-    found = [path.name for path in paths if path.is_file() and machine.search(path.read_text(encoding="utf-8"))]
-    assert not found
+    assert not [path.name for path in paths if path.is_file() and machine.search(path.read_text(encoding="utf-8"))]
 
 
 # ---------------------------------------------------------------- notebooks and their copies
@@ -238,13 +237,13 @@ def test_the_copy_in_the_book_is_its_source_run_from_top_to_bottom(source):
 
 
 def toc():
-    """Page -> its title in the sidebar, None where that is the page's own heading."""
+    """Page -> its title in the sidebar, None where the page's heading is used."""
     contents = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
     chapters = [chapter for part in contents["parts"] for chapter in part["chapters"]]
     return {contents["root"]: None} | {chapter["file"]: chapter.get("title") for chapter in chapters}
 
 
-def test_the_book_holds_every_notebook_and_its_own_configuration():
+def test_the_book_holds_every_notebook_and_uses_the_configuration_of_the_repository():
     pages, notebooks = [*toc()], [path.stem for path in SOURCES]
     assert pages[0] == "intro"
     assert [page for page in pages if page in notebooks] == notebooks
@@ -263,7 +262,7 @@ def test_the_sidebar_numbers_the_chapters_and_repeats_their_headings():
 
 
 def test_the_results_that_pages_show_are_whole():
-    """Written by a run from a committed tree, those of pages as well as the measurements behind them."""
+    """Each was written by a run from a committed tree: those of chapters and the measurements that they read."""
     paths = [path for path in RESULTS.rglob("*.json") if "failed" not in path.name and path != RATES]
     assert len(paths) > 200
     for path in paths:
@@ -273,7 +272,7 @@ def test_the_results_that_pages_show_are_whole():
         assert not result["commit"].endswith("+dirty"), path.name
 
 
-def test_the_page_of_ratios_is_that_of_the_benchmarks_beside_it():
+def test_the_page_of_ratios_shows_the_committed_benchmarks():
     shown = json.loads((RESULTS / "09_speed.json").read_text(encoding="utf-8"))["metrics"]
     ratios = benchmark_results.ratios(benchmark_results.load_benchmarks(RESULTS / "benchmarks"))["value"]
     assert set(shown) == set(ratios.index.get_level_values("benchmark"))
@@ -309,7 +308,7 @@ def test_the_numbers_in_the_readme_are_those_of_the_results():
     datasets = [table["last"][dataset] for dataset in ("LastFM", "MovieLens", "Steam")]
     rows += [(system, [systems[system] for systems in datasets]) for system in ("SASRec", "LLaRA", "iLoRA")]
     for name, values in rows:
-        cells = [f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]" for found in values]
+        cells = [f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]" for value in values]
         assert f"| {' | '.join([name, *cells])} |" in README
     for differences in table["iLoRA - other"].values():
         assert differences["LLaRA"]["low"] < 0 < differences["LLaRA"]["high"]
