@@ -155,7 +155,7 @@ def test_files_that_pages_name_are_there():
 
 @pytest.mark.slow
 def test_a_quantised_base_becomes_a_recommender_as_the_page_of_gpus_says(somewhere, monkeypatch):
-    """The block of the page on a CPU, with the world and a random Llama whose layers fill whole blocks of 64 weights."""
+    """The block of the page runs on a CPU, with the world and a random Llama that has whole blocks of 64 weights."""
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: no quantised base is tested")
     model_of, tokenizer_of = AutoModelForCausalLM.from_pretrained, AutoTokenizer.from_pretrained
 
