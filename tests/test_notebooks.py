@@ -22,7 +22,7 @@ from papermill.parameterize import parameterize_notebook
 
 pytestmark = pytest.mark.book
 
-SMALL = {"users": 60, "encoder_epochs": 1, "train_limit": 64, "test_limit": 16, "gradient_limit": 32, "rank": 4}
+SMALL = {"users": 60, "encoder_epochs": 1, "train_limit": 64, "test_limit": 16, "gradient_limit": 64, "rank": 4}
 CHAPTERS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
 KERNELS = {"JUPYTER_PATH": f"{sys.prefix}/share/jupyter"}  # the kernel python3 is that of this environment
 
