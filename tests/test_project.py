@@ -220,6 +220,7 @@ def test_a_notebook_only_calls_the_package(source):
     assert 10 <= len(code(source)) <= 25
 
 
+@pytest.mark.book
 @names
 def test_the_copy_in_the_book_is_its_source_run_from_top_to_bottom(source):
     copy = ROOT / "book" / source.name
