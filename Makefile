@@ -1,5 +1,6 @@
-# `make book`: run the notebooks and build the book.  `make test`: everything that must hold.  `make pdf`: the book as one file.
-# Both set up .venv from requirements.lock when it is missing or the lock has changed.
+# `make book`: run the notebooks and build the book.  `make pdf`: the book as one file.
+# `make test`: everything that must hold.  `make check`: style and the tests of the method alone, for every few lines of work.
+# Each sets up .venv from requirements.lock when it is missing or the lock has changed.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -11,15 +12,23 @@ export JUPYTER_PATH := $(CURDIR)/.venv/share/jupyter
 CHROMIUM := $(firstword $(foreach name,chromium chromium-browser google-chrome,$(shell command -v $(name))))
 SANDBOX := $(if $(filter 0,$(shell id -u)),--no-sandbox)
 
-.PHONY: book test pdf bench lock
+.PHONY: book check style test pdf bench lock
 
 book: .venv/installed
 	$(BIN)/python -m ilora
 
-test: .venv/installed .venv/smollm2
+# One thread for each test process: --numprocesses starts as many as there are cores.
+TEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile
+
+check: style
+	$(TEST) -m "not book and not slow"
+
+test: style .venv/smollm2
+	$(TEST)
+
+style: .venv/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile
 
 pdf: .venv/installed
 	@test -n "$(CHROMIUM)" || { echo "make pdf needs chromium, chromium-browser or google-chrome on the PATH"; exit 1; }

@@ -13,12 +13,12 @@ LONGEST = ("test_notebooks.py", "test_pages.py")
 
 
 def pytest_collection_modifyitems(items):
-    """The longest files first, so that no process is left with one of them at the end."""
+    """Start the longest files first, so that no process is left with one of them at the end."""
     items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 def build(book, *options):
-    """Build a copy of the book with warnings as errors; the finished process."""
+    """Build a copy of the book with warnings as errors; returns the finished process."""
     command = [JUPYTER_BOOK, "build", book, "-W", "-n", "--keep-going", *options]
     return subprocess.run(command, capture_output=True, text=True)
 

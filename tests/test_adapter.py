@@ -391,6 +391,7 @@ def one_layer():
     return model
 
 
+@pytest.mark.slow
 def test_compiles_as_one_graph_for_all_shapes():
     torch._dynamo.reset()
     counter, model = CompileCounter(), one_layer()
@@ -403,6 +404,7 @@ def test_compiles_as_one_graph_for_all_shapes():
         assert_close(outputs(compiled, tokens()), outputs(model, tokens()))
 
 
+@pytest.mark.slow
 def test_compiled_gradients_with_checkpointing():
     torch._dynamo.reset()
     model = one_layer().train()
@@ -553,6 +555,7 @@ def run_elsewhere(script, folder):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_export_loads_without_the_package_and_ilora_does_not(tmp_path):
     model, z = adapted(dtype=torch.float32), users(dtype=torch.float32)
     model.save_pretrained(tmp_path / "ilora")
@@ -822,6 +825,7 @@ def test_quantised_base(option, near, tmp_path):
     assert_close(outputs(lora, ids[:1]), alone[:1], near)
 
 
+@pytest.mark.slow
 def test_two_processes_agree_with_one(tmp_path):
     script = Path(__file__).with_name("adapter_two_processes.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[1])}

@@ -79,6 +79,7 @@ def logits(kind, model):
 
 @kinds
 @pytest.mark.parametrize("use", ["forward", "generate", "checkpointing", "context", "unload", "two wrappers"])
+@pytest.mark.slow
 def test_a_dropped_model_is_freed_without_the_garbage_collector(kind, use):
     gc.disable()
     try:
@@ -497,6 +498,7 @@ def test_interleaved_asyncio_tasks_are_refused():
 
 
 @pytest.mark.parametrize("per_layer", [False, True])
+@pytest.mark.slow
 def test_layers_compiled_each_compile_once(per_layer):
     """Training with new users in every step: no graph break, no compilation after the first step, same gradients."""
     torch._dynamo.reset()

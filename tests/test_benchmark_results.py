@@ -5,6 +5,8 @@ import pytest
 from ilora.errors import UserError
 from ilora.study import benchmark_results
 
+pytestmark = pytest.mark.book
+
 
 def way(ratio, **more):
     ratios = {"median": ratio, "low": ratio - 1, "high": ratio + 1}

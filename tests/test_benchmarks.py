@@ -23,6 +23,8 @@ import padding
 import recommender
 import world
 
+pytestmark = pytest.mark.book
+
 WHOLE = {"name", "parameters", "metrics", "seconds", "peak_memory_mib", "device", "versions", "commit", "date"}
 SMALL = ["--shape", "smoke", "--device", "cpu", "--rounds", "2", "--rows", "2", "--tokens", "12", "--answer", "3"]
 SMALL += ["--more-rows", "3"]

@@ -30,6 +30,8 @@ from ilora.language.pretraining import EMBEDDED
 from ilora.study import chat
 from ilora.study.chat import ChatRec
 
+pytestmark = pytest.mark.book
+
 ROOT = Path(__file__).parents[1]
 KEY = "sk-secret-4f1d"
 TITLES = [
@@ -475,8 +477,8 @@ def directly(folder, questions):
         yield tokenizer.decode(output, skip_special_tokens=True)
 
 
-def test_the_example_of_the_readme_gives_the_replies_of_the_model(served):
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## A chat model as recommender")[1]
+def test_the_example_of_the_page_gives_what_the_model_itself_says(served):
+    section = (ROOT / "book" / "own_gpus.md").read_text(encoding="utf-8").split("## A chat model as recommender")[1]
     code = re.search(r"```python\n(.*?)```", section, re.S)[1]
     names, before = {}, served.requests()
     exec(code.replace("http://localhost:8000/v1", served.url).replace("MODEL", served.model), names)

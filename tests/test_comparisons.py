@@ -130,6 +130,7 @@ def test_the_test_over_users_counts_all_signs():
     assert sign_flip_test(np.zeros(4), np.arange(4)) == 1
 
 
+@pytest.mark.slow
 def test_the_sign_flip_test_has_its_level_without_a_difference():
     rejected = [
         sign_flip_test(np.random.default_rng(seed).normal(size=30), np.arange(30)) < 0.05 for seed in range(200)
@@ -205,6 +206,7 @@ def test_equal_systems_have_no_difference_to_resample():
     assert (result["bootstrap_low"], result["bootstrap_high"]) == (0, 0)
 
 
+@pytest.mark.slow
 def test_the_bootstrap_has_its_coverage(monkeypatch):
     """Windows of a user are alike here: taking them as independent would miss it far more often."""
     monkeypatch.setattr(comparisons, "PERMUTATIONS", 9)  # of the test, which this does not look at

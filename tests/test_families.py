@@ -138,6 +138,7 @@ def greedy(model, row):
 
 @pytest.mark.parametrize("experts", [1, 4], ids=["LoRA", "iLoRA"])
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.slow
 def test_a_family_trains_ranks_and_writes_as_its_forward_pass_says(family, experts, tokenizer, caplog, monkeypatch):
     with caplog.at_level(logging.INFO, logger="ilora"):
         model, rows = recommender(family, tokenizer, experts), some_rows()

@@ -10,6 +10,8 @@ import pytest
 
 from ilora.study import figures, model_figures
 
+pytestmark = pytest.mark.book
+
 RNG = np.random.default_rng(0)
 TABLE = pd.DataFrame({"value": [0.5, 0.1], "low": [0.4, 0.0], "high": [0.7, 0.2], "n": [9, 9]}, index=["a", "b"])
 RUNS = [[0.4, 0.5, 0.6]] * 4

@@ -6,6 +6,8 @@ import pytest
 
 from ilora.study.gate_statistics import gate_statistics, variance_between
 
+pytestmark = pytest.mark.book
+
 
 def test_a_constant_gate_is_flagged():
     users = np.arange(50)

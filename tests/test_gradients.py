@@ -14,6 +14,8 @@ from ilora.recommenders import SASRec
 from ilora.study import gradients, similarity
 from ilora.training import TrainingArguments, fit, load_snapshot
 
+pytestmark = pytest.mark.book
+
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TITLES = list(titles()["title"][:60])
 LABELS = np.array([2, 0, 2, 1, 2, 0, 2, 2, 1, 2, 2])  # groups of 2, 2 and 7

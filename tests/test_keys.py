@@ -387,6 +387,7 @@ def test_a_sweep_over_changed_data_runs_again(tmp_path, monkeypatch):
     assert found["inputs"]["data"] == ran[-1]
 
 
+@pytest.mark.slow
 def test_a_notebook_finds_the_key_that_was_planned(tmp_path, monkeypatch):
     """Run for real: data by a relative folder, from another working directory than the notebook's."""
     root = tmp_path / "repo"

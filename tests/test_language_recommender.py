@@ -576,6 +576,7 @@ def test_some_of_the_questions_are_the_same_questions():
 
 
 @pytest.mark.parametrize("kind", ["lora", "ilora"])
+@pytest.mark.slow
 def test_compiled_layers_train_alike_and_only_in_training(tmp_path, monkeypatch, kind):
     """One compilation serves all layers and later steps, hybrid and text-only ones."""
     compiled = []

@@ -13,6 +13,8 @@ from ilora import artifacts
 from ilora.study import book, commands, notebooks
 from ilora.study.parameters import PARAMETERS
 
+pytestmark = pytest.mark.book
+
 DEFAULTS = {"seed": 0, "rank": 8, "experts": 4}
 PARAMETERS_CELL = "seed = 0  # a seed\nrank = 8  # r\nexperts = 4  # K"
 OUTPUTS_CELL = """\

@@ -6,6 +6,8 @@ from scipy import stats
 
 from ilora.study import paper
 
+pytestmark = pytest.mark.book
+
 
 def test_the_table_has_nine_systems_on_three_data_sets():
     table = paper.printed_results()

@@ -12,6 +12,8 @@ from ilora.errors import UserError
 from ilora.study import parameters
 from ilora.study.parameters import PARAMETERS, check_parameters, parse_parameters, start
 
+pytestmark = pytest.mark.book
+
 PARAMETERS_CELL = 'dataset = "world"  # which\nseed = 0\nrank = 8\nalpha = 32\nexperts = 4\ndata_dir = ""'
 START_CELL = 'from ilora.study import parameters\nrun = parameters.start("04_ilora", globals())\nprint(run.parameters)'
 

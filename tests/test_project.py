@@ -1,6 +1,7 @@
-"""What holds the project together: pins, import order, notebooks and their copies, the book, the README."""
+"""Project-wide checks: pins, the rooms and their order, notebooks and their copies, the book, the README."""
 
 import ast
+import graphlib
 import json
 import re
 import subprocess
@@ -22,32 +23,18 @@ RATES = RESULTS / "table" / "large" / "learning_rate.json"  # histories of six r
 SOURCES = sorted((ROOT / "notebooks").glob("*.ipynb"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TREE = re.search(r"^```\n(ilora/\n.*?)^```", README, re.M | re.S)[1]
-ROOMS = [  # folders and files, each of which may import those of earlier lines and itself
+ROOMS = [  # folders and files of the package; each may import itself and those of earlier lines
     {"errors"}, {"devices"}, {"artifacts"}, {"adapter", "data"}, {"training", "evaluation"}, {"recommenders"},
     {"language"}, {"study"},
 ]  # fmt: skip
-
-
-def modules():
-    """The package's files in the README's tree, in the order that imports follow: `errors`, `data.tables`, ..."""
-    room = ""
-    for indent, name, kind in re.findall(r"^(  (?:  )?)(\w+)(\.py|/) ", TREE, re.M):
-        room = name + "." if kind == "/" else room if len(indent) == 4 else ""
-        if kind == ".py":
-            yield room + name
-
-
-MODULES = list(modules())
-EXCEPTION = {
-    ("study.running", "study.table_runner"),
-    ("study.running", "study.notebook_sweep"),
-}  # commands that it starts
+FILES = sorted((ROOT / "ilora").rglob("*.py"))
+COMMANDS = {"ilora.study.running": {"ilora.study.table_runner", "ilora.study.notebook_sweep"}}  # which it starts
 
 names = pytest.mark.parametrize("source", SOURCES, ids=[path.stem for path in SOURCES])
 
 
 def tracked():
-    """The files that git tracks; a source archive has none to ask about."""
+    """The files that git tracks; a source archive has no git."""
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
     return subprocess.check_output(["git", "-C", ROOT, "ls-files"], text=True).splitlines()
@@ -70,7 +57,7 @@ def pins():
     return {canonicalize_name(name): version for name, version in lines}
 
 
-def test_the_lock_pins_all_that_pyproject_asks_for_within_its_ranges():
+def test_the_lock_pins_every_requirement_of_pyproject_within_its_range():
     for requirement in direct_requirements():
         pin = pins().get(canonicalize_name(requirement.name))
         assert pin, f"{requirement.name} is not in requirements.lock: run `make lock`"
@@ -81,7 +68,7 @@ def test_the_lock_holds_pins_alone():
     lines = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
     lines = [line for line in lines if line.strip() and not line.strip().startswith("#")]
     assert len(lines) == len(pins())
-    assert "+" not in pins()["torch"]  # a plain pin, for CPU and CUDA builds
+    assert "+" not in pins()["torch"]  # a plain pin fits CPU and CUDA builds
 
 
 def test_conda_installs_the_lock():
@@ -107,47 +94,77 @@ def imported_packages():
 
 
 def imported_names(tree):
-    """Dotted names of the modules that a file imports, at its top or inside a function."""
+    """Dotted names that a file imports, at its top or inside a function."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
-            yield node.module
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def test_the_tree_in_the_readme_is_the_tree():
-    files = [path.relative_to(ROOT / "ilora").with_suffix("") for path in (ROOT / "ilora").rglob("*.py")]
-    rooms = {module.split(".")[0] for module in MODULES if "." in module}
-    assert sorted([*MODULES, *(f"{room}.__init__" for room in rooms)]) == sorted(".".join(file.parts) for file in files)
-    assert re.findall(r"^  (\w+)\.ipynb ", TREE, re.M) == [path.stem for path in SOURCES]
+def name_of(path):
+    """`ilora.data.tables` for `ilora/data/tables.py`, `ilora.data` for `ilora/data/__init__.py`."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-@pytest.mark.parametrize("module", [module for module in MODULES if module != "__init__"])
-def test_each_file_imports_only_files_above_it(module):
-    tree = ast.parse((ROOT / "ilora" / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))
-    used = {name.removeprefix("ilora.") for name in imported_names(tree)}
-    forbidden = used & set(MODULES[MODULES.index(module) :]) - {
-        used for importer, used in EXCEPTION if importer == module
-    }
-    assert not forbidden, f"{module} imports {forbidden}, listed at or below it in the README's tree"
+def imports():
+    """Each module of the package -> the modules of the package that it imports."""
+    modules = {name_of(path): path for path in FILES}
+    for module, path in modules.items():
+        names = set(imported_names(ast.parse(path.read_text(encoding="utf-8"))))
+        owners = (name if name in modules else name.rpartition(".")[0] for name in names if name.startswith("ilora"))
+        yield module, set(owners) - {module}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "ilora").rglob("*.py")), ids=lambda path: path.stem)
-def test_each_room_imports_only_rooms_before_it(path):
-    room = path.relative_to(ROOT / "ilora").parts[0].removesuffix(".py")
-    names = set(imported_names(ast.parse(path.read_text(encoding="utf-8"))))
-    used = {name.split(".")[1] for name in names if name.startswith("ilora.")} - {"__version__"}
-    if room == "__init__":
-        assert used <= {"adapter", "language"}  # the latter when it is asked for
-        return
-    if room == "__main__":
-        assert used == {"study"}
-        return
-    at = next(at for at, rooms in enumerate(ROOMS) if room in rooms)
-    before = {"errors"} if room == "adapter" else set().union(*ROOMS[:at])
-    assert used <= before | {room}
+IMPORTS = dict(imports())
+
+
+def room_of(module):
+    """The folder or file directly under `ilora/`, or nothing for the package itself."""
+    return module.removeprefix("ilora").strip(".").split(".")[0]
+
+
+@pytest.mark.parametrize("module", IMPORTS)
+def test_a_module_imports_only_earlier_rooms(module):
+    room, others = room_of(module), {room_of(other) for other in IMPORTS[module]}
+    if room == "":
+        allowed = {"adapter", "language"}  # `language` only when its class is used
+    elif room == "__main__":
+        allowed = {"study"}
+    elif room == "adapter":
+        allowed = {"adapter", "errors"}
+    else:
+        place = next(place for place, rooms in enumerate(ROOMS) if room in rooms)
+        allowed = {room, ""}.union(*ROOMS[:place])  # "": the version
+    assert others <= allowed
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    graph = {module: others - COMMANDS.get(module, set()) - {"ilora"} for module, others in IMPORTS.items()}
+    tuple(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
+
+
+def test_the_package_is_small():
+    lines = {path.relative_to(ROOT / "ilora"): len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
+    assert not {path: count for path, count in lines.items() if count > 350}
+    study = sum(count for path, count in lines.items() if path.parts[0] == "study")
+    assert study <= 2200
+    assert sum(lines.values()) - study <= 3800
+
+
+def test_the_tree_in_the_readme_names_the_rooms_in_their_order():
+    rooms = re.findall(r"^  (\w+)(?:/|\.py) ", TREE, re.M)
+    assert set(rooms) == {room_of(module) for module in IMPORTS} - {""} == {"__main__"}.union(*ROOMS)
+    order = {room: place for place, level in enumerate([*ROOMS, {"__main__"}]) for room in level}
+    assert rooms == sorted(rooms, key=order.get)
+
+
+def test_the_drawing_of_the_rooms_shows_their_order():
+    page = (ROOT / "book" / "contributing.md").read_text(encoding="utf-8")
+    drawing = re.search(r"^```text\n(.*?)^```", page, re.M | re.S)[1]
+    levels = [set(re.findall(r"\[(\w+)\]", line)) for line in drawing.splitlines()]
+    assert [level for level in levels if level] == ROOMS[::-1]
 
 
 # ---------------------------------------------------------------- what is tracked
@@ -162,8 +179,7 @@ def test_no_data_that_may_not_be_redistributed_is_tracked():
 def test_tracked_text_names_no_machines_folders():
     paths = [ROOT / path for path in tracked() if Path(path).suffix in {".py", ".md", ".ipynb", ".json", ".yml"}]
     machine = re.compile(r"(?<![\w.])/(home|root|Users|work)/\w")
-    found = [path.name for path in paths if path.is_file() and machine.search(path.read_text(encoding="utf-8"))]
-    assert not found
+    assert not [path.name for path in paths if path.is_file() and machine.search(path.read_text(encoding="utf-8"))]
 
 
 # ---------------------------------------------------------------- notebooks and their copies
@@ -204,6 +220,7 @@ def test_a_notebook_only_calls_the_package(source):
     assert 10 <= len(code(source)) <= 25
 
 
+@pytest.mark.book
 @names
 def test_the_copy_in_the_book_is_its_source_run_from_top_to_bottom(source):
     copy = ROOT / "book" / source.name
@@ -221,13 +238,13 @@ def test_the_copy_in_the_book_is_its_source_run_from_top_to_bottom(source):
 
 
 def toc():
-    """Page -> its title in the sidebar, None where that is the page's own heading."""
+    """Page -> its title in the sidebar, None where the page's heading is used."""
     contents = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
     chapters = [chapter for part in contents["parts"] for chapter in part["chapters"]]
     return {contents["root"]: None} | {chapter["file"]: chapter.get("title") for chapter in chapters}
 
 
-def test_the_book_holds_every_notebook_and_its_own_configuration():
+def test_the_book_holds_every_notebook_and_uses_the_configuration_of_the_repository():
     pages, notebooks = [*toc()], [path.stem for path in SOURCES]
     assert pages[0] == "intro"
     assert [page for page in pages if page in notebooks] == notebooks
@@ -246,7 +263,7 @@ def test_the_sidebar_numbers_the_chapters_and_repeats_their_headings():
 
 
 def test_the_results_that_pages_show_are_whole():
-    """Written by a run from a committed tree, those of pages as well as the measurements behind them."""
+    """Each was written by a run from a committed tree: those of chapters and the measurements that they read."""
     paths = [path for path in RESULTS.rglob("*.json") if "failed" not in path.name and path != RATES]
     assert len(paths) > 200
     for path in paths:
@@ -256,7 +273,7 @@ def test_the_results_that_pages_show_are_whole():
         assert not result["commit"].endswith("+dirty"), path.name
 
 
-def test_the_page_of_ratios_is_that_of_the_benchmarks_beside_it():
+def test_the_page_of_ratios_shows_the_committed_benchmarks():
     shown = json.loads((RESULTS / "09_speed.json").read_text(encoding="utf-8"))["metrics"]
     ratios = benchmark_results.ratios(benchmark_results.load_benchmarks(RESULTS / "benchmarks"))["value"]
     assert set(shown) == set(ratios.index.get_level_values("benchmark"))
@@ -265,28 +282,38 @@ def test_the_page_of_ratios_is_that_of_the_benchmarks_beside_it():
         assert row["value"] == pytest.approx(value)
 
 
-def test_the_book_builds_without_a_warning_and_asks_the_network_for_nothing(html):
-    loads = re.compile(r"""<(?:script|img|iframe|source)[^>]*\ssrc=["'](?:https?:)?//|<link[^>]*\shref=["']https?:""")
-    for page in toc():
-        text = (html / f"{page}.html").read_text(encoding="utf-8")
-        assert not loads.findall(text), page
-    assert "_static/mathjax/tex-mml-chtml.js" in (html / "intro.html").read_text(encoding="utf-8")
-    assert (html / "_static/mathjax/tex-mml-chtml.js").is_file()
-
-
 # ---------------------------------------------------------------- README
 
 
-def test_the_commands_in_the_readme_exist():
+def test_the_readme_names_the_commands_of_users_and_fits_on_two_screens():
     commands = "\n".join(re.findall(r"^```bash\n(.*?)^```", README, re.M | re.S))
-    targets = re.findall(r"^make (\w+)", commands, re.M)
-    assert {"book", "test"} <= set(targets)
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    assert all(re.search(rf"^{target}:", makefile, re.M) for target in targets)
-    assert all((ROOT / path).is_file() for path in re.findall(r"notebooks/\w+\.ipynb", commands))
-    given = re.findall(r"-p (\w+) (\S+)", commands)
-    assert given
-    parameters.parse_parameters(given)
+    for command in (
+        "make book",
+        "make test",
+        "jupyter-book build book/",
+        "papermill notebooks/04_ilora.ipynb out.ipynb",
+    ):
+        assert command in commands
+    assert len(README.splitlines()) <= 100
+
+
+def test_the_numbers_in_the_readme_are_those_of_the_results():
+    """Each row of its two tables, as `value [low, high]`."""
+    ablations, table = (
+        json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["metrics"]
+        for name in ("05_ablations", "07_table")
+    )
+    gains = {row["conflict"]: row for row in ablations["gain"] if row["system"] == "iLoRA - LoRA"}
+    assert {row["n"] for row in gains.values()} == {3}  # seeds
+    rows = [("iLoRA - LoRA, 3 seeds", [gains[conflict] for conflict in (0, 0.5, 1)])]
+    datasets = [table["last"][dataset] for dataset in ("LastFM", "MovieLens", "Steam")]
+    rows += [(system, [systems[system] for systems in datasets]) for system in ("SASRec", "LLaRA", "iLoRA")]
+    for name, values in rows:
+        cells = [f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]" for value in values]
+        assert f"| {' | '.join([name, *cells])} |" in README
+    for differences in table["iLoRA - other"].values():
+        assert differences["LLaRA"]["low"] < 0 < differences["LLaRA"]["high"]
+        assert differences["SASRec"]["high"] < 0
 
 
 def test_continuous_integration_runs_make_test():

@@ -8,6 +8,8 @@ from scipy.spatial.distance import pdist, squareform
 from ilora.errors import UserError
 from ilora.study import gradients, similarity
 
+pytestmark = pytest.mark.book
+
 LABELS = np.array([2, 0, 2, 1, 2, 0, 2, 2, 1, 2, 2])  # groups of 2, 2 and 7
 VECTORS = {
     "one": torch.tensor([[2.0, 0], [0, 3], [-1, 0]]),

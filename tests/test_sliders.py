@@ -14,6 +14,8 @@ from ilora.errors import UserError
 from ilora.study import figures, model_figures
 from ilora.study.sliders import slider
 
+pytestmark = pytest.mark.book
+
 
 @pytest.fixture(autouse=True)
 def style():

@@ -8,6 +8,8 @@ from ilora.study import notebook_sweep, runner
 from ilora.study.commands import main
 from ilora.study.notebooks import Job
 
+pytestmark = pytest.mark.book
+
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):

@@ -14,6 +14,8 @@ from ilora.study import sweep_results
 from ilora.study.notebooks import plan
 from ilora.study.results import records
 
+pytestmark = pytest.mark.book
+
 
 def write(folder, notebook="04", metrics=None, without=(), inputs=None, **parameters):
     """A result as `notebook_sweep.publish` leaves it, of the notebook's defaults and the given parameters."""

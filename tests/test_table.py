@@ -15,6 +15,8 @@ from ilora.study import comparisons, paper, runner, systems, table_results, tabl
 from ilora.study.commands import main
 from ilora.study.results import without_nan
 
+pytestmark = pytest.mark.book
+
 FEW = {"users": 60, "test_limit": 12, "train_limit": 16, "base_model": "embedded", "device": "cpu"}
 SETTINGS = systems.SETTINGS | FEW
 SMALL = ["Popularity", "Language model", "iLoRA"]

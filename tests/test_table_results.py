@@ -8,6 +8,8 @@ from ilora import artifacts
 from ilora.errors import UserError
 from ilora.study import comparisons, table_results
 
+pytestmark = pytest.mark.book
+
 
 def write_search(folder, number, system, chosen, grid):
     name = "l2" if isinstance(chosen, float) else "regularisation"

@@ -379,6 +379,7 @@ def test_a_run_killed_ten_times_gives_the_same_bits(tmp_path, server):
 LAUNCH = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
 
 
+@pytest.mark.slow
 def test_two_launched_processes_equal_one(tmp_path):
     """With `accelerate launch`: losses, weights and, if the micro-batches are the same, even dropout."""
     with socket.socket() as free:

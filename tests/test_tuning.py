@@ -65,6 +65,7 @@ def world(tmp_path, monkeypatch):
     return data.load("world", users=60)
 
 
+@pytest.mark.slow
 def test_a_model_without_encoder_is_tuned_on_text_alone(world):
     model, history, snapshots = tuned(world, None, window=5)
     assert model.encoder is None and model.projector is None
@@ -77,6 +78,7 @@ def test_a_model_without_encoder_is_tuned_on_text_alone(world):
 
 
 @pytest.mark.parametrize("experts", [1, 2])
+@pytest.mark.slow
 def test_the_trained_model_is_the_reloaded_one_and_is_alone_in_memory(world, experts):
     """A base model in memory twice is 13 GiB at 7B; nothing may wait for the garbage collector."""
     encoder, _ = fit_recommender(world, epochs=1, window=6, device="cpu")

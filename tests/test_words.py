@@ -1,6 +1,8 @@
-"""What the pages in words tell a reader to type: Python that runs, commands and parameters that exist."""
+"""What README and text pages tell a reader to type: Python that runs, commands and parameters that exist."""
 
+import contextlib
 import functools
+import io
 import re
 import shlex
 import subprocess
@@ -15,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Traine
 from ilora import data
 from ilora.errors import UserError
 from ilora.language.pretraining import EMBEDDED
-from ilora.study import parameters
+from ilora.study import parameters, running
 
 PAGES = sorted((ROOT / "book").glob("*.md"))
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -33,33 +35,48 @@ def somewhere(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_the_code_on_the_page_of_the_adapter_runs(somewhere, monkeypatch):
-    """On the embedded model, in the place of the large one."""
+@pytest.fixture
+def small_llama(monkeypatch):
+    """Loads the embedded model and its tokenizer in the place of Llama-2-7B."""
     model_of, tokenizer_of = AutoModelForCausalLM.from_pretrained, AutoTokenizer.from_pretrained
     monkeypatch.setattr(
         AutoModelForCausalLM, "from_pretrained", lambda *_, **__: model_of(EMBEDDED, dtype=torch.float32)
     )
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda _, **given: tokenizer_of(EMBEDDED, **given))
-    here, (first, *code) = {}, blocks("adapter", "python")
+
+
+def test_the_code_in_the_readme_runs_and_its_adapter_depends_on_the_history(small_llama):
+    names = {"input_ids": torch.tensor([[5, 6, 7], [5, 6, 7]]), "z": torch.randn(2, 64)}
+    (block,) = blocks("README", "python")
+    exec(block, names)
+    for name, matrix in names["model"].named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(matrix, std=0.05)
+    first, second = names["model"](names["input_ids"], sequence_embeds=names["z"]).logits
+    assert names["logits"].shape[:2] == (2, 3) and (first - second).abs().max() > 1e-3
+
+
+def test_the_code_on_the_page_of_the_adapter_runs(small_llama, somewhere):
+    names, (first, *code) = {}, blocks("adapter", "python")
     assert len(code) == 9
-    exec(first, here)
-    for name, matrix in here["model"].named_parameters():
+    exec(first, names)
+    for name, matrix in names["model"].named_parameters():
         if "lora_B" in name:  # zero, so that nothing below would differ from the base
             torch.nn.init.normal_(matrix, std=0.05)
     for block in code:
-        exec(block, here)
-    torch.testing.assert_close(here["weights"].sum(1), torch.ones(2))
-    assert here["weights"].shape == (2, 4)
-    z, batch, model = here["z"], here["batch"], here["model"]
+        exec(block, names)
+    torch.testing.assert_close(names["weights"].sum(1), torch.ones(2))
+    assert names["weights"].shape == (2, 4)
+    z, batch, model = names["z"], names["batch"], names["model"]
     with torch.no_grad():
         one_user = model(**batch, sequence_embeds=z[:1].expand(2, -1)).logits
         assert (one_user - AutoModelForCausalLM.from_pretrained()(**batch).logits).abs().max() > 0.1
-        torch.testing.assert_close(here["merged"], one_user, atol=1e-3, rtol=1e-3)
-        torch.testing.assert_close(here["plain"](**batch).logits, one_user, atol=1e-3, rtol=1e-3)
-        torch.testing.assert_close(model(**batch, sequence_embeds=z).logits, here["logits"], atol=1e-3, rtol=1e-3)
-    assert here["own"].gate == "mlp" and here["sparse"].gate_top_k == 2
-    fresh = get_peft_model(AutoModelForCausalLM.from_pretrained(), here["config"])
-    train_with_trainer(fresh, here["collate"], somewhere)
+        torch.testing.assert_close(names["merged"], one_user, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(names["plain"](**batch).logits, one_user, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(model(**batch, sequence_embeds=z).logits, names["logits"], atol=1e-3, rtol=1e-3)
+    assert names["own"].gate == "mlp" and names["sparse"].gate_top_k == 2
+    fresh = get_peft_model(AutoModelForCausalLM.from_pretrained(), names["config"])
+    train_with_trainer(fresh, names["collate"], somewhere)
 
 
 def train_with_trainer(model, collate, folder):
@@ -76,18 +93,18 @@ def train_with_trainer(model, collate, folder):
 
 
 def test_the_code_on_the_page_of_own_data_runs_and_its_folder_is_read(somewhere):
-    here, code = {}, blocks("own_data", "python")
+    names, code = {}, blocks("own_data", "python")
     assert len(code) == 2
     for block in code:
-        exec(block, here)
-    assert here["mine"].noun == "film" and here["mine"].name == "csv"
+        exec(block, names)
+    assert names["mine"].noun == "film" and names["mine"].name == "csv"
     world = data.load("world", users=120)
-    assert len(here["mine"].events) == len(world.events)
-    assert list(here["mine"].items["title"]) == list(world.items["title"])
+    assert len(names["mine"].events) == len(world.events)
+    assert list(names["mine"].items["title"]) == list(world.items["title"])
 
 
 def test_the_files_on_the_page_of_own_data_are_of_the_form_it_describes(somewhere):
-    """The excerpts alone are too few to learn from, and that is all that is wrong with them."""
+    """They are refused only because they are too short to learn from."""
     events, items = blocks("own_data", "text")
     (somewhere / "events.csv").write_text(events)
     (somewhere / "items.csv").write_text(items)
@@ -103,10 +120,14 @@ def commands():
 
 
 @functools.cache
-def explained(*command):
-    """What this command of ours says of itself, before any work."""
-    done = subprocess.run([sys.executable, *command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
-    return done.stdout
+def help_text(*command):
+    """What `python -m ilora` prints with `--help`; that of its commands without starting Python again."""
+    if not command:
+        help_of = [sys.executable, "-m", "ilora", "--help"]
+        return subprocess.run(help_of, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.raises(SystemExit):
+        running.main([*command, "--help"])
+    return printed.getvalue()
 
 
 @pytest.mark.parametrize(("page", "command"), list(commands()))
@@ -116,11 +137,11 @@ def test_a_command_names_what_is_there(page, command):
     for word in command:
         if word.startswith("notebooks/"):
             assert (ROOT / word).is_file()
-    if "-m" in command and command[2].startswith("ilora"):
-        about = explained(*command[1 : 4 if {"table", "sweep"} & set(command) else 3])
-        assert all(re.search(rf"{word}\b", about) for word in command if word.startswith("--"))
+    if command[1:3] == ["-m", "ilora"]:
+        text = help_text(*({"table", "sweep"} & set(command[3:4])))
+        assert all(re.search(rf"{word}\b", text) for word in command if word.startswith("--"))
     given = [(command[at + 1], command[at + 2]) for at, word in enumerate(command) if word == "-p"]
-    given = [pair for pair in given if pair[0] != "data_dir"]  # a folder of the reader's
+    given = [pair for pair in given if pair[0] != "data_dir"]  # the reader's folder
     if ("dataset", "csv") in given:
         given.remove(("dataset", "csv"))  # which needs one
     parameters.parse_parameters(given)
@@ -132,9 +153,10 @@ def test_files_that_pages_name_are_there():
             assert (ROOT / name).is_file() or "NN_name" in name, (page.name, name)
 
 
+@pytest.mark.slow
 def test_a_quantised_base_becomes_a_recommender_as_the_page_of_gpus_says(somewhere, monkeypatch):
-    """The block as it stands, on a CPU: a random Llama whose layers fill whole blocks of 64 weights, and the world."""
-    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: the quantised base is not tried")
+    """The block of the page runs on a CPU, with the world and a random Llama that has whole blocks of 64 weights."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: no quantised base is tested")
     model_of, tokenizer_of = AutoModelForCausalLM.from_pretrained, AutoTokenizer.from_pretrained
 
     def load(_, quantization_config, device_map):
@@ -149,10 +171,10 @@ def test_a_quantised_base_becomes_a_recommender_as_the_page_of_gpus_says(somewhe
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda _: tokenizer_of(EMBEDDED))
     monkeypatch.setattr(data, "load", lambda _: world)
-    here, (block,) = {}, [block for block in blocks("own_gpus", "python") if "load_in_4bit" in block]
-    exec(block, here)
-    model, asked = here["model"], data.questions(world, "train", limit=4)
-    rows = [asked[row] for row in range(4)]
+    names, (block,) = {}, [block for block in blocks("own_gpus", "python") if "load_in_4bit" in block]
+    exec(block, names)
+    model, questions = names["model"], data.questions(world, "train", limit=4)
+    rows = [questions[row] for row in range(4)]
     model(model.collate(rows)).backward()
     assert any(value.grad is not None and value.grad.abs().max() > 0 for value in model.parameters())
     assert model.eval().rank(rows).shape == (4, data.CANDIDATES)
