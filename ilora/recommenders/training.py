@@ -12,15 +12,13 @@ from tqdm import tqdm
 
 from ilora import artifacts, devices
 from ilora.data.dataset import Dataset
-from ilora.data.windows import Questions, Sequences, sequences
+from ilora.data.windows import Sequences, sequences
 from ilora.errors import UserError
-from ilora.evaluation import evaluate
 from ilora.evaluation.metrics import hit_ratios
 from ilora.recommenders.base import SequenceModel
 from ilora.recommenders.caser import Caser
 from ilora.recommenders.gru4rec import GRU4Rec
 from ilora.recommenders.morec import MoRec
-from ilora.recommenders.popularity import Popularity
 from ilora.recommenders.sasrec import SASRec
 from ilora.training.loop import TrainingArguments, fit
 
@@ -135,11 +133,3 @@ def choose_regularisation(
         rows.append({**values, "hit_ratio": best["hit_ratio"], "epoch": int(best["epoch"])})
     table = pd.DataFrame(rows)
     return dict(grid[table["hit_ratio"].idxmax()]), table
-
-
-def baselines(dataset: Dataset, encoder: SequenceModel, asked: Questions) -> dict[str, pd.DataFrame]:
-    """Outcomes of popularity and of the encoder on the same questions."""
-    return {
-        "popularity": evaluate(Popularity.from_dataset(dataset), asked),
-        type(encoder).__name__: evaluate(encoder, asked),
-    }
