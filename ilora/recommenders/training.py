@@ -1,8 +1,7 @@
 """Training of recommenders on item ids: rows, optimisation, and the choice of dropout and L2 by validation."""
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -102,18 +101,12 @@ def _fit(model: SequenceModel, dataset: Dataset, arguments: TrainingArguments, w
     def validate() -> dict[str, float]:
         return {"hit_ratio": hit_ratios(model, validation).mean()}
 
-    with nullcontext() if morec else _small_model():
-        return fit(model, rows, arguments, work, validate, "hit_ratio")
-
-
-@contextmanager
-def _small_model() -> Iterator[None]:
-    """Faster on a CPU: one thread, and subnormal numbers, which L2 leaves in unused filters of Caser, become zero."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
+    # Small models are faster on one thread, and without the subnormal numbers that L2 leaves in Caser's unused filters.
+    torch.set_num_threads(threads if morec else 1)
+    torch.set_flush_denormal(not morec)
     try:
-        yield
+        return fit(model, rows, arguments, work, validate, "hit_ratio")
     finally:
         torch.set_flush_denormal(False)
         torch.set_num_threads(threads)
