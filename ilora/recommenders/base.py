@@ -78,7 +78,8 @@ class Recommender(nn.Module):
 class SequenceModel(Recommender):
     """A network that encodes a history as z of iLoRA's Eq. 11, trained on p(i | history) = softmax_i(e_i . z).
 
-    The item embeddings e are also the network's input. A subclass implements `final_state`.
+    The item embeddings e are also the network's input. A subclass implements `final_state(items, mask)`: embeddings
+    (batch, length, dim) and a mask (batch, length), False for padding -> (batch, dim).
     """
 
     def __init__(self, n_items: int, dim: int, window: int, dropout: float, **config: int | float | str | dict) -> None:
@@ -98,10 +99,6 @@ class SequenceModel(Recommender):
     def item_embeddings(self) -> Tensor:
         """(n_items, dim)"""
         return self.items.weight[: self.n_items]
-
-    def final_state(self, items: Tensor, mask: Tensor) -> Tensor:
-        """Encode item embeddings (batch, length, dim) as (batch, dim); mask: (batch, length), False for padding."""
-        raise NotImplementedError
 
     def encode(self, history: Tensor) -> Tensor:
         """Represent each history as a vector z: (batch, window) -> (batch, dim)."""

@@ -38,9 +38,8 @@ class SASRec(SequenceModel):
     all items; the paper normalises before, uses ReLU and compares the target with one random item.
     """
 
-    def __init__(
-        self, n_items: int, dim: int = 64, window: int = 10, layers: int = 2, heads: int = 2, dropout: float = 0.3
-    ) -> None:
+    def __init__(self, n_items: int, dim: int = 64, window: int = 10, layers: int = 2, heads: int = 2,
+                 dropout: float = 0.3) -> None:  # fmt: skip
         super().__init__(n_items, dim, window, dropout, layers=layers, heads=heads)
         self.heads = heads
         self.positions = nn.Embedding(window, dim)
