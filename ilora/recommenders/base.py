@@ -16,7 +16,7 @@ from ilora.errors import UserError
 
 
 class Recommender(nn.Module):
-    """Scores items as the next one of a history: (batch, window) ids, oldest first, padded on the left by `n_items`."""
+    """Scores items by `score_all`: (batch, window) ids, oldest first, left-padded by `n_items` -> (batch, n_items)."""
 
     window = 1  # the number of most recent items that the model uses
     kinds: ClassVar[dict[str, type["Recommender"]]] = {}  # all subclasses by name
@@ -34,14 +34,10 @@ class Recommender(nn.Module):
         """The device of the model's weights or counts."""
         return next(iter(self.state_dict().values())).device
 
-    def score_all(self, history: Tensor) -> Tensor:
-        """Score all items: (batch, window) -> (batch, n_items)."""
-        raise NotImplementedError
-
     def pad(self, histories: Sequence[Sequence[int]]) -> Tensor:
         """Cut or pad histories of any length to (batch, window)."""
         padding = [self.n_items] * self.window
-        return torch.tensor([[*padding, *history][-self.window :] for history in histories])
+        return torch.from_numpy(np.array([[*padding, *history][-self.window :] for history in histories]))
 
     @torch.no_grad()
     def rank(self, rows: list[tuple[np.ndarray, np.ndarray, int]]) -> Tensor:

@@ -18,7 +18,6 @@ from ilora.recommenders.sasrec import SASRec
 
 NO_TOKEN = -1  # pads the tokens of titles
 TEXT_LEARNING_RATE = 0.05  # of the pretrained text encoder, relative to the learning rate of the other layers
-BATCH = 64  # titles encoded at once
 
 
 class MoRec(SASRec):
@@ -101,8 +100,8 @@ class TitleVectors(nn.Module):
     def encode(self, items: Tensor) -> Tensor:
         """Compute vectors from titles: (m,) item ids -> (m, dim)."""
         tokens = self.tokens[items.clamp(max=len(self.tokens) - 1)]  # (m, title_tokens); padding takes any title
-        order = (tokens != NO_TOKEN).sum(1).argsort()  # batches of titles of similar length
-        batches = tqdm(tokens[order].split(BATCH), "encoding titles", delay=2, disable=self.training)
+        order = (tokens != NO_TOKEN).sum(1).argsort()  # batches of 64 titles of similar length
+        batches = tqdm(tokens[order].split(64), "encoding titles", delay=2, disable=self.training)
         means = torch.cat([self._mean_state(batch) for batch in batches])[order.argsort()]
         return self.projection(self.norm(means)) * (items < len(self.tokens))[:, None]
 

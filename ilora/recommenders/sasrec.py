@@ -17,10 +17,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, forbidden: Tensor, n: int) -> Tensor:
-        """(batch, length, dim) -> (batch, n, dim), the last n positions.
-
-        forbidden: (batch * heads, query, key), True where a query must not attend to a key.
-        """
+        """Compute the last n positions: (batch, length, dim) -> (batch, n, dim)."""
         queries = x[:, -n:]
         attended, _ = self.attention(queries, x, x, attn_mask=forbidden[:, -n:], need_weights=False)
         a = self.norms[0](queries + self.dropout(attended))
