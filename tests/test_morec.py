@@ -33,15 +33,14 @@ def model():
     return MoRec.from_dataset(titled(), MINILM, dim=8, window=6, dropout=0.0).eval()
 
 
-def encoder(folder, layers=2, **pooling):
-    """The first layers of the text encoder, with the pooling given."""
+def one_layer(folder):
+    """The first layer of the text encoder."""
     folder.mkdir(exist_ok=True)
     for path in MINILM.iterdir():
         if path.is_file() and path.name != "config.json":
             (folder / path.name).symlink_to(path)
     config = json.loads((MINILM / "config.json").read_text("utf-8"))
-    artifacts.write_json(folder / "config.json", config | {"num_hidden_layers": layers})
-    artifacts.write_json(folder / "1_Pooling" / "config.json", pooling)
+    artifacts.write_json(folder / "config.json", config | {"num_hidden_layers": 1})
     return folder
 
 
@@ -51,7 +50,7 @@ def pooled(model, items):
     for item in items:
         tokens = model.items.tokens[item]
         states = model.items.text(input_ids=tokens[tokens != NO_TOKEN][None]).last_hidden_state[0]
-        vectors.append(states.mean(0) if model.items.pooling == "mean" else states[0])
+        vectors.append(states.mean(0))
     return torch.stack(vectors)
 
 
@@ -77,6 +76,7 @@ def test_eval_mode_keeps_vectors_equal_to_those_of_training(model, monkeypatch):
         model.score_all(histories(3, length=4))
     training = copy.deepcopy(model).train()
     training.items.text.eval()  # no dropout
+    training(torch.cat([histories(3, length=4), torch.tensor([[3], [4], [5]])], dim=1))
     assert training.items.vectors.isnan().all()
     torch.testing.assert_close(training.items(items), kept[items])
     torch.testing.assert_close(training.items.weight, kept)
@@ -145,7 +145,7 @@ def test_a_batch_of_all_items_gives_the_full_cross_entropy(model):
 
 def test_fit_recommender_trains_and_loads_it(tmp_path, monkeypatch):
     monkeypatch.setenv("ILORA_HOME", str(tmp_path))
-    text_encoder = str(encoder(tmp_path / "text", layers=1, pooling_mode="mean"))
+    text_encoder = str(one_layer(tmp_path / "text"))
     settings = {"window": 6, "device": "cpu", "batch_size": 8, "epochs": 3, "learning_rate": 0.003, "seed": 1}
     model, history = fit_recommender(titled(), kind="MoRec", text_encoder=text_encoder, **settings)
     epochs = history.groupby("epoch")["loss"].mean()
@@ -184,27 +184,6 @@ def test_a_saved_model_includes_its_text_encoder(tmp_path, model):
     torch.testing.assert_close(loaded.score_all(history), model.score_all(history), rtol=0, atol=0)
     batch = torch.cat([history, torch.tensor([[3], [4], [5]])], dim=1)
     torch.testing.assert_close(loaded(batch), model(batch), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("config", [{"pooling_mode": "cls"}, {"pooling_mode_cls_token": True, "include_prompt": True}])
-def test_pooling_follows_the_files_of_the_text_encoder(tmp_path, config):
-    model = MoRec.from_dataset(titled(), encoder(tmp_path, **config), dim=8).eval()
-    assert model.items.pooling == "cls"
-    expected = model.items.projection(model.items.norm(pooled(model, range(3))))
-    torch.testing.assert_close(model.item_embeddings[:3], expected, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("config", "name"),
-    [
-        ({"pooling_mode_max_tokens": True}, "max"),
-        ({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}, "cls and mean"),
-        ({"pooling_mode": ["mean", "lasttoken"]}, "mean and lasttoken"),
-    ],
-)
-def test_other_poolings_are_an_error(tmp_path, config, name):
-    with pytest.raises(UserError, match=f"pools its tokens by '{name}': choose one that pools by mean or cls"):
-        MoRec.from_dataset(titled(), encoder(tmp_path, **config))
 
 
 def test_anything_but_a_text_encoder_is_an_error(tmp_path):

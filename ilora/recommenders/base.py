@@ -3,9 +3,9 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,13 @@ from ilora.errors import UserError
 
 
 class Recommender(nn.Module):
-    """Scores items as the next one of a history: (batch, window) ids, oldest first, padded on the left by `n_items`."""
+    """Scores items by `score_all`: (batch, window) ids, oldest first, left-padded by `n_items` -> (batch, n_items)."""
 
     window = 1  # the number of most recent items that the model uses
+    kinds: ClassVar[dict[str, type["Recommender"]]] = {}  # all subclasses by name
+
+    def __init_subclass__(cls) -> None:
+        Recommender.kinds[cls.__name__] = cls
 
     def __init__(self, **config: int | float | str | dict) -> None:
         super().__init__()
@@ -30,27 +34,17 @@ class Recommender(nn.Module):
         """The device of the model's weights or counts."""
         return next(iter(self.state_dict().values())).device
 
-    def score_all(self, history: Tensor) -> Tensor:
-        """Score all items: (batch, window) -> (batch, n_items)."""
-        raise NotImplementedError
-
-    def score(self, history: Tensor, candidates: Tensor) -> Tensor:
-        """Score the candidates of each history: (batch, window), (batch, C) item ids -> (batch, C)."""
-        return self.score_all(history).gather(1, candidates)
-
     def pad(self, histories: Sequence[Sequence[int]]) -> Tensor:
         """Cut or pad histories of any length to (batch, window)."""
-        recent = [history[-self.window :] for history in histories]
-        padded = np.full((len(recent), self.window), self.n_items)
-        for row, history in zip(padded, recent, strict=True):
-            row[self.window - len(history) :] = history
-        return torch.from_numpy(padded)
+        padding = [self.n_items] * self.window
+        return torch.from_numpy(np.array([[*padding, *history][-self.window :] for history in histories]))
 
     @torch.no_grad()
     def rank(self, rows: list[tuple[np.ndarray, np.ndarray, int]]) -> Tensor:
         """Score the candidates of rows of `data.Questions`: (rows, candidates)."""
         histories, candidates, _ = zip(*rows, strict=True)
-        return self.score(self.pad(histories).to(self.device), torch.from_numpy(np.stack(candidates)).to(self.device))
+        scores = self.score_all(self.pad(histories).to(self.device))
+        return scores.gather(1, torch.from_numpy(np.stack(candidates)).to(self.device))
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:
         """All parameters, with L2 regularisation as in Adam: the gradient gets weight_decay times the weights."""
@@ -66,11 +60,10 @@ class Recommender(nn.Module):
         """Load a saved model of this class or a subclass, in eval mode; anything else raises UserError."""
         try:
             config = json.loads(Path(folder, "config.json").read_text("utf-8"))
-            name = config.pop("class")
-            kinds = {kind.__name__: kind for kind in _with_subclasses(cls)}
-            if name not in kinds:
-                raise ValueError(f"config.json names {name}, not {cls.__name__}")
-            model = kinds[name](**config)
+            kind = cls.kinds[config.pop("class")]
+            if not issubclass(kind, cls):
+                raise ValueError(f"config.json names {kind.__name__}, not {cls.__name__}")
+            model = kind(**config)
             model.load_state_dict(safetensors.torch.load_file(Path(folder, "model.safetensors")))
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
             reason = str(error).splitlines()[0]
@@ -78,14 +71,11 @@ class Recommender(nn.Module):
         return model.eval()
 
 
-def _with_subclasses(cls: type[Recommender]) -> list[type[Recommender]]:
-    return [cls, *(kind for child in cls.__subclasses__() for kind in _with_subclasses(child))]
-
-
 class SequenceModel(Recommender):
     """A network that encodes a history as z of iLoRA's Eq. 11, trained on p(i | history) = softmax_i(e_i . z).
 
-    The item embeddings e are also the network's input. A subclass implements `final_state`.
+    The item embeddings e are also the network's input. A subclass implements `final_state(items, mask)`: embeddings
+    (batch, length, dim) and a mask (batch, length), False for padding -> (batch, dim).
     """
 
     def __init__(self, n_items: int, dim: int, window: int, dropout: float, **config: int | float | str | dict) -> None:
@@ -105,10 +95,6 @@ class SequenceModel(Recommender):
     def item_embeddings(self) -> Tensor:
         """(n_items, dim)"""
         return self.items.weight[: self.n_items]
-
-    def final_state(self, items: Tensor, mask: Tensor) -> Tensor:
-        """Encode item embeddings (batch, length, dim) as (batch, dim); mask: (batch, length), False for padding."""
-        raise NotImplementedError
 
     def encode(self, history: Tensor) -> Tensor:
         """Represent each history as a vector z: (batch, window) -> (batch, dim)."""

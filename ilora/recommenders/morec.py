@@ -1,8 +1,6 @@
 """MoRec: SASRec over item vectors that a pretrained text encoder computes from the titles."""
 
 import json
-import re
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,7 +9,6 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoTokenizer
-from transformers.utils import cached_file
 
 from ilora import artifacts
 from ilora.data.dataset import Dataset
@@ -21,7 +18,6 @@ from ilora.recommenders.sasrec import SASRec
 
 NO_TOKEN = -1  # pads the tokens of titles
 TEXT_LEARNING_RATE = 0.05  # of the pretrained text encoder, relative to the learning rate of the other layers
-BATCH = 64  # titles encoded at once
 
 
 class MoRec(SASRec):
@@ -33,18 +29,17 @@ class MoRec(SASRec):
     this is the full cross entropy. Yuan et al. use binary cross entropy with one random item.
     """
 
-    def __init__(self, n_items: int, text: dict, pooling: str, longest: int, **config: int | float) -> None:
+    def __init__(self, n_items: int, text: dict, title_tokens: int, **config: int | float) -> None:
         super().__init__(n_items, **config)
-        self.config |= {"text": text, "pooling": pooling, "longest": longest}
-        self.items = TitleVectors(n_items, text, pooling, longest, self.config["dim"])
+        self.config |= {"text": text, "title_tokens": title_tokens}
+        self.items = TitleVectors(n_items, text, title_tokens, self.config["dim"])
         self.register_buffer("popularity", torch.full((n_items,), 1 / n_items))
 
     @classmethod
     def from_dataset(cls, dataset: Dataset, text_encoder: str | Path, **config: int | float) -> "MoRec":
         """Start from a sentence-transformers model, a folder or a name on the hub; UserError if it is not usable."""
-        encoder, tokens, pooling = _load(str(text_encoder), list(dataset.items["title"]))
-        text = json.loads(encoder.config.to_json_string())
-        model = cls(len(tokens), text, pooling, tokens.shape[1], **config)
+        encoder, tokens = _load(str(text_encoder), list(dataset.items["title"]))
+        model = cls(len(tokens), json.loads(encoder.config.to_json_string()), tokens.shape[1], **config)
         model.items.text.load_state_dict(encoder.state_dict())
         model.items.tokens.copy_(tokens)
         counts = Popularity.from_dataset(dataset).counts
@@ -60,6 +55,7 @@ class MoRec(SASRec):
 
     def forward(self, batch: Tensor, progress: float = 0.0, step_seed: int = 0) -> Tensor:
         """Cross entropy of the next item after each state, over the items of the batch."""
+        self.items.vectors.fill_(torch.nan)  # this step changes them
         distinct, index = batch.unique(return_inverse=True)  # (m,), (batch, window + 1); padding is the largest id
         vectors = self.items.encode(distinct)  # (m, dim)
         history, mask = index[:, :-1], batch[:, :-1] != self.n_items
@@ -72,32 +68,25 @@ class MoRec(SASRec):
 
 
 class TitleVectors(nn.Module):
-    """Replaces the embedding table: text encoder, pooling over tokens, LayerNorm, linear map; zeros for padding.
+    """Replaces the embedding table: text encoder, mean over tokens, LayerNorm, linear map; zeros for padding.
 
-    In eval mode the vectors of all items are computed once and kept in the buffer `vectors`, which is NaN until
-    then. Training resets it, unless all parameters are frozen.
+    In eval mode all vectors are computed once and kept in the buffer `vectors`. It is NaN before, as after each step.
     """
 
-    def __init__(self, n_items: int, text: dict, pooling: str, longest: int, dim: int) -> None:
+    def __init__(self, n_items: int, text: dict, title_tokens: int, dim: int) -> None:
         super().__init__()
-        self.n_items, self.pooling = n_items, pooling
         self.text = AutoModel.from_config(AutoConfig.for_model(**text), dtype=torch.float32)
         self.norm = nn.LayerNorm(width := self.text.config.hidden_size)
         self.projection = nn.Linear(width, dim)
         nn.init.normal_(self.projection.weight, std=0.02 / width**0.5)  # vectors as small as embeddings at the start
         nn.init.zeros_(self.projection.bias)
-        self.register_buffer("tokens", torch.zeros(n_items, longest, dtype=torch.long))  # of the titles
+        self.register_buffer("tokens", torch.zeros(n_items, title_tokens, dtype=torch.long))  # of the titles
         self.register_buffer("vectors", torch.full((n_items + 1, dim), torch.nan))
-
-    def train(self, mode: bool = True) -> "TitleVectors":
-        if mode and any(parameter.requires_grad for parameter in self.parameters()):
-            self.vectors.fill_(torch.nan)
-        return super().train(mode)
 
     @property
     def weight(self) -> Tensor:
         """The vectors of all items and of padding, as in nn.Embedding: (n_items + 1, dim)."""
-        every_item = torch.arange(self.n_items + 1, device=self.vectors.device)
+        every_item = torch.arange(len(self.vectors), device=self.vectors.device)
         if self.training:
             return self.encode(every_item)
         if self.vectors.isnan().any():
@@ -110,50 +99,32 @@ class TitleVectors(nn.Module):
 
     def encode(self, items: Tensor) -> Tensor:
         """Compute vectors from titles: (m,) item ids -> (m, dim)."""
-        tokens = self.tokens[items.clamp(max=self.n_items - 1)]  # (m, longest); padding takes any title
-        order = (tokens != NO_TOKEN).sum(1).argsort()  # batches of titles of similar length
-        batches = tqdm(tokens[order].split(BATCH), "encoding titles", delay=2, disable=self.training)
-        pooled = torch.cat([self._pool(batch) for batch in batches])[order.argsort()]
-        return self.projection(self.norm(pooled)) * (items < self.n_items)[:, None]
+        tokens = self.tokens[items.clamp(max=len(self.tokens) - 1)]  # (m, title_tokens); padding takes any title
+        order = (tokens != NO_TOKEN).sum(1).argsort()  # batches of 64 titles of similar length
+        batches = tqdm(tokens[order].split(64), "encoding titles", delay=2, disable=self.training)
+        means = torch.cat([self._mean_state(batch) for batch in batches])[order.argsort()]
+        return self.projection(self.norm(means)) * (items < len(self.tokens))[:, None]
 
-    def _pool(self, tokens: Tensor) -> Tensor:
-        """(m, longest) -> (m, hidden)"""
-        mask = tokens != NO_TOKEN
-        tokens, mask = (part[:, : mask.sum(1).max()] for part in (tokens, mask))
-        states = self.text(input_ids=tokens.clamp(min=0), attention_mask=mask.long()).last_hidden_state
-        if self.pooling == "cls":
-            return states[:, 0]
-        mask = mask[..., None].to(states.dtype)
-        return (states * mask).sum(1) / mask.sum(1)
+    def _mean_state(self, tokens: Tensor) -> Tensor:
+        """(m, title_tokens) -> (m, hidden)"""
+        tokens = tokens[:, : (tokens != NO_TOKEN).sum(1).max()]
+        mask = (tokens != NO_TOKEN).long()
+        states = self.text(input_ids=tokens.clamp(min=0), attention_mask=mask).last_hidden_state
+        return (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
 
 
-def _load(text_encoder: str, titles: Sequence[str]) -> tuple[nn.Module, Tensor, str]:
-    """Load a text encoder; returns it, the titles' tokens (titles, longest), and its pooling, "mean" or "cls"."""
-    name, revision = f"text_encoder {text_encoder!r}", artifacts.revision(text_encoder)
-    options = {"trust_remote_code": False} | revision
+def _load(text_encoder: str, titles: list[str]) -> tuple[nn.Module, Tensor]:
+    """Load a text encoder, and the tokens of the titles: (titles, title_tokens)."""
+    options = {"trust_remote_code": False} | artifacts.revision(text_encoder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(text_encoder, **options)
         encoder = AutoModel.from_pretrained(text_encoder, use_safetensors=True, dtype=torch.float32, **options)
-        file = cached_file(
-            text_encoder, "1_Pooling/config.json", _raise_exceptions_for_missing_entries=False, **revision
-        )
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{name} could not be loaded ({str(error).splitlines()[0]}): name a folder or a model of the Hugging Face "
-            "hub with safetensors weights"
+            f"text_encoder {text_encoder!r} could not be loaded ({str(error).splitlines()[0]}): name a folder or a "
+            "model of the Hugging Face hub with safetensors weights"
         ) from error
     if encoder.config.is_encoder_decoder:
-        raise UserError(f"{name} has a decoder: choose a model that only encodes, such as a BERT")
-    pooling = _pooling(json.loads(Path(file).read_text("utf-8"))) if file else "mean"
-    if pooling not in ("mean", "cls"):
-        raise UserError(f"{name} pools its tokens by {pooling!r}: choose one that pools by mean or cls")
+        raise UserError(f"text_encoder {text_encoder!r} has a decoder: choose a model that only encodes, as BERT")
     ids = [torch.tensor(row) for row in tokenizer(titles, truncation=True).input_ids]
-    return encoder, pad_sequence(ids, batch_first=True, padding_value=NO_TOKEN), pooling
-
-
-def _pooling(config: dict) -> str:
-    """The pooling in sentence-transformers' 1_Pooling/config.json: one entry, before version 6 one flag for each."""
-    flags = [name for name, chosen in config.items() if name.startswith("pooling_mode_") and chosen]
-    modes = config.get("pooling_mode", flags)
-    names = [modes] if isinstance(modes, str) else modes
-    return " and ".join(re.sub("^pooling_mode_|_tokens?$", "", name) for name in names)
+    return encoder, pad_sequence(ids, batch_first=True, padding_value=NO_TOKEN)

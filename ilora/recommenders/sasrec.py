@@ -17,10 +17,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, forbidden: Tensor, n: int) -> Tensor:
-        """(batch, length, dim) -> (batch, n, dim), the last n positions.
-
-        forbidden: (batch * heads, query, key), True where a query must not attend to a key.
-        """
+        """Compute the last n positions: (batch, length, dim) -> (batch, n, dim)."""
         queries = x[:, -n:]
         attended, _ = self.attention(queries, x, x, attn_mask=forbidden[:, -n:], need_weights=False)
         a = self.norms[0](queries + self.dropout(attended))
@@ -38,9 +35,8 @@ class SASRec(SequenceModel):
     all items; the paper normalises before, uses ReLU and compares the target with one random item.
     """
 
-    def __init__(
-        self, n_items: int, dim: int = 64, window: int = 10, layers: int = 2, heads: int = 2, dropout: float = 0.3
-    ) -> None:
+    def __init__(self, n_items: int, dim: int = 64, window: int = 10, layers: int = 2, heads: int = 2,
+                 dropout: float = 0.3) -> None:  # fmt: skip
         super().__init__(n_items, dim, window, dropout, layers=layers, heads=heads)
         self.heads = heads
         self.positions = nn.Embedding(window, dim)

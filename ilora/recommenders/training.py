@@ -1,8 +1,8 @@
 """Training of recommenders on item ids: rows, optimisation, and the choice of dropout and L2 by validation."""
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections import UserList
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,63 +12,43 @@ from tqdm import tqdm
 
 from ilora import artifacts, devices
 from ilora.data.dataset import Dataset
-from ilora.data.windows import Questions, Sequences, sequences
+from ilora.data.windows import Sequences, sequences
 from ilora.errors import UserError
-from ilora.evaluation import evaluate
 from ilora.evaluation.metrics import hit_ratios
 from ilora.recommenders.base import SequenceModel
-from ilora.recommenders.caser import Caser
-from ilora.recommenders.gru4rec import GRU4Rec
 from ilora.recommenders.morec import MoRec
-from ilora.recommenders.popularity import Popularity
-from ilora.recommenders.sasrec import SASRec
 from ilora.training.loop import TrainingArguments, fit
 
-KINDS = {kind.__name__: kind for kind in (GRU4Rec, Caser, SASRec, MoRec)}
 EPOCHS = {"GRU4Rec": 20, "Caser": 20, "SASRec": 25, "MoRec": 5}  # on real data; MoRec: what a CPU can afford
 GRID = tuple({"dropout": dropout, "l2": l2} for dropout in (0.2, 0.3, 0.5) for l2 in (0.0, 1e-4))
 
 
-class TrainingRows:
+class TrainingRows(UserList):
     """Rows of window + 1 item ids, a history and its target; an epoch uses every `step`-th, from a random start."""
 
     def __init__(self, sequences: Sequences, step: int = 1, seed: int = 0) -> None:
-        self.rows = np.column_stack([sequences.history, sequences.target])
+        self.every_row = np.column_stack([sequences.history, sequences.target])
         self.step, self.seed = step, seed
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        self.start = int(np.random.default_rng([self.seed, epoch]).integers(self.step))
-
-    def __len__(self) -> int:
-        return len(self.rows) // self.step
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        return self.rows[self.start + index * self.step]
+        start = np.random.default_rng([self.seed, epoch]).integers(self.step)
+        self.data = self.every_row[start :: self.step][: len(self.every_row) // self.step]
 
 
 def fit_recommender(
-    dataset: Dataset,
-    seed: int = 0,
-    epochs: int = 20,
-    window: int = 10,
-    device: str = "auto",
-    *,
-    kind: str = "SASRec",
-    learning_rate: float = 1e-3,
-    batch_size: int = 256,
-    l2: float = 0.0,
-    dropout: float = 0.2,
-    text_encoder: str = "",
-) -> tuple[SequenceModel, pd.DataFrame]:
+    dataset: Dataset, seed: int = 0, epochs: int = 20, window: int = 10, device: str = "auto", *,
+    kind: str = "SASRec", text_encoder: str = "", dropout: float = 0.2, l2: float = 0.0,
+    learning_rate: float = 1e-3, batch_size: int = 256,
+) -> tuple[SequenceModel, pd.DataFrame]:  # fmt: skip
     """Train a recommender, or load it if it was trained before; returns it and its training history.
 
-    Adam with a constant learning rate. The epoch with the highest validation HitRatio@1 (column `hit_ratio`,
-    the expectation over all sets of candidates) is kept in home()/recommenders.
+    Adam with a constant learning rate. home()/recommenders keeps the epoch with the highest validation HitRatio@1
+    (column `hit_ratio`, the expectation over all sets of candidates).
     kind: GRU4Rec, Caser, SASRec or MoRec. text_encoder: only for MoRec, see `MoRec.from_dataset`.
     """
-    if kind not in KINDS:
-        raise UserError(f"there is no recommender {kind!r} to train: choose among {', '.join(KINDS)}")
+    if kind not in EPOCHS:
+        raise UserError(f"there is no recommender {kind!r} to train: choose among {', '.join(EPOCHS)}")
     if (kind == "MoRec") != bool(text_encoder):
         raise UserError(f"{kind} with text_encoder {text_encoder!r}: MoRec needs a text encoder, the others have none")
     constant = {"schedule": "constant", "warmup": 0.0, "save_every": 1000}
@@ -85,14 +65,14 @@ def fit_recommender(
         if kind == "MoRec":
             model = MoRec.from_dataset(dataset, text_encoder, **config)
         else:
-            model = KINDS[kind](len(dataset.items), **config)
+            model = SequenceModel.kinds[kind](len(dataset.items), **config)
         history = _fit(model, dataset, arguments, work)
         history.to_csv(folder / "history.csv", index=False)
         model.save_pretrained(folder)
 
     folder = artifacts.cached("recommenders", settings, inputs, train, note=f"{kind} on {dataset.name}")
     shutil.rmtree(work, ignore_errors=True)
-    return KINDS[kind].from_pretrained(folder), pd.read_csv(folder / "history.csv")
+    return SequenceModel.from_pretrained(folder), pd.read_csv(folder / "history.csv")
 
 
 def _fit(model: SequenceModel, dataset: Dataset, arguments: TrainingArguments, work: Path) -> pd.DataFrame:
@@ -104,18 +84,12 @@ def _fit(model: SequenceModel, dataset: Dataset, arguments: TrainingArguments, w
     def validate() -> dict[str, float]:
         return {"hit_ratio": hit_ratios(model, validation).mean()}
 
-    with nullcontext() if morec else _small_model():
-        return fit(model, rows, arguments, work, validate, "hit_ratio")
-
-
-@contextmanager
-def _small_model() -> Iterator[None]:
-    """Faster on a CPU: one thread, and subnormal numbers, which L2 leaves in unused filters of Caser, become zero."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
+    # Small models are faster on one thread, and without the subnormal numbers that L2 leaves in Caser's unused filters.
+    torch.set_num_threads(threads if morec else 1)
+    torch.set_flush_denormal(not morec)
     try:
-        yield
+        return fit(model, rows, arguments, work, validate, "hit_ratio")
     finally:
         torch.set_flush_denormal(False)
         torch.set_num_threads(threads)
@@ -135,11 +109,3 @@ def choose_regularisation(
         rows.append({**values, "hit_ratio": best["hit_ratio"], "epoch": int(best["epoch"])})
     table = pd.DataFrame(rows)
     return dict(grid[table["hit_ratio"].idxmax()]), table
-
-
-def baselines(dataset: Dataset, encoder: SequenceModel, asked: Questions) -> dict[str, pd.DataFrame]:
-    """Outcomes of popularity and of the encoder on the same questions."""
-    return {
-        "popularity": evaluate(Popularity.from_dataset(dataset), asked),
-        type(encoder).__name__: evaluate(encoder, asked),
-    }
