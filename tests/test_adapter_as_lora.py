@@ -387,7 +387,7 @@ def t5():
 
 def test_encoder_decoder():
     options = {"target_modules": ["q", "v", "wi", "wo"]}
-    with pytest.raises(UserError, match="task_type to CAUSAL_LM or SEQ_2_SEQ_LM"):
+    with pytest.raises(UserError, match="set task_type in ILoraConfig to CAUSAL_LM or SEQ_2_SEQ_LM"):
         get_peft_model(t5(), config(task_type=None, **options))
     model = get_peft_model(t5(), config(task_type="SEQ_2_SEQ_LM", **options)).eval()
     kwargs = {"max_new_tokens": 4, "do_sample": False}

@@ -14,9 +14,6 @@ Letters, as in the paper's section 3.2:
 The layers compute the diagonal form: the r-wide middle of LoRA times one factor per row, so that no expert's
 output is ever formed. The scale is the released code's alpha / p = K * alpha / r. A uniform gate (w = 1 / K) is
 therefore LoRA of rank r with scale alpha / r, and num_experts=1 is LoRA.
-
-    model = get_peft_model(base, ILoraConfig(r=8, lora_alpha=32, target_modules=["q_proj"], gate_dim=64))
-    model(input_ids, attention_mask=mask, sequence_embeds=z)
 """
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING

@@ -3,7 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -23,7 +23,7 @@ class Condition:
     z: Tensor  # (b, d)
     weights: dict[str, Tensor] = field(default_factory=dict)  # adapter -> w (b, K) of its shared gate
     task: asyncio.Task | None = None  # of a context: the asyncio task that entered it
-    factors: dict[tuple, list[Tensor]] | None = None  # of a forward: slices left, see `Conditioning.factor`
+    factors: dict[tuple, list[Tensor]] | None = None  # of a forward: unused slices, see `Conditioning.factor`
 
 
 class _PerThread(threading.local):
@@ -60,13 +60,12 @@ class Conditioning:
         self._per_thread = _PerThread()  # compiled code reads no context variable
         checkpointed = [part for part in model.modules() if hasattr(part, "gradient_checkpointing")]
         self._hooks = [
-            model.register_forward_pre_hook(self._begin_forward, with_kwargs=True),
-            model.register_forward_pre_hook(partial(_carry_through_checkpoints, self, checkpointed)),
+            model.register_forward_pre_hook(partial(self._begin_forward, checkpointed), with_kwargs=True),
             model.register_forward_hook(self._end_forward, always_call=True),
         ]
 
     def disconnect(self, model: nn.Module) -> None:
-        """Leave the base model as it was."""
+        """Remove the hooks from the base model."""
         for hook in self._hooks:
             hook.remove()
         for part in model.modules():
@@ -89,14 +88,12 @@ class Conditioning:
         finally:
             del conditions[outer:]
 
-    @contextmanager
-    def context(self, z: Tensor) -> Iterator[None]:
-        """What `model.sequence_embeds(z)` enters."""
+    def context(self, z: Tensor) -> AbstractContextManager[None]:
+        """What `model.sequence_embeds(z)` returns."""
         check_representations(z)
         if not z.isfinite().all():
             raise UserError("sequence_embeds has values that are not finite: correct the encoder that computes them.")
-        with self.under(Condition(self.representations(z), task=_task())):
-            yield
+        return self.under(Condition(self.representations(z), task=_task()))
 
     def representations(self, z: Tensor | None) -> Tensor | None:
         """The z given to a starting call, else the context's.  Raises UserError if the model is merged."""
@@ -110,12 +107,16 @@ class Conditioning:
             raise UserError("the adapter is merged for one user: call model.unmerge_adapter() to serve others.")
         return z
 
-    def _begin_forward(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def _begin_forward(self, checkpointed: list[nn.Module], _: nn.Module, args: tuple, kwargs: dict) -> tuple:
         """Take `sequence_embeds` out of the base model's keywords and apply the shared gates to it."""
         z = self.representations(kwargs.pop("sequence_embeds", None))
         if z is not None:
             weights = {name: self.gates[name](z) for name in self.active if name in self.gates}
             self._per_thread.conditions.append(Condition(z, weights, factors={}))
+        for part in checkpointed if not torch.compiler.is_compiling() else ():
+            function = vars(part).get("_gradient_checkpointing_func")
+            if function is not None and not isinstance(function, CarryingCheckpoint):
+                part._gradient_checkpointing_func = CarryingCheckpoint(self, function)
         return args, kwargs
 
     def _end_forward(self, *_: Any) -> None:
@@ -157,7 +158,7 @@ class Conditioning:
         if shape[0] != w.shape[0] or len(shape) < self.least_dim:
             raise UserError(
                 f"sequence_embeds has {w.shape[0]} rows but an adapted layer got {(*shape[:-1], layer.in_features)}: "
-                "pass one representation per row (layers that see loose tokens, such as OPT's fc1, cannot be adapted)."
+                "pass one per row (neither adapter_names nor layers that see loose tokens, as OPT's fc1, work)."
             )
         K, rank = w.shape[1], shape[-1]
         factor = (K * layer.scaling[adapter] * w).repeat_interleave(rank // K, dim=1, output_size=rank).to(middle)
@@ -165,21 +166,19 @@ class Conditioning:
 
 
 def _task() -> asyncio.Task | None:
-    try:
+    with suppress(RuntimeError):  # no event loop runs
         return asyncio.current_task()
-    except RuntimeError:  # no event loop runs
-        return None
 
 
+@dataclass(eq=False)
 class CarryingCheckpoint:
-    """A function for gradient checkpointing that takes along the z and w of its forward.
+    """A gradient-checkpointing function whose block runs again, perhaps in another thread, under the same z and w.
 
-    The block runs again after the forward has ended, perhaps in another thread. z and w enter as arguments, so that
-    the gate neither runs again nor gets its gradient more than once.
+    They enter as arguments, so that the gate neither runs again nor gets its gradient more than once.
     """
 
-    def __init__(self, conditioning: Conditioning, checkpoint: Callable) -> None:
-        self.conditioning, self.checkpoint = conditioning, checkpoint
+    conditioning: Conditioning
+    checkpoint: Callable
 
     def __call__(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
         condition = self.conditioning.running
@@ -193,13 +192,3 @@ class CarryingCheckpoint:
                 return function(*rest[len(adapters) :], **options)
 
         return self.checkpoint(run, condition.z, *condition.weights.values(), *args, **kwargs)
-
-
-def _carry_through_checkpoints(conditioning: Conditioning, parts: list[nn.Module], *_: Any) -> None:
-    """Wrap the checkpoint functions that the base model's parts have been given since the last forward."""
-    if torch.compiler.is_compiling():
-        return
-    for part in parts:
-        function = vars(part).get("_gradient_checkpointing_func")
-        if function is not None and not isinstance(function, CarryingCheckpoint):
-            part._gradient_checkpointing_func = CarryingCheckpoint(conditioning, function)

@@ -1,10 +1,4 @@
-"""Gates: from the representation z (b, d) of each row's history to the weights w (b, K) of its experts (Eq. 11).
-
-A new kind of gate is a subclass of `Gate` with a `kind` and `logits`. Once it is defined, `ILoraConfig(gate=kind)`
-selects it, and it is trained, saved and loaded with its adapter.
-"""
-
-from typing import ClassVar
+"""Gates: from the representation z (b, d) of each row's history to the weights w (b, K) of its experts (Eq. 11)."""
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +21,9 @@ def check_representations(z: Tensor, width: int | None = None) -> None:
 class Gate(nn.Module):
     """softmax(logits(z)): logits in the type of the gate's parameters, the softmax in float32 or better.
 
-    Autocast changes neither. With gate_top_k the softmax is over the k largest logits, and the other experts get 0.
+    With gate_top_k, the softmax is over the k largest logits and the other experts get 0. A subclass has a `kind`,
+    which selects it in ILoraConfig, and `logits`: z (b, d) -> (b, K).
     """
-
-    kind: ClassVar[str]
 
     def __init_subclass__(cls) -> None:
         GATE_CLASSES[cls.kind] = cls
@@ -38,10 +31,6 @@ class Gate(nn.Module):
     def __init__(self, config: ILoraConfig) -> None:
         super().__init__()
         self.gate_dim, self.top_k = config.gate_dim, config.gate_top_k
-
-    def logits(self, z: Tensor) -> Tensor:
-        """z (b, d) -> (b, K), before the softmax."""
-        raise NotImplementedError
 
     def forward(self, z: Tensor) -> Tensor:
         check_representations(z, self.gate_dim)
@@ -59,8 +48,7 @@ class Gate(nn.Module):
 class LinearGate(Gate):
     """The paper's gate, softmax(W_g z) with W_g (K, d) and no bias (Eq. 11).
 
-    W_g starts uniform in +-1/sqrt(d), as in the paper's code. The logits then have a standard deviation of 0.07 |z|
-    for d = 64: with |z| = 50 the softmax is nearly one-hot and learns slowly.
+    W_g starts uniform in +-1/sqrt(d), as in the paper's code: with |z| = 50 and d = 64 the softmax is nearly one-hot.
     """
 
     kind = "linear"
