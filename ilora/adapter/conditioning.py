@@ -28,7 +28,7 @@ class Condition:
 
 class _PerThread(threading.local):
     def __init__(self) -> None:
-        self.conditions: list[Condition] = []  # innermost last
+        self.conditions: list[Condition | None] = [None]  # innermost last
 
     def __reduce__(self) -> tuple:
         return _PerThread, ()  # a copied or pickled model starts without a condition
@@ -39,7 +39,6 @@ class Conditioning:
 
         model(ids, sequence_embeds=z)        with model.sequence_embeds(z): model(ids)
                     |                                              |
-                    |                                           context
                     +-------> hook of the base model <-------------+
                                         |
                      Condition: z (b, d), w = gate(z) (b, K)         one for each thread
@@ -75,18 +74,16 @@ class Conditioning:
     @property
     def running(self) -> Condition | None:
         """The condition that this thread runs under."""
-        conditions = self._per_thread.conditions
-        return conditions[-1] if conditions else None
+        return self._per_thread.conditions[-1]
 
     @contextmanager
     def under(self, condition: Condition) -> Iterator[None]:
         conditions = self._per_thread.conditions
-        outer = len(conditions)
         conditions.append(condition)
         try:
             yield
         finally:
-            del conditions[outer:]
+            del conditions[conditions.index(condition) :]
 
     def context(self, z: Tensor) -> AbstractContextManager[None]:
         """What `model.sequence_embeds(z)` returns."""
@@ -120,9 +117,8 @@ class Conditioning:
         return args, kwargs
 
     def _end_forward(self, *_: Any) -> None:
-        conditions = self._per_thread.conditions
-        while conditions and conditions[-1].factors is not None:
-            conditions.pop()
+        while self.running is not None and self.running.factors is not None:
+            self._per_thread.conditions.pop()
 
     def gate_of(self, layer: LoraLayer, adapter: str) -> Gate:
         return self.gates[adapter] if adapter in self.gates else layer.lora_gate[adapter]
@@ -141,28 +137,23 @@ class Conditioning:
     def factor(self, layer: LoraLayer, adapter: str, middle: Tensor) -> Tensor:
         """What the middle (b, .., r) of a layer is multiplied by: K alpha/r w, each repeated r/K times, (b, 1.., r).
 
-        Layers with a shared gate get slices of one tensor, which saves a GPU several small kernels in every layer.
+        Layers with a shared gate take slices of one tensor, which saves several small GPU kernels in every layer.
         """
-        condition = None if torch.compiler.is_compiling() else self.running
-        if condition is None or condition.factors is None or adapter not in condition.weights:
-            return self._new_factor(layer, adapter, middle)
-        key = adapter, layer.scaling[adapter], middle.shape, middle.dtype, middle.device, torch.is_grad_enabled()
-        slices = condition.factors.setdefault(key, [])
-        if not slices:
-            factor = self._new_factor(layer, adapter, middle)
-            slices += factor.expand(len(self.merged), *factor.shape).unbind()  # one for each layer
-        return slices.pop()
-
-    def _new_factor(self, layer: LoraLayer, adapter: str, middle: Tensor) -> Tensor:
-        w, shape = self.weights_of(layer, adapter), middle.shape
+        w, shape, scale = self.weights_of(layer, adapter), middle.shape, layer.scaling[adapter]
         if shape[0] != w.shape[0] or len(shape) < self.least_dim:
             raise UserError(
                 f"sequence_embeds has {w.shape[0]} rows but an adapted layer got {(*shape[:-1], layer.in_features)}: "
                 "pass one per row (neither adapter_names nor layers that see loose tokens, as OPT's fc1, work)."
             )
-        K, rank = w.shape[1], shape[-1]
-        factor = (K * layer.scaling[adapter] * w).repeat_interleave(rank // K, dim=1, output_size=rank).to(middle)
-        return factor.view(len(factor), *(1,) * (len(shape) - 2), rank)
+        shared = None if torch.compiler.is_compiling() or adapter not in self.running.weights else self.running.factors
+        key = adapter, scale, shape, middle.dtype, middle.device, torch.is_grad_enabled()
+        slices = [] if shared is None else shared.setdefault(key, [])
+        if not slices:
+            K, rank = w.shape[1], shape[-1]
+            factor = (K * scale * w).repeat_interleave(rank // K, dim=1, output_size=rank).to(middle)
+            factor = factor.view(len(factor), *(1,) * (len(shape) - 2), rank)
+            slices += [factor] if shared is None else factor.expand(len(self.merged), *factor.shape).unbind()
+        return slices.pop()
 
 
 def _task() -> asyncio.Task | None:
@@ -172,10 +163,7 @@ def _task() -> asyncio.Task | None:
 
 @dataclass(eq=False)
 class CarryingCheckpoint:
-    """A gradient-checkpointing function whose block runs again, perhaps in another thread, under the same z and w.
-
-    They enter as arguments, so that the gate neither runs again nor gets its gradient more than once.
-    """
+    """A gradient-checkpointing function whose block runs again, perhaps in another thread, under the same z and w."""
 
     conditioning: Conditioning
     checkpoint: Callable
@@ -184,11 +172,11 @@ class CarryingCheckpoint:
         condition = self.conditioning.running
         if condition is None or torch.compiler.is_compiling():
             return self.checkpoint(function, *args, **kwargs)
-        adapters = tuple(condition.weights)
 
         def run(z: Tensor, *rest: Any, **options: Any) -> Any:
-            weights = dict(zip(adapters, rest, strict=False))
+            weights = dict(zip(condition.weights, rest, strict=False))
             with self.conditioning.under(Condition(z, weights)):
-                return function(*rest[len(adapters) :], **options)
+                return function(*rest[len(weights) :], **options)
 
+        # z and w enter as arguments, so that the gate neither runs again nor gets its gradient more than once
         return self.checkpoint(run, condition.z, *condition.weights.values(), *args, **kwargs)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ilora.adapter.config import GATE_CLASSES, ILoraConfig
+from ilora.adapter.config import ILoraConfig
 from ilora.errors import UserError
 
 
@@ -21,12 +21,8 @@ def check_representations(z: Tensor, width: int | None = None) -> None:
 class Gate(nn.Module):
     """softmax(logits(z)): logits in the type of the gate's parameters, the softmax in float32 or better.
 
-    With gate_top_k, the softmax is over the k largest logits and the other experts get 0. A subclass has a `kind`,
-    which selects it in ILoraConfig, and `logits`: z (b, d) -> (b, K).
+    Subclasses have `logits`: z (b, d) -> (b, K). With gate_top_k, all but the k largest are masked.
     """
-
-    def __init_subclass__(cls) -> None:
-        GATE_CLASSES[cls.kind] = cls
 
     def __init__(self, config: ILoraConfig) -> None:
         super().__init__()
@@ -50,8 +46,6 @@ class LinearGate(Gate):
 
     W_g starts uniform in +-1/sqrt(d), as in the paper's code: with |z| = 50 and d = 64 the softmax is nearly one-hot.
     """
-
-    kind = "linear"
 
     def __init__(self, config: ILoraConfig) -> None:
         super().__init__(config)
@@ -82,8 +76,6 @@ class ConvolutionalGate(Gate):
     The widths are ours. In training mode, batch norm makes a user's weights depend on the other rows of the batch.
     """
 
-    kind = "convolutional"
-
     def __init__(self, config: ILoraConfig) -> None:
         super().__init__(config)
         self.stages = nn.Sequential(_ResidualBlock(1, 16), _ResidualBlock(16, 32), _ResidualBlock(32, 64))
@@ -91,3 +83,6 @@ class ConvolutionalGate(Gate):
 
     def logits(self, z: Tensor) -> Tensor:
         return self.head(self.stages(z.unsqueeze(1)).mean(dim=-1))
+
+
+GATE_CLASSES = {"linear": LinearGate, "convolutional": ConvolutionalGate}  # by the name that ILoraConfig takes

@@ -25,8 +25,7 @@ class ILoraVariant(LoraVariant):
     def forward(self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
         """x (b, s, d_in), result (b, s, d_out) -> result + K alpha/r B diag(w) A dropout(x), Eq. 12."""
         A, B = module.lora_A[active_adapter], module.lora_B[active_adapter]
-        device = x.device.type
-        autocast = torch.is_autocast_enabled(device) and x.dtype == torch.get_autocast_dtype(device)
+        autocast = torch.is_autocast_enabled(x.device.type) and x.dtype == torch.get_autocast_dtype(x.device.type)
         if module.cast_input_dtype_enabled is not False and not autocast:  # which would cast x back at once
             x = x.to(A.weight.dtype)
         middle = A(module.lora_dropout[active_adapter](x))  # (b, s, r)

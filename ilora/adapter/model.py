@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from ilora.adapter.conditioning import Conditioning
-from ilora.adapter.config import GATE_CLASSES, ILoraConfig
-from ilora.adapter.gates import check_representations
+from ilora.adapter.config import ILoraConfig
+from ilora.adapter.gates import GATE_CLASSES, check_representations
 from ilora.adapter.layer import ILoraVariant, InputCasts
 from ilora.errors import UserError
 
@@ -48,11 +48,9 @@ class ILoraModel(LoraModel):
     def _pre_injection_hook(self, model: nn.Module, config: ILoraConfig, adapter_name: str) -> None:
         generates = hasattr(model, "prepare_inputs_for_generation")
         if config.task_type == (None if generates else "CAUSAL_LM"):  # PEFT would not pass on sequence_embeds
-            raise UserError(
-                f"{type(model).__name__} {'generates' if generates else 'does not generate'} text: set task_type in "
-                "ILoraConfig to CAUSAL_LM or SEQ_2_SEQ_LM for a model that does, else to SEQ_CLS, TOKEN_CLS, "
-                "QUESTION_ANS, FEATURE_EXTRACTION, or None for a module outside transformers."
-            )
+            others = "SEQ_CLS, TOKEN_CLS, QUESTION_ANS, FEATURE_EXTRACTION, or None for a module outside transformers"
+            tasks = "CAUSAL_LM or SEQ_2_SEQ_LM" if generates else others
+            raise UserError(f"set task_type in ILoraConfig to what fits {type(model).__name__}: {tasks}.")
         shared = (layer.conditioning for layer in self.adapted_layers() if hasattr(layer, "conditioning"))
         conditioning = next(shared, None) or Conditioning(model)
         if any(conditioning.merged):
