@@ -11,23 +11,18 @@ Letters, as in the paper's section 3.2:
     Eq. 11   w = softmax(W_g z)
     Eq. 12   dW = sum_k w_k B_k A_k = B diag(w, each repeated p times) A
 
-The layers compute the diagonal form: the r-wide middle of LoRA times one factor per row, so that no expert's
-output is ever formed. The scale is the released code's alpha / p = K * alpha / r. A uniform gate (w = 1 / K) is
-therefore LoRA of rank r with scale alpha / r, and num_experts=1 is LoRA.
-
-    model = get_peft_model(base, ILoraConfig(r=8, lora_alpha=32, target_modules=["q_proj"], gate_dim=64))
-    model(input_ids, attention_mask=mask, sequence_embeds=z)
+The layers multiply the r-wide middle of LoRA by one factor per row; no expert's output is ever formed. The scale is
+the released code's alpha / p = K alpha / r: a uniform gate is LoRA with scale alpha / r, and num_experts=1 is LoRA.
 """
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 from ilora.adapter.config import ILORA, ILoraConfig
 from ilora.adapter.export import export_lora, gate_weights
-from ilora.adapter.gates import Gate, LinearGate
 from ilora.adapter.layer import ILoraVariant
 from ilora.adapter.model import ILoraModel
 
-__all__ = ["ILORA", "Gate", "ILoraConfig", "ILoraModel", "ILoraVariant", "LinearGate", "export_lora", "gate_weights"]
+__all__ = ["ILORA", "ILoraConfig", "ILoraModel", "ILoraVariant", "export_lora", "gate_weights"]
 
 # `PeftModel.from_pretrained` finds the classes of a saved adapter by its type's name
 PEFT_TYPE_TO_CONFIG_MAPPING[ILORA] = ILoraConfig

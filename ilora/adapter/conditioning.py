@@ -3,7 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -23,12 +23,12 @@ class Condition:
     z: Tensor  # (b, d)
     weights: dict[str, Tensor] = field(default_factory=dict)  # adapter -> w (b, K) of its shared gate
     task: asyncio.Task | None = None  # of a context: the asyncio task that entered it
-    factors: dict[tuple, list[Tensor]] | None = None  # of a forward: slices left, see `Conditioning.factor`
+    factors: dict[tuple, list[Tensor]] | None = None  # of a forward: unused slices, see `Conditioning.factor`
 
 
 class _PerThread(threading.local):
     def __init__(self) -> None:
-        self.conditions: list[Condition] = []  # innermost last
+        self.conditions: list[Condition | None] = [None]  # innermost last
 
     def __reduce__(self) -> tuple:
         return _PerThread, ()  # a copied or pickled model starts without a condition
@@ -39,7 +39,6 @@ class Conditioning:
 
         model(ids, sequence_embeds=z)        with model.sequence_embeds(z): model(ids)
                     |                                              |
-                    |                                           context
                     +-------> hook of the base model <-------------+
                                         |
                      Condition: z (b, d), w = gate(z) (b, K)         one for each thread
@@ -60,13 +59,12 @@ class Conditioning:
         self._per_thread = _PerThread()  # compiled code reads no context variable
         checkpointed = [part for part in model.modules() if hasattr(part, "gradient_checkpointing")]
         self._hooks = [
-            model.register_forward_pre_hook(self._begin_forward, with_kwargs=True),
-            model.register_forward_pre_hook(partial(_carry_through_checkpoints, self, checkpointed)),
+            model.register_forward_pre_hook(partial(self._begin_forward, checkpointed), with_kwargs=True),
             model.register_forward_hook(self._end_forward, always_call=True),
         ]
 
     def disconnect(self, model: nn.Module) -> None:
-        """Leave the base model as it was."""
+        """Remove the hooks from the base model."""
         for hook in self._hooks:
             hook.remove()
         for part in model.modules():
@@ -76,27 +74,23 @@ class Conditioning:
     @property
     def running(self) -> Condition | None:
         """The condition that this thread runs under."""
-        conditions = self._per_thread.conditions
-        return conditions[-1] if conditions else None
+        return self._per_thread.conditions[-1]
 
     @contextmanager
     def under(self, condition: Condition) -> Iterator[None]:
         conditions = self._per_thread.conditions
-        outer = len(conditions)
         conditions.append(condition)
         try:
             yield
         finally:
-            del conditions[outer:]
+            del conditions[conditions.index(condition) :]
 
-    @contextmanager
-    def context(self, z: Tensor) -> Iterator[None]:
-        """What `model.sequence_embeds(z)` enters."""
+    def context(self, z: Tensor) -> AbstractContextManager[None]:
+        """What `model.sequence_embeds(z)` returns."""
         check_representations(z)
         if not z.isfinite().all():
             raise UserError("sequence_embeds has values that are not finite: correct the encoder that computes them.")
-        with self.under(Condition(self.representations(z), task=_task())):
-            yield
+        return self.under(Condition(self.representations(z), task=_task()))
 
     def representations(self, z: Tensor | None) -> Tensor | None:
         """The z given to a starting call, else the context's.  Raises UserError if the model is merged."""
@@ -110,18 +104,21 @@ class Conditioning:
             raise UserError("the adapter is merged for one user: call model.unmerge_adapter() to serve others.")
         return z
 
-    def _begin_forward(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def _begin_forward(self, checkpointed: list[nn.Module], _: nn.Module, args: tuple, kwargs: dict) -> tuple:
         """Take `sequence_embeds` out of the base model's keywords and apply the shared gates to it."""
         z = self.representations(kwargs.pop("sequence_embeds", None))
         if z is not None:
             weights = {name: self.gates[name](z) for name in self.active if name in self.gates}
             self._per_thread.conditions.append(Condition(z, weights, factors={}))
+        for part in checkpointed if not torch.compiler.is_compiling() else ():
+            function = vars(part).get("_gradient_checkpointing_func")
+            if function is not None and not isinstance(function, CarryingCheckpoint):
+                part._gradient_checkpointing_func = CarryingCheckpoint(self, function)
         return args, kwargs
 
     def _end_forward(self, *_: Any) -> None:
-        conditions = self._per_thread.conditions
-        while conditions and conditions[-1].factors is not None:
-            conditions.pop()
+        while self.running is not None and self.running.factors is not None:
+            self._per_thread.conditions.pop()
 
     def gate_of(self, layer: LoraLayer, adapter: str) -> Gate:
         return self.gates[adapter] if adapter in self.gates else layer.lora_gate[adapter]
@@ -140,66 +137,46 @@ class Conditioning:
     def factor(self, layer: LoraLayer, adapter: str, middle: Tensor) -> Tensor:
         """What the middle (b, .., r) of a layer is multiplied by: K alpha/r w, each repeated r/K times, (b, 1.., r).
 
-        Layers with a shared gate get slices of one tensor, which saves a GPU several small kernels in every layer.
+        Layers with a shared gate take slices of one tensor, which saves several small GPU kernels in every layer.
         """
-        condition = None if torch.compiler.is_compiling() else self.running
-        if condition is None or condition.factors is None or adapter not in condition.weights:
-            return self._new_factor(layer, adapter, middle)
-        key = adapter, layer.scaling[adapter], middle.shape, middle.dtype, middle.device, torch.is_grad_enabled()
-        slices = condition.factors.setdefault(key, [])
-        if not slices:
-            factor = self._new_factor(layer, adapter, middle)
-            slices += factor.expand(len(self.merged), *factor.shape).unbind()  # one for each layer
-        return slices.pop()
-
-    def _new_factor(self, layer: LoraLayer, adapter: str, middle: Tensor) -> Tensor:
-        w, shape = self.weights_of(layer, adapter), middle.shape
+        w, shape, scale = self.weights_of(layer, adapter), middle.shape, layer.scaling[adapter]
         if shape[0] != w.shape[0] or len(shape) < self.least_dim:
             raise UserError(
                 f"sequence_embeds has {w.shape[0]} rows but an adapted layer got {(*shape[:-1], layer.in_features)}: "
-                "pass one representation per row (layers that see loose tokens, such as OPT's fc1, cannot be adapted)."
+                "pass one per row (neither adapter_names nor layers that see loose tokens, as OPT's fc1, work)."
             )
-        K, rank = w.shape[1], shape[-1]
-        factor = (K * layer.scaling[adapter] * w).repeat_interleave(rank // K, dim=1, output_size=rank).to(middle)
-        return factor.view(len(factor), *(1,) * (len(shape) - 2), rank)
+        shared = None if torch.compiler.is_compiling() or adapter not in self.running.weights else self.running.factors
+        key = adapter, scale, shape, middle.dtype, middle.device, torch.is_grad_enabled()
+        slices = [] if shared is None else shared.setdefault(key, [])
+        if not slices:
+            K, rank = w.shape[1], shape[-1]
+            factor = (K * scale * w).repeat_interleave(rank // K, dim=1, output_size=rank).to(middle)
+            factor = factor.view(len(factor), *(1,) * (len(shape) - 2), rank)
+            slices += [factor] if shared is None else factor.expand(len(self.merged), *factor.shape).unbind()
+        return slices.pop()
 
 
 def _task() -> asyncio.Task | None:
-    try:
+    with suppress(RuntimeError):  # no event loop runs
         return asyncio.current_task()
-    except RuntimeError:  # no event loop runs
-        return None
 
 
+@dataclass(eq=False)
 class CarryingCheckpoint:
-    """A function for gradient checkpointing that takes along the z and w of its forward.
+    """A gradient-checkpointing function whose block runs again, perhaps in another thread, under the same z and w."""
 
-    The block runs again after the forward has ended, perhaps in another thread. z and w enter as arguments, so that
-    the gate neither runs again nor gets its gradient more than once.
-    """
-
-    def __init__(self, conditioning: Conditioning, checkpoint: Callable) -> None:
-        self.conditioning, self.checkpoint = conditioning, checkpoint
+    conditioning: Conditioning
+    checkpoint: Callable
 
     def __call__(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
         condition = self.conditioning.running
         if condition is None or torch.compiler.is_compiling():
             return self.checkpoint(function, *args, **kwargs)
-        adapters = tuple(condition.weights)
 
         def run(z: Tensor, *rest: Any, **options: Any) -> Any:
-            weights = dict(zip(adapters, rest, strict=False))
+            weights = dict(zip(condition.weights, rest, strict=False))
             with self.conditioning.under(Condition(z, weights)):
-                return function(*rest[len(adapters) :], **options)
+                return function(*rest[len(weights) :], **options)
 
+        # z and w enter as arguments, so that the gate neither runs again nor gets its gradient more than once
         return self.checkpoint(run, condition.z, *condition.weights.values(), *args, **kwargs)
-
-
-def _carry_through_checkpoints(conditioning: Conditioning, parts: list[nn.Module], *_: Any) -> None:
-    """Wrap the checkpoint functions that the base model's parts have been given since the last forward."""
-    if torch.compiler.is_compiling():
-        return
-    for part in parts:
-        function = vars(part).get("_gradient_checkpointing_func")
-        if function is not None and not isinstance(function, CarryingCheckpoint):
-            part._gradient_checkpointing_func = CarryingCheckpoint(conditioning, function)

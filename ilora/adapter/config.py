@@ -4,12 +4,8 @@ import dataclasses
 from dataclasses import dataclass
 
 from peft import LoraConfig, PeftType
-from torch import nn
 
 from ilora.errors import UserError
-
-GATE_CLASSES: dict[str, type[nn.Module]] = {}  # kind -> class; a subclass of gates.Gate enters itself
-
 
 # a member of PEFT's enum of adapter types, which has no public way to add one
 ILORA = str.__new__(PeftType, "ILORA")
@@ -21,30 +17,27 @@ PeftType.ILORA = PeftType._value2member_map_["ILORA"] = ILORA
 class ILoraConfig(LoraConfig):
     """LoRA's configuration plus the gate's.
 
-    Attributes:
-        task_type: PEFT's, such as SEQ_CLS for a classifier; None for a module outside transformers.
-        num_experts: K, the experts that the rank is split into; divides r.
-        gate_dim: d, the width of the sequence representations.
-        gate: "linear" (Eq. 11), "convolutional" (the released code's) or a kind that you add, see gates.py.
-        gate_per_layer: one gate for each adapted layer instead of one that all share.
-        gate_top_k: keep only the k largest weights of a row, renormalised; None keeps all.
-
-    Raises UserError for a rank that num_experts does not divide, an unknown gate, or an option of LoRA that does
-    not work with a gate (another variant, a bias, a data-driven initialisation, ...).
+    Raises UserError for an impossible gate, or an option of LoRA that does not work with one (DoRA, a bias, ...).
     """
 
-    task_type: str | None = "CAUSAL_LM"
-    num_experts: int = 4
-    gate_dim: int = 64
-    gate: str = "linear"
-    gate_per_layer: bool = False
-    gate_top_k: int | None = None
+    task_type: str | None = "CAUSAL_LM"  # PEFT's, such as SEQ_CLS; None for a module outside transformers
+    num_experts: int = 4  # K, the experts that the rank is split into; divides r
+    gate_dim: int = 64  # d, the width of the sequence representations
+    gate: str = "linear"  # Eq. 11, or "convolutional", the released code's
+    gate_per_layer: bool = False  # one gate for each adapted layer instead of one that all share
+    gate_top_k: int | None = None  # keep only the k largest weights of a row, renormalised; None keeps all
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = ILORA
         self._check_gate()
-        self._check_lora_options()
+        variants = [f.name for f in dataclasses.fields(self) if f.metadata.get("is_lora_variant")]
+        others = ["use_qalora", "lora_bias", "target_parameters", "layer_replication", "megatron_config"]
+        for name in variants + others:
+            if getattr(self, name):
+                raise UserError(f"iLoRA does not combine with LoRA's {name}: leave it out of ILoraConfig.")
+        if (start := self.init_lora_weights) not in (True, False, "gaussian"):
+            raise UserError(f"init_lora_weights={start!r} does not work in iLoRA: use True or 'gaussian'.")
 
     def _check_gate(self) -> None:
         K, top_k = self.num_experts, self.gate_top_k
@@ -53,18 +46,7 @@ class ILoraConfig(LoraConfig):
         for rank in (self.r, *self.rank_pattern.values()):
             if rank % K:
                 raise UserError(f"rank {rank} is not divisible by num_experts={K}: choose a multiple of num_experts.")
-        if self.gate not in GATE_CLASSES:
-            raise UserError(f"unknown gate {self.gate!r}: choose one of {', '.join(GATE_CLASSES)}.")
+        if self.gate not in ("linear", "convolutional"):
+            raise UserError(f"unknown gate {self.gate!r}: choose one of linear, convolutional.")
         if top_k is not None and not 2 <= top_k <= K:
-            why = "a single renormalised weight is the constant 1, and the gate could not learn"
-            raise UserError(f"gate_top_k={top_k}: keep 2 to num_experts={K} experts, or None for all ({why}).")
-
-    def _check_lora_options(self) -> None:
-        variants = [f.name for f in dataclasses.fields(self) if f.metadata.get("is_lora_variant")]
-        others = ["use_qalora", "lora_bias", "target_parameters", "layer_replication", "megatron_config"]
-        for name in variants + others:
-            if getattr(self, name):
-                raise UserError(f"iLoRA does not combine with LoRA's {name}: leave it out of ILoraConfig.")
-        if self.init_lora_weights not in (True, False, "gaussian"):
-            start = f"init_lora_weights={self.init_lora_weights!r}"
-            raise UserError(f"iLoRA does not combine with {start}: use True (A random, B zero) or 'gaussian'.")
+            raise UserError(f"gate_top_k={top_k}: keep 2 to num_experts={K} (one weight would be the constant 1).")

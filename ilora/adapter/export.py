@@ -15,7 +15,7 @@ from ilora.errors import UserError
 
 
 def _tuner_and_name(model: PeftModel, adapter_name: str | None) -> tuple[ILoraModel, str]:
-    """The tuner of the model and the named adapter, the only active one if None.  Raises UserError."""
+    """The model's tuner, and the name of the given or the only active adapter.  Raises UserError."""
     tuner = getattr(model, "base_model", None)
     if not isinstance(tuner, ILoraModel):
         raise UserError(f"{type(model).__name__} has no iLoRA adapter: wrap it by get_peft_model and ILoraConfig.")
@@ -35,10 +35,9 @@ def gate_weights(model: PeftModel, z: Tensor, adapter_name: str | None = None) -
 
 
 def export_lora(model: PeftModel, z: Tensor, folder: str | Path, adapter_name: str | None = None) -> Path:
-    """Write one user's iLoRA, B diag(w) A, as a plain PEFT LoRA checkpoint that needs none of this package.
+    """Write the active or named adapter for one z (1, d), B diag(w) A, as a plain PEFT LoRA checkpoint.
 
-    z (1, d) is one sequence's representation or, for a group, the mean of its rows. The folder gets
-    adapter_config.json and adapter_model.safetensors of the active or named adapter.
+    z is one user's representation or, for a group, the mean of its rows. Loading needs none of this package.
     """
     tuner, name = _tuner_and_name(model, adapter_name)
     tensors = {}
@@ -49,9 +48,7 @@ def export_lora(model: PeftModel, z: Tensor, folder: str | Path, adapter_name: s
                 tensor = weighted_A(tensor, layer.conditioning.weights_of(layer, name)).to(tensor.dtype)
             if ".lora_gate." not in key:
                 tensors[key] = tensor.clone(memory_format=torch.contiguous_format)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     options = {f.name: getattr(tuner.peft_config[name], f.name) for f in dataclasses.fields(LoraConfig) if f.init}
     LoraConfig(**{**options, "inference_mode": True}).save_pretrained(str(folder))
-    return folder
+    save_file(tensors, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
+    return Path(folder)

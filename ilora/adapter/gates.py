@@ -1,16 +1,10 @@
-"""Gates: from the representation z (b, d) of each row's history to the weights w (b, K) of its experts (Eq. 11).
-
-A new kind of gate is a subclass of `Gate` with a `kind` and `logits`. Once it is defined, `ILoraConfig(gate=kind)`
-selects it, and it is trained, saved and loaded with its adapter.
-"""
-
-from typing import ClassVar
+"""Gates: from the representation z (b, d) of each row's history to the weights w (b, K) of its experts (Eq. 11)."""
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ilora.adapter.config import GATE_CLASSES, ILoraConfig
+from ilora.adapter.config import ILoraConfig
 from ilora.errors import UserError
 
 
@@ -27,21 +21,12 @@ def check_representations(z: Tensor, width: int | None = None) -> None:
 class Gate(nn.Module):
     """softmax(logits(z)): logits in the type of the gate's parameters, the softmax in float32 or better.
 
-    Autocast changes neither. With gate_top_k the softmax is over the k largest logits, and the other experts get 0.
+    Subclasses have `logits`: z (b, d) -> (b, K). With gate_top_k, all but the k largest are masked.
     """
-
-    kind: ClassVar[str]
-
-    def __init_subclass__(cls) -> None:
-        GATE_CLASSES[cls.kind] = cls
 
     def __init__(self, config: ILoraConfig) -> None:
         super().__init__()
         self.gate_dim, self.top_k = config.gate_dim, config.gate_top_k
-
-    def logits(self, z: Tensor) -> Tensor:
-        """z (b, d) -> (b, K), before the softmax."""
-        raise NotImplementedError
 
     def forward(self, z: Tensor) -> Tensor:
         check_representations(z, self.gate_dim)
@@ -59,11 +44,8 @@ class Gate(nn.Module):
 class LinearGate(Gate):
     """The paper's gate, softmax(W_g z) with W_g (K, d) and no bias (Eq. 11).
 
-    W_g starts uniform in +-1/sqrt(d), as in the paper's code. The logits then have a standard deviation of 0.07 |z|
-    for d = 64: with |z| = 50 the softmax is nearly one-hot and learns slowly.
+    W_g starts uniform in +-1/sqrt(d), as in the paper's code: with |z| = 50 and d = 64 the softmax is nearly one-hot.
     """
-
-    kind = "linear"
 
     def __init__(self, config: ILoraConfig) -> None:
         super().__init__(config)
@@ -94,8 +76,6 @@ class ConvolutionalGate(Gate):
     The widths are ours. In training mode, batch norm makes a user's weights depend on the other rows of the batch.
     """
 
-    kind = "convolutional"
-
     def __init__(self, config: ILoraConfig) -> None:
         super().__init__(config)
         self.stages = nn.Sequential(_ResidualBlock(1, 16), _ResidualBlock(16, 32), _ResidualBlock(32, 64))
@@ -103,3 +83,6 @@ class ConvolutionalGate(Gate):
 
     def logits(self, z: Tensor) -> Tensor:
         return self.head(self.stages(z.unsqueeze(1)).mean(dim=-1))
+
+
+GATE_CLASSES = {"linear": LinearGate, "convolutional": ConvolutionalGate}  # by the name that ILoraConfig takes

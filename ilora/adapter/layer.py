@@ -19,14 +19,13 @@ class ILoraVariant(LoraVariant):
         return False
 
     def init(self, module: LoraLayer, adapter_name: str, **_: Any) -> None:
-        """The layer is wrapped again under this name: iLoRA sets a new variant, and plain LoRA has none."""
+        """Step aside where the layer is wrapped again under this name."""
         del module.lora_variant[adapter_name]
 
     def forward(self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
         """x (b, s, d_in), result (b, s, d_out) -> result + K alpha/r B diag(w) A dropout(x), Eq. 12."""
         A, B = module.lora_A[active_adapter], module.lora_B[active_adapter]
-        kind = "cuda" if x.is_cuda else "cpu" if x.is_cpu else x.device.type  # faster than x.device.type alone
-        autocast = torch.is_autocast_enabled(kind) and x.dtype == torch.get_autocast_dtype(kind)
+        autocast = torch.is_autocast_enabled(x.device.type) and x.dtype == torch.get_autocast_dtype(x.device.type)
         if module.cast_input_dtype_enabled is not False and not autocast:  # which would cast x back at once
             x = x.to(A.weight.dtype)
         middle = A(module.lora_dropout[active_adapter](x))  # (b, s, r)

@@ -1,7 +1,7 @@
 """The tuner that PEFT calls: LoRA's, plus the gates and the calls that take sequence representations."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from peft import PeftModel
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from ilora.adapter.conditioning import Conditioning
-from ilora.adapter.config import GATE_CLASSES, ILoraConfig
-from ilora.adapter.gates import check_representations
+from ilora.adapter.config import ILoraConfig
+from ilora.adapter.gates import GATE_CLASSES, check_representations
 from ilora.adapter.layer import ILoraVariant, InputCasts
 from ilora.errors import UserError
 
@@ -46,10 +46,13 @@ class ILoraModel(LoraModel):
         return [module for module in self.model.modules() if isinstance(module, LoraLayer)]
 
     def _pre_injection_hook(self, model: nn.Module, config: ILoraConfig, adapter_name: str) -> None:
-        _check_task(model, config.task_type)
+        generates = hasattr(model, "prepare_inputs_for_generation")
+        if config.task_type == (None if generates else "CAUSAL_LM"):  # PEFT would not pass on sequence_embeds
+            others = "SEQ_CLS, TOKEN_CLS, QUESTION_ANS, FEATURE_EXTRACTION, or None for a module outside transformers"
+            tasks = "CAUSAL_LM or SEQ_2_SEQ_LM" if generates else others
+            raise UserError(f"set task_type in ILoraConfig to what fits {type(model).__name__}: {tasks}.")
         shared = (layer.conditioning for layer in self.adapted_layers() if hasattr(layer, "conditioning"))
-        if (conditioning := next(shared, None)) is None:
-            conditioning = Conditioning(model)
+        conditioning = next(shared, None) or Conditioning(model)
         if any(conditioning.merged):
             raise UserError("the base model has a merged adapter: call unmerge_adapter() before you wrap it again.")
         self.conditioning, self.lora_gate = conditioning, conditioning.gates
@@ -71,8 +74,8 @@ class ILoraModel(LoraModel):
     def _create_new_module(config: ILoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> Any:
         module = LoraModel._create_new_module(config, adapter_name, target, **kwargs)
         if type(module).__name__ not in LAYERS:
-            what, remedy = type(target).__name__, "change target_modules, or load the base with another quantisation"
-            raise UserError(f"iLoRA adapts linear layers, not {what}: {remedy}.")
+            remedy = "change target_modules, or load the base with another quantisation"
+            raise UserError(f"iLoRA adapts linear layers, not {type(target).__name__}: {remedy}.")
         return module
 
     def _create_and_replace(self, config: ILoraConfig, name: str, *args: Any, current_key: str, **kwargs: Any) -> None:
@@ -97,12 +100,12 @@ class ILoraModel(LoraModel):
                 self.conditioning.gate_of(layer, adapter_name).to(layer.lora_A[adapter_name].weight.dtype)
 
     def _train_active_gates(self, trainable: bool) -> None:
+        self.conditioning.active = self.active_adapters
         for name, gate in self.lora_gate.items():
             gate.requires_grad_(trainable and name in self.conditioning.active)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_name, inference_mode)
-        self.conditioning.active = self.active_adapters
         self._train_active_gates(not inference_mode)
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
@@ -120,7 +123,6 @@ class ILoraModel(LoraModel):
         if adapter_name in self.lora_gate:
             del self.lora_gate[adapter_name]
         if self.active_adapters != self.conditioning.active:  # PEFT activates another one
-            self.conditioning.active = self.active_adapters
             self._train_active_gates(True)
 
     @classmethod
@@ -134,24 +136,8 @@ class ILoraModel(LoraModel):
         self.conditioning.disconnect(model)
         return model
 
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:
-            raise UserError("iLoRA does not mix adapters in a batch: use set_adapter, not adapter_names.")
-        yield
-
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         raise UserError("iLoRA adapters do not add up by weight: export_lora a user of each and combine those.")
-
-
-def _check_task(model: nn.Module, task: str | None) -> None:
-    """Refuse a task type under which PEFT would not pass on sequence_embeds, or would not wrap the model."""
-    generates, name = hasattr(model, "prepare_inputs_for_generation"), type(model).__name__
-    if task is None and generates:
-        raise UserError(f"{name} generates text: set task_type to CAUSAL_LM or SEQ_2_SEQ_LM in ILoraConfig.")
-    if task == "CAUSAL_LM" and not generates:
-        tasks = "SEQ_CLS, TOKEN_CLS, QUESTION_ANS, FEATURE_EXTRACTION, or None for a module outside transformers"
-        raise UserError(f"{name} does not generate text: set task_type in ILoraConfig ({tasks}).")
 
 
 def _rows_per_prompt(model: nn.Module, args: tuple, kwargs: dict) -> int:
