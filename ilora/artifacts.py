@@ -1,7 +1,6 @@
 """The artifacts folder: keys of stored results, atomic writing of files and folders, and one JSON per run."""
 
 import hashlib
-import importlib.metadata
 import json
 import logging
 import os
@@ -15,17 +14,20 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from functools import cache
+from importlib.metadata import version
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from filelock import FileLock
 
+import ilora
 from ilora.devices import describe_device, pick_device
 from ilora.errors import UserError
 
 log = logging.getLogger(__name__)
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "pandas", "numpy")  # results depend on their versions
 
 
 def home() -> Path:
@@ -43,8 +45,6 @@ def digest(value: Any) -> str:
 
 def _ingredients(settings: Mapping[str, Any], inputs: Mapping[str, str]) -> dict[str, Any]:
     """Everything that a key depends on."""
-    import ilora
-
     if missing := [name for name, content in inputs.items() if not content]:
         raise ValueError(f"no key without the content of {missing[0]!r}: results of other inputs could be reused")
     return {"version": ilora.__version__, "inputs": dict(inputs), "settings": dict(settings)}
@@ -110,26 +110,16 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
             temporary = Path(folder, "file")
             temporary.write_bytes(data.encode() if isinstance(data, str) else data)
             _sync(temporary)
-            os.replace(temporary, path)
+            temporary.replace(path)
     except OSError as error:
         raise UserError(f"cannot write {path} ({error}): make room and start again") from error
 
 
-def _sync(file: Path) -> None:
-    with open(file, "rb") as opened:
-        os.fsync(opened)
-
-
 def write_json(path: str | Path, value: Any) -> None:
     """Write JSON with `write_atomic`; numpy arrays become lists.  Raises ValueError on NaN."""
-    text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False, default=_plain)
+    plain = methodcaller("tolist")
+    text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False, default=plain)
     write_atomic(path, text + "\n")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.ndarray | np.generic):
-        return value.tolist()
-    raise TypeError(f"{type(value).__name__} is not JSON: {value!r}")
 
 
 @contextmanager
@@ -141,12 +131,16 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         new = Path(temporary, "new")
         new.mkdir()
         yield new
-        for file in new.rglob("*"):
-            if file.is_file():
-                _sync(file)
-        if path.exists():  # os.replace refuses a folder that holds files
-            os.replace(path, Path(temporary, "old"))
-        os.replace(new, path)
+        for file in filter(Path.is_file, new.rglob("*")):
+            _sync(file)
+        if path.exists():  # a folder that holds files cannot be replaced
+            path.replace(Path(temporary, "old"))
+        new.replace(path)
+
+
+def _sync(file: Path) -> None:
+    with open(file, "rb") as opened:
+        os.fsync(opened)
 
 
 def cached(
@@ -154,18 +148,18 @@ def cached(
 ) -> Path:
     """The folder `home()/kind/key(settings, inputs)`; `make(folder)` fills it unless it exists.
 
-    The folder appears complete or not at all; its `parameters.json` records what the key depends on. Checkpoints, which
-    must survive an interrupted `make`, belong elsewhere under `home()`. Of several runs at the same time one calls
-    `make` and the others wait. All processes of a distributed run call `make`; the main process's folder is kept.
+    The folder appears complete or not at all; its parameters.json records what the key depends on. Of several runs at
+    the same time one calls `make` and the others wait. All processes of a distributed run call `make`; the main
+    process's folder is kept. Checkpoints, which must survive an interrupted `make`, belong elsewhere under `home()`.
     """
     from accelerate import PartialState  # takes seconds, which `python -m ilora --help` does not need
     from accelerate.utils import broadcast_object_list
 
     state = PartialState()
     folder = home() / kind / key(settings, inputs)
-    locks = home() / "locks"
-    locks.mkdir(parents=True, exist_ok=True)
-    with FileLock(locks / f"{kind}-{folder.name}") if state.is_main_process else nullcontext():
+    lock = FileLock(home() / "locks" / f"{kind}-{folder.name}") if state.is_main_process else nullcontext()
+    (home() / "locks").mkdir(exist_ok=True)
+    with lock:
         if broadcast_object_list([(folder / "parameters.json").is_file()])[0]:  # one process decides for all
             return folder
         log.info("making %s/%s%s", kind, folder.name, f" ({note})" if note else "")
@@ -198,7 +192,7 @@ class Run:
 
     @property
     def peak_memory_mib(self) -> float:
-        """The largest memory in MiB that torch allocated on the GPU since the start, or that the process ever used."""
+        """The most memory that torch allocated on the GPU since the start; on a CPU, that the process ever used."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**20
         import resource  # not on Windows
@@ -211,10 +205,10 @@ class Run:
     ) -> Path:
         """Write the result to `path`, by default `result_path` of this run, and return the path.
 
-        metrics: values with counts and intervals. outcomes: name -> one value per question, for paired comparisons;
-        also a DataFrame.
+        metrics: values with counts and intervals. outcomes: a DataFrame or name -> one value per question.
         """
         path = path or result_path(self.name, self.parameters, self.inputs)
+        versions = {"python": platform.python_version(), "ilora": ilora.__version__}
         result = {
             "name": self.name,
             "parameters": self.parameters,
@@ -223,22 +217,13 @@ class Run:
             "seconds": round(self.seconds, 1),
             "peak_memory_mib": round(self.peak_memory_mib),
             "device": describe_device(self.device),
-            "versions": versions(),
+            "versions": versions | {package: version(package) for package in PACKAGES},
             "commit": commit(),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "outcomes": {column: list(outcomes[column]) for column in outcomes} if outcomes is not None else {},
         }
         write_json(path, result)
         return path
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that results depend on."""
-    import ilora
-
-    packages = ("torch", "transformers", "peft", "accelerate", "pandas", "numpy")
-    installed = {package: importlib.metadata.version(package) for package in packages}
-    return {"python": platform.python_version(), "ilora": ilora.__version__} | installed
 
 
 def commit() -> str:
