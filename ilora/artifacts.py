@@ -7,7 +7,6 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +22,7 @@ import torch
 from filelock import FileLock
 
 import ilora
-from ilora.devices import describe_device, pick_device
+from ilora.devices import describe_device, peak_memory_mib, pick_device
 from ilora.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -95,10 +94,9 @@ def hub_commit(name: str) -> str:
     try:
         return Path(hf_hub_download(name, "config.json")).parent.name  # .../snapshots/<commit>/config.json
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"model {name!r} is no folder, and its commit on the Hugging Face hub cannot be read "
-            f"({str(error).splitlines()[0]}): name a folder or a model on the hub, and be online the first time"
-        ) from error
+        reason = f"its commit on the Hugging Face hub cannot be read ({str(error).splitlines()[0]})"
+        remedy = "name a folder or a model on the hub, and be online the first time"
+        raise UserError(f"model {name!r} is no folder, and {reason}: {remedy}") from error
 
 
 def write_atomic(path: str | Path, data: bytes | str) -> None:
@@ -117,9 +115,8 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write JSON with `write_atomic`; numpy arrays become lists.  Raises ValueError on NaN."""
-    plain = methodcaller("tolist")
-    text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False, default=plain)
-    write_atomic(path, text + "\n")
+    options = {"indent": 1, "sort_keys": True, "allow_nan": False, "ensure_ascii": False}
+    write_atomic(path, json.dumps(value, default=methodcaller("tolist"), **options) + "\n")
 
 
 @contextmanager
@@ -181,24 +178,9 @@ class Run:
     def __init__(self, name: str, parameters: Mapping[str, Any], inputs: Mapping[str, str] | None = None) -> None:
         self.name, self.parameters, self.inputs = name, dict(parameters), dict(inputs or {})
         self.device = pick_device(self.parameters.get("device", "auto"))
-        self._started = time.perf_counter()
+        self.started = time.perf_counter()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-
-    @property
-    def seconds(self) -> float:
-        """Seconds since the start."""
-        return time.perf_counter() - self._started
-
-    @property
-    def peak_memory_mib(self) -> float:
-        """The most memory that torch allocated on the GPU since the start; on a CPU, that the process ever used."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) / 2**20
-        import resource  # not on Windows
-
-        unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes on macOS, KiB on Linux
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
     def save(
         self, metrics: Mapping[str, Any], outcomes: Mapping[str, Any] | None = None, path: Path | None = None
@@ -214,8 +196,8 @@ class Run:
             "parameters": self.parameters,
             "inputs": self.inputs,
             "metrics": dict(metrics),
-            "seconds": round(self.seconds, 1),
-            "peak_memory_mib": round(self.peak_memory_mib),
+            "seconds": round(time.perf_counter() - self.started, 1),
+            "peak_memory_mib": round(peak_memory_mib(self.device)),
             "device": describe_device(self.device),
             "versions": versions | {package: version(package) for package in PACKAGES},
             "commit": commit(),

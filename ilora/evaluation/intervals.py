@@ -26,7 +26,7 @@ def interval(values: np.ndarray, users: np.ndarray, seed: int = 0) -> dict[str, 
     return {"value": mean, "low": float(low), "high": float(high), "n": n, "users": clusters}
 
 
-def difference(first: pd.DataFrame, second: pd.DataFrame, column: str = "hit", seed: int = 0) -> dict[str, float]:
+def difference(first: pd.DataFrame, second: pd.DataFrame, column: str = "hit") -> dict[str, float]:
     """Mean difference `first` - `second` of a column of outcomes, with a 95 % interval from resampled users.
 
     Raises ValueError if the questions differ in user, position, target or, where both have them, candidates.
@@ -35,7 +35,7 @@ def difference(first: pd.DataFrame, second: pd.DataFrame, column: str = "hit", s
     if not ids[0].equals(ids[1]):
         raise ValueError("the outcomes are of different questions: evaluate both systems on the same Questions")
     change = first[column].to_numpy(float) - second[column].to_numpy(float)
-    low, high = np.quantile(resampled_means(change, first["user"].to_numpy(), seed), (0.025, 0.975))
+    low, high = np.quantile(resampled_means(change, first["user"].to_numpy(), seed=0), (0.025, 0.975))
     return {"value": float(change.mean()), "low": float(low), "high": float(high), "n": len(change)}
 
 

@@ -11,7 +11,7 @@ from ilora.errors import UserError
 from ilora.evaluation.intervals import interval
 
 
-def compute_metrics(outcomes: pd.DataFrame, seed: int = 0) -> dict[str, dict[str, float]]:
+def compute_metrics(outcomes: pd.DataFrame) -> dict[str, dict[str, float]]:
     """Metrics of `evaluate`'s outcomes with 95 % intervals: name -> {value, low, high, n, users}.
 
     valid_ratio; hit_ratio: right answers among all, the paper's HitRatio@1; hit_ratio_of_valid: among valid answers, as
@@ -23,10 +23,10 @@ def compute_metrics(outcomes: pd.DataFrame, seed: int = 0) -> dict[str, dict[str
         values[f"rank_hit_ratio@{k}"] = rank <= k
         if k > 1:
             values[f"rank_ndcg@{k}"] = np.where(rank <= k, 1 / np.log2(1 + rank), 0.0)
-    metrics = {name: interval(value, outcomes["user"], seed) for name, value in values.items()}
+    metrics = {name: interval(value, outcomes["user"]) for name, value in values.items()}
     valid = outcomes[outcomes["valid"]]
     if len(valid):
-        metrics["hit_ratio_of_valid"] = interval(valid["hit"], valid["user"], seed)
+        metrics["hit_ratio_of_valid"] = interval(valid["hit"], valid["user"])
     return metrics
 
 
@@ -74,14 +74,12 @@ def expected_hit_ratio(
 
 
 @torch.no_grad()
-def hit_ratios(
-    recommender: nn.Module, sequences: Sequences, size: int = CANDIDATES, batch_size: int = 512
-) -> np.ndarray:
+def hit_ratios(recommender: nn.Module, sequences: Sequences) -> np.ndarray:
     """`expected_hit_ratio` of each sequence, (n,), for a recommender with `device` and `score_all(history)`."""
     recommender.eval()
     parts = []
-    for start in range(0, len(sequences), batch_size):
-        part = sequences.take(slice(start, start + batch_size))
+    for start in range(0, len(sequences), 512):
+        part = sequences.take(slice(start, start + 512))
         scores = recommender.score_all(torch.from_numpy(part.history).to(recommender.device)).cpu().numpy()
-        parts.append(expected_hit_ratio(scores, part.history, part.target, size, type(recommender).__name__))
+        parts.append(expected_hit_ratio(scores, part.history, part.target, system=type(recommender).__name__))
     return np.concatenate(parts)

@@ -101,11 +101,8 @@ def _fit(model: SequenceModel, dataset: Dataset, arguments: TrainingArguments, w
     step = model.window if morec else 1
     rows = TrainingRows(sequences(dataset, "train", model.window, min_history=1), step, arguments.seed)
 
-    def validate() -> dict[str, float]:
-        return {"hit_ratio": hit_ratios(model, validation).mean()}
-
     with nullcontext() if morec else _small_model():
-        return fit(model, rows, arguments, work, validate, "hit_ratio")
+        return fit(model, rows, arguments, work, lambda: hit_ratios(model, validation).mean())
 
 
 @contextmanager

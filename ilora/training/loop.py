@@ -72,22 +72,21 @@ def fit(
     train: Sized,
     arguments: TrainingArguments,
     folder: Path,
-    validate: Callable[[], dict[str, float]] | None = None,
-    monitor: str = "",
+    validate: Callable[[], float] | None = None,
 ) -> pd.DataFrame:
     """Train `model` in place and return its history, one row per step.
 
-    model: `model.collate([train[i], ...])` makes a batch; `model(batch, progress=, step_seed=)` returns its mean loss;
-        `progress` is step / all steps, `step_seed` is the same for all micro-batches of a step. Optional methods:
-        `parameter_groups(weight_decay)`, where a group may have "lr_scale"; `length(row)`, by which a batch is sorted
-        before it is split; `trainable_state()`, see `trained_tensors`; `compile_layers()`.
+    model: `collate([train[i], ...])` makes a batch; `model(batch, progress=, step_seed=)` returns its mean loss, where
+        `progress` is step / all steps and `step_seed` is the same for all micro-batches of a step;
+        `parameter_groups(weight_decay)` is for AdamW, and a group may have "lr_scale". Optional: `length(row)`, by
+        which a batch is sorted before it is split; `trainable_state()`, see `trained_tensors`; `compile_layers()`.
     train: has `len(train)`, `train[i]` and optionally `set_epoch(epoch)`.
     folder: receives checkpoints/, from which an interrupted run resumes, and snapshots/, see `load_snapshot`.
-    validate: called after each epoch in every process, in eval mode, without gradients. The model ends in the state
-        with the largest `metrics[monitor]`; without `validate`, in the last one.
+    validate: returns HitRatio@1; called after each epoch in every process, in eval mode, without gradients. The model
+        ends in the state with the largest value; without `validate`, in the last state.
 
     Columns of the history: step and epoch (from 1), loss, learning_rate, gradient_norm, seconds (over all sessions),
-    examples (so far), and at the end of an epoch the metrics. Raises UserError if a loss or gradient is not finite, if
+    examples (so far), and at the end of an epoch hit_ratio. Raises UserError if a loss or gradient is not finite, if
     a checkpoint cannot be written, or if the folder belongs to another run.
     """
     run = _Run(model, train, arguments, folder)
@@ -99,7 +98,7 @@ def fit(
         for row_numbers in batches[len(run.history) % run.steps_per_epoch :]:  # all, unless resumed within an epoch
             run.train_step(epoch, row_numbers)
             if validate and len(run.history) % run.steps_per_epoch == 0:
-                run.validate(validate, monitor)
+                run.validate(validate)
             run.save()
     run.bar.close()
     if run.best:
@@ -124,7 +123,7 @@ class _Run:
         self.steps_per_epoch = math.ceil(len(train) / arguments.batch_size)
         self.total_steps = arguments.epochs * self.steps_per_epoch
         self.trained = [parameter for parameter in self.inner.parameters() if parameter.requires_grad]
-        self.optimizer, self.schedule = _optimizer(self.inner, self.trained, arguments, self.total_steps)
+        self.optimizer, self.schedule = _optimizer(self.inner, arguments, self.total_steps)
         self.model = self.accelerator.prepare(self.inner)  # accelerate's optimizer would be slower at each step
         self.state = {"model": trained_tensors(self.inner), "optimizer": self.optimizer, "schedule": self.schedule}
         self.checkpoints, self.identity = folder / "checkpoints", arguments.identity() | {"rows": len(train)}
@@ -191,17 +190,15 @@ class _Run:
                 raise UserError(f"loss {loss}, gradient norm {norm} {where}: {remedy}")
             self.bar.set_postfix(loss=f"{loss:.3f}", rate=f"{record['learning_rate']:.1e}", refresh=False)
 
-    def validate(self, validate: Callable[[], dict[str, float]], monitor: str) -> None:
-        """Add validation metrics to the last record, and remember the best state."""
+    def validate(self, validate: Callable[[], float]) -> None:
+        """Add the validation result to the last record, and remember the best state."""
         self._read_losses()
         self.inner.eval()
         with torch.no_grad():
-            metrics = {name: float(value) for name, value in validate().items()}
-        if not math.isfinite(metrics.get(monitor, math.nan)):
-            raise ValueError(f"validation must return a finite {monitor!r} to select the best state, not {metrics}")
-        self.history[-1] |= broadcast_object_list([metrics])[0]  # the main process decides
-        if self.best is None or self.history[-1][monitor] > self.best[0]:
-            self.best = self.history[-1][monitor], copied(self.state["model"])
+            hit_ratio = broadcast_object_list([float(validate())])[0]  # the main process decides
+        self.history[-1]["hit_ratio"] = hit_ratio
+        if self.best is None or hit_ratio > self.best[0]:
+            self.best = hit_ratio, copied(self.state["model"])
 
     def save(self) -> None:
         """Write the snapshot and the checkpoint that are due after this step."""
@@ -224,13 +221,14 @@ def combined_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-def _optimizer(model: nn.Module, trained: list, arguments: TrainingArguments, total_steps: int) -> tuple:
+def _optimizer(model: nn.Module, arguments: TrainingArguments, total_steps: int) -> tuple:
     """AdamW and its schedule: linear warm-up from floor * peak, then a cosine to floor * peak, or a constant peak."""
-    groups = [{"params": trained, "weight_decay": arguments.weight_decay}]
-    if hasattr(model, "parameter_groups"):
-        groups = model.parameter_groups(arguments.weight_decay)
+    groups = model.parameter_groups(arguments.weight_decay)
     groups = [group | {"lr": arguments.learning_rate * group.get("lr_scale", 1.0)} for group in groups]
-    optimizer, warmup = torch.optim.AdamW(groups, fused=True), round(arguments.warmup * total_steps)
+    optimizer, warmup = (
+        torch.optim.AdamW(groups, fused=True),
+        round(arguments.warmup * total_steps),
+    )
     if arguments.schedule == "constant":
         return optimizer, LinearLR(optimizer, arguments.floor if warmup else 1.0, total_iters=max(warmup, 1))
     rates = {"min_lr_rate": arguments.floor, "warmup_lr_rate": arguments.floor}  # as in LLaRA
