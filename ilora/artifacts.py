@@ -99,16 +99,34 @@ def hub_commit(name: str) -> str:
         raise UserError(f"model {name!r} is no folder, and {reason}: {remedy}") from error
 
 
+@contextmanager
+def _replacement(path: Path) -> Iterator[Path]:
+    """Yield a place for a new file or folder, which replaces `path` on success and is removed on an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
+        new = Path(temporary, "new")
+        yield new
+        for file in filter(Path.is_file, (new, *new.rglob("*"))):
+            with open(file, "rb") as opened:
+                os.fsync(opened)
+        if path.is_dir():  # a folder that holds files cannot be replaced
+            path.replace(Path(temporary, "old"))
+        new.replace(path)
+
+
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Yield an empty folder that replaces `path` on success and is removed on an error."""
+    with _replacement(Path(path)) as folder:
+        folder.mkdir()
+        yield folder
+
+
 def write_atomic(path: str | Path, data: bytes | str) -> None:
     """Write a file completely or not at all; text is UTF-8.  Raises UserError if that fails, as on a full disk."""
-    path = Path(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-            temporary = Path(folder, "file")
-            temporary.write_bytes(data.encode() if isinstance(data, str) else data)
-            _sync(temporary)
-            temporary.replace(path)
+        with _replacement(Path(path)) as file:
+            file.write_bytes(data.encode() if isinstance(data, str) else data)
     except OSError as error:
         raise UserError(f"cannot write {path} ({error}): make room and start again") from error
 
@@ -117,27 +135,6 @@ def write_json(path: str | Path, value: Any) -> None:
     """Write JSON with `write_atomic`; numpy arrays become lists.  Raises ValueError on NaN."""
     options = {"indent": 1, "sort_keys": True, "allow_nan": False, "ensure_ascii": False}
     write_atomic(path, json.dumps(value, default=methodcaller("tolist"), **options) + "\n")
-
-
-@contextmanager
-def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yield an empty folder that replaces `path` on success and is removed on an error."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
-        new = Path(temporary, "new")
-        new.mkdir()
-        yield new
-        for file in filter(Path.is_file, new.rglob("*")):
-            _sync(file)
-        if path.exists():  # a folder that holds files cannot be replaced
-            path.replace(Path(temporary, "old"))
-        new.replace(path)
-
-
-def _sync(file: Path) -> None:
-    with open(file, "rb") as opened:
-        os.fsync(opened)
 
 
 def cached(

@@ -225,10 +225,7 @@ def _optimizer(model: nn.Module, arguments: TrainingArguments, total_steps: int)
     """AdamW and its schedule: linear warm-up from floor * peak, then a cosine to floor * peak, or a constant peak."""
     groups = model.parameter_groups(arguments.weight_decay)
     groups = [group | {"lr": arguments.learning_rate * group.get("lr_scale", 1.0)} for group in groups]
-    optimizer, warmup = (
-        torch.optim.AdamW(groups, fused=True),
-        round(arguments.warmup * total_steps),
-    )
+    warmup, optimizer = round(arguments.warmup * total_steps), torch.optim.AdamW(groups, fused=True)
     if arguments.schedule == "constant":
         return optimizer, LinearLR(optimizer, arguments.floor if warmup else 1.0, total_iters=max(warmup, 1))
     rates = {"min_lr_rate": arguments.floor, "warmup_lr_rate": arguments.floor}  # as in LLaRA
