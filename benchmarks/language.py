@@ -67,7 +67,7 @@ class Bench:
         self.asked = data.questions(source, "test", limit=options.questions)
         self.rows = [self.asked[row] for row in range(len(self.asked))]
         self.clients = self.rows[: options.clients]
-        self.together = evaluation.default_batch_size(self.model)
+        self.together = 64 if self.model.device.type == "cuda" else 32  # as `evaluate` has it
 
     def training(self) -> tuple[Ways, Callable]:
         ways = {

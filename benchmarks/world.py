@@ -15,7 +15,7 @@ from functools import partial
 import measure
 import torch
 
-from ilora import data
+from ilora import data, devices
 from ilora.data import World, make_world
 from ilora.data.dataset import assemble, item_table
 
@@ -56,7 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         counts["windows"] += len(windows)
         counts["candidates"] += count
         del windows
-    whole = {"seconds": {"value": sum(seconds.values())}, "peak_gib": {"value": run.peak_memory_mib / 2**10}}
+    whole = {
+        "seconds": {"value": sum(seconds.values())},
+        "peak_gib": {"value": devices.peak_memory_mib(run.device) / 2**10},
+    }
     measured = {name: value | LIMITS[name] for name, value in whole.items()} | {"parts": seconds} | counts
     for name, value in measured.items():
         print(f"{name:14}{value}")

@@ -1,31 +1,32 @@
 """The artifacts folder: keys of stored results, atomic writing of files and folders, and one JSON per run."""
 
 import hashlib
-import importlib.metadata
 import json
 import logging
 import os
 import platform
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from functools import cache
+from importlib.metadata import version
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from filelock import FileLock
 
-from ilora.devices import describe_device, pick_device
+import ilora
+from ilora.devices import describe_device, peak_memory_mib, pick_device
 from ilora.errors import UserError
 
 log = logging.getLogger(__name__)
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "pandas", "numpy")  # results depend on their versions
 
 
 def home() -> Path:
@@ -43,8 +44,6 @@ def digest(value: Any) -> str:
 
 def _ingredients(settings: Mapping[str, Any], inputs: Mapping[str, str]) -> dict[str, Any]:
     """Everything that a key depends on."""
-    import ilora
-
     if missing := [name for name, content in inputs.items() if not content]:
         raise ValueError(f"no key without the content of {missing[0]!r}: results of other inputs could be reused")
     return {"version": ilora.__version__, "inputs": dict(inputs), "settings": dict(settings)}
@@ -95,58 +94,47 @@ def hub_commit(name: str) -> str:
     try:
         return Path(hf_hub_download(name, "config.json")).parent.name  # .../snapshots/<commit>/config.json
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"model {name!r} is no folder, and its commit on the Hugging Face hub cannot be read "
-            f"({str(error).splitlines()[0]}): name a folder or a model on the hub, and be online the first time"
-        ) from error
+        reason = f"its commit on the Hugging Face hub cannot be read ({str(error).splitlines()[0]})"
+        remedy = "name a folder or a model on the hub, and be online the first time"
+        raise UserError(f"model {name!r} is no folder, and {reason}: {remedy}") from error
 
 
-def write_atomic(path: str | Path, data: bytes | str) -> None:
-    """Write a file completely or not at all; text is UTF-8.  Raises UserError if that fails, as on a full disk."""
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-            temporary = Path(folder, "file")
-            temporary.write_bytes(data.encode() if isinstance(data, str) else data)
-            _sync(temporary)
-            os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error}): make room and start again") from error
-
-
-def _sync(file: Path) -> None:
-    with open(file, "rb") as opened:
-        os.fsync(opened)
-
-
-def write_json(path: str | Path, value: Any) -> None:
-    """Write JSON with `write_atomic`; numpy arrays become lists.  Raises ValueError on NaN."""
-    text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False, default=_plain)
-    write_atomic(path, text + "\n")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.ndarray | np.generic):
-        return value.tolist()
-    raise TypeError(f"{type(value).__name__} is not JSON: {value!r}")
+@contextmanager
+def _replacement(path: Path) -> Iterator[Path]:
+    """Yield a place for a new file or folder, which replaces `path` on success and is removed on an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
+        new = Path(temporary, "new")
+        yield new
+        for file in filter(Path.is_file, (new, *new.rglob("*"))):
+            with open(file, "rb") as opened:
+                os.fsync(opened)
+        if path.is_dir():  # a folder that holds files cannot be replaced
+            path.replace(Path(temporary, "old"))
+        new.replace(path)
 
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Yield an empty folder that replaces `path` on success and is removed on an error."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
-        new = Path(temporary, "new")
-        new.mkdir()
-        yield new
-        for file in new.rglob("*"):
-            if file.is_file():
-                _sync(file)
-        if path.exists():  # os.replace refuses a folder that holds files
-            os.replace(path, Path(temporary, "old"))
-        os.replace(new, path)
+    with _replacement(Path(path)) as folder:
+        folder.mkdir()
+        yield folder
+
+
+def write_atomic(path: str | Path, data: bytes | str) -> None:
+    """Write a file completely or not at all; text is UTF-8.  Raises UserError if that fails, as on a full disk."""
+    try:
+        with _replacement(Path(path)) as file:
+            file.write_bytes(data.encode() if isinstance(data, str) else data)
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error}): make room and start again") from error
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write JSON with `write_atomic`; numpy arrays become lists.  Raises ValueError on NaN."""
+    options = {"indent": 1, "sort_keys": True, "allow_nan": False, "ensure_ascii": False}
+    write_atomic(path, json.dumps(value, default=methodcaller("tolist"), **options) + "\n")
 
 
 def cached(
@@ -154,18 +142,18 @@ def cached(
 ) -> Path:
     """The folder `home()/kind/key(settings, inputs)`; `make(folder)` fills it unless it exists.
 
-    The folder appears complete or not at all; its `parameters.json` records what the key depends on. Checkpoints, which
-    must survive an interrupted `make`, belong elsewhere under `home()`. Of several runs at the same time one calls
-    `make` and the others wait. All processes of a distributed run call `make`; the main process's folder is kept.
+    The folder appears complete or not at all; its parameters.json records what the key depends on. Of several runs at
+    the same time one calls `make` and the others wait. All processes of a distributed run call `make`; the main
+    process's folder is kept. Checkpoints, which must survive an interrupted `make`, belong elsewhere under `home()`.
     """
     from accelerate import PartialState  # takes seconds, which `python -m ilora --help` does not need
     from accelerate.utils import broadcast_object_list
 
     state = PartialState()
     folder = home() / kind / key(settings, inputs)
-    locks = home() / "locks"
-    locks.mkdir(parents=True, exist_ok=True)
-    with FileLock(locks / f"{kind}-{folder.name}") if state.is_main_process else nullcontext():
+    lock = FileLock(home() / "locks" / f"{kind}-{folder.name}") if state.is_main_process else nullcontext()
+    (home() / "locks").mkdir(exist_ok=True)
+    with lock:
         if broadcast_object_list([(folder / "parameters.json").is_file()])[0]:  # one process decides for all
             return folder
         log.info("making %s/%s%s", kind, folder.name, f" ({note})" if note else "")
@@ -187,58 +175,34 @@ class Run:
     def __init__(self, name: str, parameters: Mapping[str, Any], inputs: Mapping[str, str] | None = None) -> None:
         self.name, self.parameters, self.inputs = name, dict(parameters), dict(inputs or {})
         self.device = pick_device(self.parameters.get("device", "auto"))
-        self._started = time.perf_counter()
+        self.started = time.perf_counter()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-
-    @property
-    def seconds(self) -> float:
-        """Seconds since the start."""
-        return time.perf_counter() - self._started
-
-    @property
-    def peak_memory_mib(self) -> float:
-        """The largest memory in MiB that torch allocated on the GPU since the start, or that the process ever used."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) / 2**20
-        import resource  # not on Windows
-
-        unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes on macOS, KiB on Linux
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
     def save(
         self, metrics: Mapping[str, Any], outcomes: Mapping[str, Any] | None = None, path: Path | None = None
     ) -> Path:
         """Write the result to `path`, by default `result_path` of this run, and return the path.
 
-        metrics: values with counts and intervals. outcomes: name -> one value per question, for paired comparisons;
-        also a DataFrame.
+        metrics: values with counts and intervals. outcomes: a DataFrame or name -> one value per question.
         """
         path = path or result_path(self.name, self.parameters, self.inputs)
+        versions = {"python": platform.python_version(), "ilora": ilora.__version__}
         result = {
             "name": self.name,
             "parameters": self.parameters,
             "inputs": self.inputs,
             "metrics": dict(metrics),
-            "seconds": round(self.seconds, 1),
-            "peak_memory_mib": round(self.peak_memory_mib),
+            "seconds": round(time.perf_counter() - self.started, 1),
+            "peak_memory_mib": round(peak_memory_mib(self.device)),
             "device": describe_device(self.device),
-            "versions": versions(),
+            "versions": versions | {package: version(package) for package in PACKAGES},
             "commit": commit(),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "outcomes": {column: list(outcomes[column]) for column in outcomes} if outcomes is not None else {},
         }
         write_json(path, result)
         return path
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that results depend on."""
-    import ilora
-
-    packages = ("torch", "transformers", "peft", "accelerate", "pandas", "numpy")
-    installed = {package: importlib.metadata.version(package) for package in packages}
-    return {"python": platform.python_version(), "ilora": ilora.__version__} | installed
 
 
 def commit() -> str:

@@ -2,6 +2,7 @@
 
 import platform
 import random
+import sys
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,16 @@ def pick_device(device: str = "auto") -> torch.device:
     if int(index or 0) >= counts[kind]:
         raise UserError(f"device {device!r} is not on this machine: choose 'auto' or 'cpu'")
     return torch.device(device)
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """The most memory that torch allocated on the GPU; on a CPU, the most that the process ever used."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    import resource  # not on Windows
+
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def describe_device(device: torch.device) -> dict[str, Any]:

@@ -147,7 +147,7 @@ def test_questions_of_similar_length_share_a_batch(monkeypatch):
 
 
 def test_memory_does_not_grow_with_the_number_of_questions(monkeypatch):
-    """Except for one answer and one rank per question; the row of a question takes some hundred bytes."""
+    """Except for the scores and the answer of a question, 168 bytes; its row takes some hundred more."""
     monkeypatch.setattr(outcomes, "SORT_WINDOW", 100)
     peaks = []
     monkeypatch.setattr(outcomes, "_outcomes", lambda *_: peaks.append(tracemalloc.get_traced_memory()[1]))
@@ -157,7 +157,7 @@ def test_memory_does_not_grow_with_the_number_of_questions(monkeypatch):
         tracemalloc.start()
         evaluate(oracle, some_questions)
         tracemalloc.stop()
-    assert peaks[2] - peaks[1] < 32 * 2000
+    assert peaks[2] - peaks[1] < 192 * 2000
 
 
 def test_a_system_that_only_generates_has_no_rank_and_no_ranking_metrics():

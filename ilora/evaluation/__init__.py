@@ -6,7 +6,6 @@ from ilora.evaluation.metrics import check_scores, compute_metrics, expected_hit
 from ilora.evaluation.outcomes import (
     NO_ANSWER,
     System,
-    default_batch_size,
     evaluate,
     outcomes_from_scores,
     question_ids,

@@ -13,9 +13,9 @@ RESAMPLES = 2000
 def interval(values: np.ndarray, users: np.ndarray, seed: int = 0) -> dict[str, float]:
     """Mean of `values` (n,) with a 95 % interval: value, low, high, n, users.
 
-    One right or wrong answer per user: Wilson's interval. Several values per user, or values between 0 and 1: a cluster
-    bootstrap that samples users with replacement, because values of one user are not independent. Where all values are
-    0, or all are 1, a bootstrap has no width: Wilson's interval with each user counted once.
+    One right or wrong answer per user: Wilson's interval. Otherwise a bootstrap that samples users with replacement,
+    because values of one user are not independent. If all values are 0, or all are 1, a bootstrap has no width:
+    Wilson's interval with each user counted once.
     """
     values, users = np.asarray(values, float), np.asarray(users)
     mean, n, clusters = float(values.mean()), len(values), len(np.unique(users))
@@ -26,18 +26,16 @@ def interval(values: np.ndarray, users: np.ndarray, seed: int = 0) -> dict[str, 
     return {"value": mean, "low": float(low), "high": float(high), "n": n, "users": clusters}
 
 
-def difference(first: pd.DataFrame, second: pd.DataFrame, column: str = "hit", seed: int = 0) -> dict[str, float]:
+def difference(first: pd.DataFrame, second: pd.DataFrame, column: str = "hit") -> dict[str, float]:
     """Mean difference `first` - `second` of a column of outcomes, with a 95 % interval from resampled users.
 
     Raises ValueError if the questions differ in user, position, target or, where both have them, candidates.
     """
-    ids = [
-        outcomes[outcomes.columns.intersection(QUESTION_COLUMNS)].reset_index(drop=True) for outcomes in (first, second)
-    ]
+    ids = [outcomes.filter(QUESTION_COLUMNS).reset_index(drop=True) for outcomes in (first, second)]
     if not ids[0].equals(ids[1]):
         raise ValueError("the outcomes are of different questions: evaluate both systems on the same Questions")
     change = first[column].to_numpy(float) - second[column].to_numpy(float)
-    low, high = np.quantile(resampled_means(change, first["user"].to_numpy(), seed), (0.025, 0.975))
+    low, high = np.quantile(resampled_means(change, first["user"].to_numpy(), seed=0), (0.025, 0.975))
     return {"value": float(change.mean()), "low": float(low), "high": float(high), "n": len(change)}
 
 
@@ -46,11 +44,9 @@ def resampled_means(values: np.ndarray, users: np.ndarray, seed: int) -> np.ndar
 
     Raises UserError if there are no values, or some are NaN or infinite.
     """
-    if not len(values) or not np.isfinite(values).all():
-        wrong = (
-            f"{np.sum(~np.isfinite(values))} of {len(values)} values are NaN or infinite" if len(values) else "no value"
-        )
-        raise UserError(f"these values have no mean ({wrong}): check the system that they come from")
+    if not len(values) or (wrong := np.sum(~np.isfinite(values))):
+        reason = f"{wrong} of {len(values)} values are NaN or infinite" if len(values) else "there is no value"
+        raise UserError(f"these values have no mean ({reason}): check the system that they come from")
     _, group = np.unique(users, return_inverse=True)
     sums, counts = np.bincount(group, values), np.bincount(group)
     rng = np.random.default_rng(seed)

@@ -11,11 +11,11 @@ from ilora.errors import UserError
 from ilora.evaluation.intervals import interval
 
 
-def compute_metrics(outcomes: pd.DataFrame, seed: int = 0) -> dict[str, dict[str, float]]:
+def compute_metrics(outcomes: pd.DataFrame) -> dict[str, dict[str, float]]:
     """Metrics of `evaluate`'s outcomes with 95 % intervals: name -> {value, low, high, n, users}.
 
     valid_ratio; hit_ratio: right answers among all, the paper's HitRatio@1; hit_ratio_of_valid: among valid answers, as
-    in the released code. If the system ranks: rank_hit_ratio@k for k = 1, 5, 10 and rank_ndcg@k for k = 5, 10.
+    in the released code. For a system that ranks: rank_hit_ratio@k for k = 1, 5, 10 and rank_ndcg@k for k = 5, 10.
     """
     values = {"valid_ratio": outcomes["valid"], "hit_ratio": outcomes["hit"]}
     for k in (1, 5, 10) if "rank" in outcomes else ():
@@ -23,25 +23,25 @@ def compute_metrics(outcomes: pd.DataFrame, seed: int = 0) -> dict[str, dict[str
         values[f"rank_hit_ratio@{k}"] = rank <= k
         if k > 1:
             values[f"rank_ndcg@{k}"] = np.where(rank <= k, 1 / np.log2(1 + rank), 0.0)
-    metrics = {name: interval(value, outcomes["user"], seed) for name, value in values.items()}
+    metrics = {name: interval(value, outcomes["user"]) for name, value in values.items()}
     valid = outcomes[outcomes["valid"]]
     if len(valid):
-        metrics["hit_ratio_of_valid"] = interval(valid["hit"], valid["user"], seed)
+        metrics["hit_ratio_of_valid"] = interval(valid["hit"], valid["user"])
     return metrics
 
 
 def check_scores(scores: np.ndarray, shape: tuple[int, int], system: str) -> np.ndarray:
     """Return the scores (questions, items) unchanged; -inf is allowed and ranks an item last.
 
-    Raises UserError, naming the system, for another shape, for inf, and for NaN, which would rank the target first.
+    Raises UserError for another shape, for inf, and for NaN, which would rank the target first.
     """
     scores = np.asarray(scores)
     if scores.shape != shape:
         raise UserError(f"{system} gives scores of shape {scores.shape}, not {shape}: one for each item offered")
     if wrong := int((np.isnan(scores) | np.isposinf(scores)).sum()):
         raise UserError(
-            f"{system} gives {wrong} of {scores.size} scores that are NaN or infinite: its weights or inputs are "
-            "broken, train it again, at a lower learning rate if need be"
+            f"{system} gives {wrong} of {scores.size} scores that are NaN or infinite: train it again, "
+            "if necessary at a lower learning rate"
         )
     return scores
 
@@ -52,17 +52,16 @@ def expected_hit_ratio(
     """The probability, for each row, that the target has the highest score of `size` candidates, (rows,).
 
     scores (rows, n_items), history (rows, window), target (rows,). The other candidates are sampled as in
-    `data.candidates`: distinct, neither in the history nor the target; a tie is broken at random. With m items to
-    sample from, `better` of them above the target and `ties` equal to it, the probability is the mean over j = 0..ties
-    of C(m - better - j, size - 1) / C(m, size - 1); by the hockey-stick identity the sum has two terms.
-    Raises UserError as `check_scores` does, with the name of the `system`.
+    `data.candidates`; a tie is broken at random. With m items to sample from, `better` of them above the target and
+    `ties` equal to it, the probability is the mean over j = 0..ties of C(m - better - j, size - 1) / C(m, size - 1);
+    by the hockey-stick identity the sum has two terms.  Raises UserError as `check_scores` does.
     """
     scores = check_scores(scores, (len(history), scores.shape[-1]), system)
-    n_items, row = scores.shape[1], np.arange(len(scores))
-    free = np.ones((len(scores), n_items + 1), dtype=bool)  # the last column is padding
+    row = np.arange(len(scores))
+    free = np.ones((len(scores), scores.shape[1] + 1), dtype=bool)  # the last column is padding
     free[row[:, None], history] = False
     free[row, target] = False
-    free = free[:, :n_items]
+    free = free[:, :-1]
     target_score = scores[row, target][:, None]
     m = free.sum(1)
     better, ties = (free & (scores > target_score)).sum(1), (free & (scores == target_score)).sum(1)
@@ -75,14 +74,12 @@ def expected_hit_ratio(
 
 
 @torch.no_grad()
-def hit_ratios(
-    recommender: nn.Module, sequences: Sequences, size: int = CANDIDATES, batch_size: int = 512
-) -> np.ndarray:
+def hit_ratios(recommender: nn.Module, sequences: Sequences) -> np.ndarray:
     """`expected_hit_ratio` of each sequence, (n,), for a recommender with `device` and `score_all(history)`."""
     recommender.eval()
     parts = []
-    for start in range(0, len(sequences), batch_size):
-        part = sequences.take(slice(start, start + batch_size))
+    for start in range(0, len(sequences), 512):
+        part = sequences.take(slice(start, start + 512))
         scores = recommender.score_all(torch.from_numpy(part.history).to(recommender.device)).cpu().numpy()
-        parts.append(expected_hit_ratio(scores, part.history, part.target, size, type(recommender).__name__))
+        parts.append(expected_hit_ratio(scores, part.history, part.target, system=type(recommender).__name__))
     return np.concatenate(parts)

@@ -15,7 +15,7 @@ from ilora.errors import UserError
 from ilora.evaluation.intervals import QUESTION_COLUMNS
 from ilora.evaluation.metrics import check_scores
 
-NO_ANSWER = -1  # in place of an item where the answer is invalid
+NO_ANSWER = -1  # in place of an item, or of a candidate's column, where the answer is invalid
 SORT_WINDOW = 4096  # questions that are sorted by length together, which bounds the memory
 
 
@@ -38,7 +38,7 @@ def evaluate(system: System, questions: Questions, batch_size: int = 0, generate
 
     Columns: those of `question_ids`; answer: the item that `generate` names, or NO_ANSWER if invalid; valid; hit; rank:
     the target's place among the candidates, from 1. Without `generate`, or with `generate=False`, the answer is the
-    top-ranked candidate; without `rank` there is no column rank. batch_size 0: `default_batch_size`.
+    top-ranked candidate; without `rank` there is no column rank. batch_size 0: 64 on a GPU, else 32.
     Raises UserError for scores or answers that are not possible.
     """
     generates, ranks = generate and hasattr(system, "generate"), hasattr(system, "rank")
@@ -48,43 +48,32 @@ def evaluate(system: System, questions: Questions, batch_size: int = 0, generate
         system.eval()
     if hasattr(system, "check"):
         system.check(questions)
-    answer, rank = np.full(len(questions), NO_ANSWER), np.zeros(len(questions), int)
+    if not batch_size:
+        batch_size = 64 if getattr(system, "device", torch.device("cpu")).type == "cuda" else 32
+    scores, columns = np.zeros(questions.candidates.shape), np.zeros(len(questions), int)
     with tqdm(total=len(questions), unit="question", desc="evaluating", mininterval=1, delay=1) as bar:
-        for numbers, rows in batches_by_length(system, questions, batch_size or default_batch_size(system)):
-            scores, columns = _predict(system, rows, ranks, generates)
-            if ranks:
-                rank[numbers] = _target_rank(scores, np.array([candidates == target for _, candidates, target in rows]))
-            if not generates:
-                columns = scores.argmax(1)
-            named = zip(columns, rows, strict=True)
-            answer[numbers] = [
-                NO_ANSWER if column is None else candidates[column] for column, (_, candidates, _) in named
-            ]
+        for numbers, rows in batches_by_length(system, questions, batch_size):
+            scores[numbers], columns[numbers] = _predict(system, rows, ranks, generates)
             bar.update(len(rows))
-    return _outcomes(questions, answer, rank if ranks else None)
+    return _outcomes(questions, columns, scores if ranks else None)
 
 
-def default_batch_size(system: System) -> int:
-    """Questions per batch: 64 on a GPU, else 32."""
-    return 64 if getattr(system, "device", torch.device("cpu")).type == "cuda" else 32
-
-
-def _predict(system: System, rows: list[Row], ranks: bool, generates: bool) -> tuple[np.ndarray | None, list | None]:
-    """Scores of the candidates and columns of the generated answers, checked; None for what is not wanted."""
+def _predict(system: System, rows: list[Row], ranks: bool, generates: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Scores of the candidates, 0 unless `ranks`, and the columns of the answers, both checked."""
+    name, shape = type(system).__name__, (len(rows), len(rows[0][1]))
     if ranks and generates and hasattr(system, "answer"):
         scores, columns = system.answer(rows)
     else:
-        scores = system.rank(rows) if ranks else None
+        scores = system.rank(rows) if ranks else np.zeros(shape)
         columns = system.generate(rows) if generates else None
-    name, size = type(system).__name__, len(rows[0][1])
-    if ranks:
-        scores = check_scores(torch.as_tensor(scores).cpu().double().numpy(), (len(rows), size), name)
-    if generates and len(columns) != len(rows):
+    scores = check_scores(torch.as_tensor(scores).cpu().double().numpy(), shape, name)
+    columns = scores.argmax(1) if columns is None else columns
+    if len(columns) != len(rows):
         raise UserError(f"{name} gives {len(columns)} answers to {len(rows)} questions: give one, or None, for each")
-    for column in columns if generates else ():
-        if column is not None and not (isinstance(column, Integral) and 0 <= column < size):
-            raise UserError(f"{name} answers {column!r}: give the column of a candidate, 0 to {size - 1}, or None")
-    return scores, columns
+    for column in columns:
+        if column is not None and not (isinstance(column, Integral) and 0 <= column < shape[1]):
+            raise UserError(f"{name} answers {column!r}: give the column of a candidate, 0 to {shape[1] - 1}, or None")
+    return scores, np.array([NO_ANSWER if column is None else column for column in columns])
 
 
 def batches_by_length(system: System, questions: Questions, batch_size: int) -> Iterator[tuple[np.ndarray, list[Row]]]:
@@ -101,16 +90,7 @@ def batches_by_length(system: System, questions: Questions, batch_size: int) -> 
 def outcomes_from_scores(questions: Questions, scores: np.ndarray) -> pd.DataFrame:
     """Outcomes of a system with these scores (n, candidates).  Raises UserError as `check_scores` does."""
     scores = check_scores(scores, questions.candidates.shape, "a system")
-    answer = np.take_along_axis(questions.candidates, scores.argmax(1)[:, None], axis=1)[:, 0]
-    rank = _target_rank(scores, questions.candidates == questions.sequences.target[:, None])
-    return _outcomes(questions, answer, rank)
-
-
-def _target_rank(scores: np.ndarray, is_target: np.ndarray) -> np.ndarray:
-    """(n,) place of the target from 1; among equal scores earlier columns, which are random, come first."""
-    target_score = scores[is_target][:, None]
-    earlier = np.arange(scores.shape[1]) < is_target.argmax(1)[:, None]
-    return 1 + ((scores > target_score) | (scores == target_score) & earlier).sum(1)
+    return _outcomes(questions, scores.argmax(1), scores)
 
 
 def question_ids(questions: Questions) -> pd.DataFrame:
@@ -121,7 +101,18 @@ def question_ids(questions: Questions) -> pd.DataFrame:
     return pd.DataFrame(dict(zip(QUESTION_COLUMNS, columns, strict=True)))
 
 
-def _outcomes(questions: Questions, answer: np.ndarray, rank: np.ndarray | None) -> pd.DataFrame:
-    hit = answer == questions.sequences.target
-    outcomes = question_ids(questions).assign(answer=answer, valid=answer != NO_ANSWER, hit=hit)
-    return outcomes if rank is None else outcomes.assign(rank=rank)
+def _outcomes(questions: Questions, columns: np.ndarray, scores: np.ndarray | None) -> pd.DataFrame:
+    """Outcomes of answers in these columns (n,) of the candidates, and of their scores (n, candidates) if there are."""
+    target, valid = questions.sequences.target, columns != NO_ANSWER
+    answer = np.where(valid, questions.candidates[np.arange(len(columns)), columns], NO_ANSWER)
+    outcomes = question_ids(questions).assign(answer=answer, valid=valid, hit=answer == target)
+    if scores is None:
+        return outcomes
+    return outcomes.assign(rank=_target_rank(scores, questions.candidates == target[:, None]))
+
+
+def _target_rank(scores: np.ndarray, is_target: np.ndarray) -> np.ndarray:
+    """(n,) place of the target from 1; among equal scores earlier columns, which are random, come first."""
+    target_score = scores[is_target][:, None]
+    earlier = np.arange(scores.shape[1]) < is_target.argmax(1)[:, None]
+    return 1 + ((scores > target_score) | (scores == target_score) & earlier).sum(1)

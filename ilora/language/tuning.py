@@ -98,11 +98,10 @@ def tune(
             model.check(train)
         model.check(validation)
 
-        def validate() -> dict[str, float]:
-            outcomes = evaluate(model, validation, generate=False)
-            return {"hit_ratio": outcomes["hit"].mean()}
+        def validate() -> float:
+            return evaluate(model, validation, generate=False)["hit"].mean()
 
-        fit(model, train, arguments, work, validate, "hit_ratio").to_csv(folder / "history.csv", index=False)
+        fit(model, train, arguments, work, validate).to_csv(folder / "history.csv", index=False)
         model.save_pretrained(folder / "recommender", base_model)
         shutil.copytree(work / "snapshots", folder / "snapshots")
 

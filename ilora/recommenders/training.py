@@ -80,16 +80,12 @@ def _fit(model: SequenceModel, dataset: Dataset, arguments: TrainingArguments, w
     # MoRec learns from every state of a row: one row covers `window` targets and encodes their titles once.
     step = model.window if morec else 1
     rows = TrainingRows(sequences(dataset, "train", model.window, min_history=1), step, arguments.seed)
-
-    def validate() -> dict[str, float]:
-        return {"hit_ratio": hit_ratios(model, validation).mean()}
-
     threads = torch.get_num_threads()
     # Small models are faster on one thread, and without the subnormal numbers that L2 leaves in Caser's unused filters.
     torch.set_num_threads(threads if morec else 1)
     torch.set_flush_denormal(not morec)
     try:
-        return fit(model, rows, arguments, work, validate, "hit_ratio")
+        return fit(model, rows, arguments, work, lambda: hit_ratios(model, validation).mean())
     finally:
         torch.set_flush_denormal(False)
         torch.set_num_threads(threads)

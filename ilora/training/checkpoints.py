@@ -43,7 +43,7 @@ def load_snapshot(model: nn.Module, path: Path) -> None:
 
 
 def save_checkpoint(folder: Path, identity: dict, state: dict, history: list[dict], best: tuple | None) -> None:
-    """Write step-NUMBER-SHA256.pt after the last step of the history; keep only this checkpoint and the one before."""
+    """Write step-NUMBER-SHA256.pt; keep only this checkpoint and the one before."""
     content = {"identity": identity, "history": history, "best": best, "model": copied(state["model"])}
     buffer = io.BytesIO()
     torch.save(content | {name: state[name].state_dict() for name in ("optimizer", "schedule")}, buffer)

@@ -16,7 +16,7 @@ import pandas as pd
 import safetensors.torch
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import DistributedType, broadcast_object_list, send_to_device
+from accelerate.utils import DistributedType, broadcast_object_list, recursively_apply, send_to_device
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LinearLR
 from tqdm import tqdm
@@ -26,6 +26,7 @@ from ilora import artifacts, devices
 from ilora.errors import UserError
 from ilora.training.checkpoints import copied, load_checkpoint, restore, save_checkpoint, trained_tensors
 
+POSITIVE = ("epochs", "batch_size", "learning_rate", "floor", "clip", "save_every")
 CHOICES = {"schedule": ("cosine", "constant"), "precision": ("no", "bf16"), "compile": ("auto", "yes", "no")}
 
 
@@ -50,14 +51,12 @@ class TrainingArguments:
     compile: str = "auto"  # "yes" or "no": call the model's `compile_layers`; auto: only on a GPU
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "learning_rate", "floor", "clip", "save_every"):
+        for name in POSITIVE:
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"training argument {name} must be above 0, not {getattr(self, name)!r}")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise UserError(f"training argument {name} must be one of {choices}")
-        if self.snapshots < 0:
-            raise UserError(f"training argument snapshots must be at least 0, not {self.snapshots!r}")
 
     def identity(self) -> dict:
         """The fields that decide the result; a checkpoint is resumed only if they are the same."""
@@ -73,23 +72,21 @@ def fit(
     train: Sized,
     arguments: TrainingArguments,
     folder: Path,
-    validate: Callable[[], dict[str, float]] | None = None,
-    monitor: str = "",
+    validate: Callable[[], float] | None = None,
 ) -> pd.DataFrame:
     """Train `model` in place and return its history, one row per step.
 
-    model: `model.collate([train[i], ...])` makes a batch; `model(batch, progress=, step_seed=)` returns the mean
-        loss of its rows; `progress` is step / all steps, `step_seed` is the same for all micro-batches of a step.
-        Optional: `parameter_groups(weight_decay)`, each group may have "lr_scale"; `length(row)`, by which a batch is
-        sorted before it is split; `trainable_state()`, the tensors to save (default: trainable parameters and
-        buffers); `compile_layers()`, see `arguments.compile`.
-    train: has `len(train)` and `train[i]`; `train.set_epoch(epoch)` is called if it exists.
-    folder: receives checkpoints/ and snapshots/, see `load_snapshot`; an interrupted run in it is resumed.
-    validate: called after each epoch in every process, in eval mode, without gradients. The model ends in the state
-        with the largest `metrics[monitor]`; without `validate`, in the state after the last step.
+    model: `collate([train[i], ...])` makes a batch; `model(batch, progress=, step_seed=)` returns its mean loss, where
+        `progress` is step / all steps and `step_seed` is the same for all micro-batches of a step;
+        `parameter_groups(weight_decay)` is for AdamW, and a group may have "lr_scale". Optional: `length(row)`, by
+        which a batch is sorted before it is split; `trainable_state()`, see `trained_tensors`; `compile_layers()`.
+    train: has `len(train)`, `train[i]` and optionally `set_epoch(epoch)`.
+    folder: receives checkpoints/, from which an interrupted run resumes, and snapshots/, see `load_snapshot`.
+    validate: returns HitRatio@1; called after each epoch in every process, in eval mode, without gradients. The model
+        ends in the state with the largest value; without `validate`, in the last state.
 
     Columns of the history: step and epoch (from 1), loss, learning_rate, gradient_norm, seconds (over all sessions),
-    examples (so far), and at the end of an epoch the metrics. Raises UserError if a loss or gradient is not finite, if
+    examples (so far), and at the end of an epoch hit_ratio. Raises UserError if a loss or gradient is not finite, if
     a checkpoint cannot be written, or if the folder belongs to another run.
     """
     run = _Run(model, train, arguments, folder)
@@ -101,9 +98,13 @@ def fit(
         for row_numbers in batches[len(run.history) % run.steps_per_epoch :]:  # all, unless resumed within an epoch
             run.train_step(epoch, row_numbers)
             if validate and len(run.history) % run.steps_per_epoch == 0:
-                run.validate(validate, monitor)
+                run.validate(validate)
             run.save()
-    return run.finish()
+    run.bar.close()
+    if run.best:
+        restore(run.state["model"], run.best[1])
+    model.eval()
+    return pd.DataFrame(run.history)
 
 
 class _Run:
@@ -115,16 +116,16 @@ class _Run:
         handler = DistributedDataParallelKwargs(find_unused_parameters=True)  # text-only steps skip the projector
         self.accelerator = Accelerator(device_placement=False, kwargs_handlers=[handler])
         if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-            raise UserError("training keeps the model whole in each process: launch it without FSDP and DeepSpeed")
+            raise UserError("each training process needs the whole model: launch it without FSDP and DeepSpeed")
         self.train, self.arguments, self.folder = train, arguments, folder
         self.main, several = self.accelerator.is_main_process, self.accelerator.num_processes > 1
         self.inner = model.to(self.accelerator.device if several else devices.pick_device(arguments.device))
         self.steps_per_epoch = math.ceil(len(train) / arguments.batch_size)
         self.total_steps = arguments.epochs * self.steps_per_epoch
         self.trained = [parameter for parameter in self.inner.parameters() if parameter.requires_grad]
-        optimizer, schedule = _optimizer(self.inner, self.trained, arguments, self.total_steps)
+        self.optimizer, self.schedule = _optimizer(self.inner, arguments, self.total_steps)
         self.model = self.accelerator.prepare(self.inner)  # accelerate's optimizer would be slower at each step
-        self.state = {"model": trained_tensors(self.inner), "optimizer": optimizer, "schedule": schedule}
+        self.state = {"model": trained_tensors(self.inner), "optimizer": self.optimizer, "schedule": self.schedule}
         self.checkpoints, self.identity = folder / "checkpoints", arguments.identity() | {"rows": len(train)}
         self.history, self.best = load_checkpoint(self.checkpoints, self.identity, self.state)
         self.started = time.monotonic() - (self.history[-1]["seconds"] if self.history else 0.0)
@@ -136,27 +137,26 @@ class _Run:
 
     def train_step(self, epoch: int, row_numbers: np.ndarray) -> None:
         """Update the model on a batch and add a record to the history."""
-        step, optimizer, schedule = len(self.history), self.state["optimizer"], self.state["schedule"]
-        rows, rate = [self.train[i] for i in row_numbers], schedule.get_last_lr()[0]
+        rows, rate = [self.train[i] for i in row_numbers], self.schedule.get_last_lr()[0]
         if hasattr(self.inner, "length"):
             rows.sort(key=self.inner.length)
         if not self.inner.training:  # train() visits every module: a good part of a small model's step
             self.model.train()
-        loss = self._backward(rows, step)
+        loss = self._backward(rows)
         norm = self.accelerator.clip_grad_norm_(self.trained, self.arguments.clip)
         examples = (self.history[-1]["examples"] if self.history else 0) + len(rows)
-        record = {"step": step + 1, "epoch": epoch + 1, "loss": loss, "learning_rate": rate, "gradient_norm": norm}
-        self.history.append(record | {"seconds": 0.0, "examples": examples})
+        record = {"step": len(self.history) + 1, "epoch": epoch + 1, "loss": loss, "learning_rate": rate}
+        self.history.append(record | {"gradient_norm": norm, "seconds": 0.0, "examples": examples})
         self.unread.append((self.history[-1], row_numbers))
         self._read_losses(lag=1 if norm.is_cuda else 0)  # a GPU need not wait for Python before it goes on
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
         self.bar.update()
 
-    def _backward(self, rows: list, step: int) -> Tensor:
+    def _backward(self, rows: list) -> Tensor:
         """Add the gradient of the mean loss over `rows`; return that loss, the same in every process."""
-        processes, seed = self.accelerator.num_processes, self.arguments.seed
+        processes, seed, step = self.accelerator.num_processes, self.arguments.seed, len(self.history)
         at_once = processes * (self.arguments.micro_batch_size or self.arguments.batch_size)
         parts = processes * math.ceil(self.arguments.batch_size / at_once)  # the same number in every process and step
         cuts = np.linspace(0, len(rows), parts + 1).round().astype(int)
@@ -167,7 +167,10 @@ class _Run:
             share = len(micro_batch) / len(rows)
             devices.seed_all(combined_seed(seed, step, part))
             # A small last batch can leave a part empty: one row with weight 0 keeps the processes in step.
-            batch = send_to_device(self.inner.collate(micro_batch or rows[:1]), device, non_blocking=True)
+            batch = self.inner.collate(micro_batch or rows[:1])
+            if device.type == "cuda":  # which copies pinned memory while the CPU goes on
+                batch = recursively_apply(Tensor.pin_memory, batch)
+            batch = send_to_device(batch, device, non_blocking=True)
             with self.accelerator.no_sync(self.model) if part != local_parts[-1] else nullcontext():
                 with torch.autocast(device.type, torch.bfloat16, enabled=self.arguments.precision == "bf16"):
                     loss = self.model(batch, progress=step / self.total_steps, step_seed=combined_seed(seed, step))
@@ -181,25 +184,21 @@ class _Run:
             record, row_numbers = self.unread.pop(0)
             loss, norm = float(record["loss"]), float(record["gradient_norm"])
             record |= {"loss": loss, "gradient_norm": norm, "seconds": time.monotonic() - self.started}
-            if not math.isfinite(loss) or not math.isfinite(norm):
-                raise UserError(
-                    f"loss {loss}, gradient norm {norm} at step {record['step']}, learning rate "
-                    f"{record['learning_rate']:.3g}: lower it or correct training rows {row_numbers.tolist()}; "
-                    f"checkpoints stay in {self.folder}"
-                )
+            if not math.isfinite(loss + norm):
+                where = f"at step {record['step']}, learning rate {record['learning_rate']:.3g}"
+                remedy = f"lower it or correct training rows {row_numbers.tolist()}; checkpoints stay in {self.folder}"
+                raise UserError(f"loss {loss}, gradient norm {norm} {where}: {remedy}")
             self.bar.set_postfix(loss=f"{loss:.3f}", rate=f"{record['learning_rate']:.1e}", refresh=False)
 
-    def validate(self, validate: Callable[[], dict[str, float]], monitor: str) -> None:
-        """Add validation metrics to the last record, and remember the best state."""
+    def validate(self, validate: Callable[[], float]) -> None:
+        """Add the validation result to the last record, and remember the best state."""
         self._read_losses()
         self.inner.eval()
         with torch.no_grad():
-            metrics = {name: float(value) for name, value in validate().items()}
-        if not math.isfinite(metrics.get(monitor, math.nan)):
-            raise ValueError(f"validation must return a finite {monitor!r} to select the best state, not {metrics}")
-        self.history[-1] |= broadcast_object_list([metrics])[0]  # the main process decides
-        if self.best is None or self.history[-1][monitor] > self.best[0]:
-            self.best = self.history[-1][monitor], copied(self.state["model"])
+            hit_ratio = broadcast_object_list([float(validate())])[0]  # the main process decides
+        self.history[-1]["hit_ratio"] = hit_ratio
+        if self.best is None or hit_ratio > self.best[0]:
+            self.best = hit_ratio, copied(self.state["model"])
 
     def save(self) -> None:
         """Write the snapshot and the checkpoint that are due after this step."""
@@ -216,27 +215,17 @@ class _Run:
             save_checkpoint(self.checkpoints, self.identity, self.state, self.history, self.best)
         self.accelerator.wait_for_everyone()
 
-    def finish(self) -> pd.DataFrame:
-        """Put the model into the best state, or leave it in the last one; return the history."""
-        self.bar.close()
-        if self.best:
-            restore(self.state["model"], self.best[1])
-        self.inner.eval()
-        return pd.DataFrame(self.history)
-
 
 def combined_seed(*numbers: int) -> int:
     """One 32-bit seed computed from several numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-def _optimizer(model: nn.Module, trained: list, arguments: TrainingArguments, total_steps: int) -> tuple:
+def _optimizer(model: nn.Module, arguments: TrainingArguments, total_steps: int) -> tuple:
     """AdamW and its schedule: linear warm-up from floor * peak, then a cosine to floor * peak, or a constant peak."""
-    groups = [{"params": trained, "weight_decay": arguments.weight_decay}]
-    if hasattr(model, "parameter_groups"):
-        groups = model.parameter_groups(arguments.weight_decay)
+    groups = model.parameter_groups(arguments.weight_decay)
     groups = [group | {"lr": arguments.learning_rate * group.get("lr_scale", 1.0)} for group in groups]
-    optimizer, warmup = torch.optim.AdamW(groups, fused=True), round(arguments.warmup * total_steps)
+    warmup, optimizer = round(arguments.warmup * total_steps), torch.optim.AdamW(groups, fused=True)
     if arguments.schedule == "constant":
         return optimizer, LinearLR(optimizer, arguments.floor if warmup else 1.0, total_iters=max(warmup, 1))
     rates = {"min_lr_rate": arguments.floor, "warmup_lr_rate": arguments.floor}  # as in LLaRA
