@@ -308,7 +308,7 @@ def test_rows_that_share_one_long_list_cannot_claim_much_memory(tmp_path, monkey
         ),
         (lambda f: (f / "Val_data.df").unlink(), "Val_data.df is missing: put it there"),
         (lambda f: (f / "train_data.df").unlink(), "train_data.df is missing"),
-        (lambda f: (f / "id2name.txt").unlink(), "u.item is missing"),
+        (lambda f: (f / "id2name.txt").unlink(), "id2name.txt is missing"),
         (
             lambda f: write_frame(f / "Val_data.df", [[1, 2, 3, 4]], [30]),
             "Val_data.df, row 0: an item id is not among",
