@@ -1,7 +1,7 @@
-"""LLaRA's rows: pickled tables of windows and targets, read without running anything that a pickle may call.
+"""LLaRA's rows: pickled tables of windows and targets, read without running what a pickle may call, any program.
 
-Unpickling calls whatever a file names, so a stranger's file can run any program. Here, each name that pandas 1.3 to 3
-writes for a table of numbers, lists and text gives a stand-in that only stores its arguments; others are refused.
+Each name that pandas 1.3 to 3 writes for a table of numbers, lists and text gives a stand-in that only stores its
+arguments; other names are refused.
 """
 
 import io
@@ -25,17 +25,15 @@ _DAMAGE = (ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, 
 
 def read_splits(files: list[Path], items: pd.DataFrame) -> Dataset:
     """The rows of the three splits' files as users; overlapping train windows are joined.  Raises UserError."""
-    histories, splits, notes = [], [], ()
-    for split, file in zip(SPLITS, files, strict=True):
-        rows, window = read_rows(file, len(items))
-        histories += _join_windows(rows, window) if split == "train" else rows
-        splits += [split] * (len(histories) - len(splits))
-        if split == "train" and file.name != "train_data.df":
-            notes = (f"train_data.df is missing, so train users are the {len(splits)} of {file.name}",)
-    user = np.repeat(np.arange(len(histories)), [len(history) for history in histories])
-    events = pd.DataFrame({"user": user, "item": np.concatenate(histories)})
+    train, *others = (read_rows(file, len(items)) for file in files)
+    parts = [_join_windows(*train), *(rows for rows, _ in others)]
+    split = np.repeat(SPLITS, [len(part) for part in parts])
+    events = pd.Series([history for part in parts for history in part]).explode()
+    events = pd.DataFrame({"user": events.index, "item": events.to_numpy(np.int64)})
     events["time"] = events.groupby("user").cumcount()  # the files have no times
-    return Dataset(items, events, user_table(splits, range(len(splits))), notes=notes)
+    name, note = files[0].name, "train_data.df is missing, so train users are the {} of {}"
+    notes = () if name == "train_data.df" else (note.format(len(parts[0]), name),)
+    return Dataset(items, events, user_table(split, range(len(split))), notes=notes)
 
 
 def _join_windows(rows: list[list[int]], window: int) -> list[list[int]]:

@@ -36,8 +36,8 @@ def load(
 
     dataset: world, movielens, lastfm, steam, llara (a folder of LLaRA's files) or csv (a folder with
         events.csv: user, item, time, and items.csv: id, title, and optionally text).
-    data_dir: the folder with the files or its parent (ml-100k, llara/lastfm, ... are looked for). If empty,
-        the world is generated; MovieLens and LastFM are downloaded, licence shown first, checksum compared.
+    data_dir: the folder with the files or its parent (ml-100k, llara/lastfm, ... are looked for). The world needs
+        none; without one MovieLens is downloaded, licence shown first, checksum compared.
     conflict, users, seed: of the world.
     repeats: "keep" all events, or "drop" each event of an item that the user chose before, so that no target is in
         its history. The notes count the repeats that are kept.
@@ -52,8 +52,9 @@ def load(
             repeated = events.duplicated(["user", "item"])
             notes += (f"repeats = 'drop' left out {repeated.sum()} of {len(events)} events",)
             events = events[~repeated].reset_index(drop=True)
-        about = {"name": dataset, "key": artifacts.key(settings, inputs), "notes": notes + _notes(events)}
-        made = replace(source, events=events, noun=WORDS[dataset][0], verb=WORDS[dataset][1], **about)
+        key, (noun, verb) = artifacts.key(settings, inputs), WORDS[dataset]
+        notes += _notes(events)
+        made = replace(source, events=events, name=dataset, key=key, noun=noun, verb=verb, notes=notes)
         _check_usable(made)
         made.save(folder)
 
@@ -63,17 +64,15 @@ def load(
     return loaded
 
 
-def source_key(
-    dataset: str = "world", data_dir: str = "", conflict: float = 0.5, users: int = 2000, seed: int = 0,
-    repeats: str = "keep",
-) -> str:  # fmt: skip
-    """The key of the data set that `load` gives, from the content of its files, without reading it."""
-    return artifacts.key(*_source(dataset, data_dir, conflict, users, seed, repeats)[:2])
+def source_key(*arguments: object, **settings: object) -> str:
+    """The key of the data set that `load` gives for the same arguments, without reading it."""
+    return artifacts.key(*_source(*arguments, **settings)[:2])
 
 
 def _source(
-    dataset: str, data_dir: str, conflict: float, users: int, seed: int, repeats: str
-) -> tuple[dict, dict[str, str], Callable[[], Dataset]]:
+    dataset: str = "world", data_dir: str = "", conflict: float = 0.5, users: int = 2000, seed: int = 0,
+    repeats: str = "keep",
+) -> tuple[dict, dict[str, str], Callable[[], Dataset]]:  # fmt: skip
     """Settings and inputs of a data set's key, and a function that reads it."""
     if repeats not in REPEATS:
         raise UserError(f"repeats must be one of {', '.join(REPEATS)}, not {repeats!r}")
