@@ -98,26 +98,20 @@ def _read_columns(file: Path, *columns: str) -> pd.DataFrame:
     return table[[*columns, *{"text"}.intersection(header)]]
 
 
-_DATE, _CLOCK = r"\d{4}-\d\d-\d\d", r"[T ]\d\d:\d\d(?::\d\d(?:[.]\d{1,6})?)?"
-_FORMS = {
-    "number": r"[+-]?(?:0|[1-9]\d{0,18})",  # without a zero in front, which is for a day or an hour, as in 01022024
-    "date": _DATE,
-    "time": _DATE + _CLOCK,
-    "time with zone": _DATE + _CLOCK + r"(?:Z|[+-]\d\d(?::?\d\d)?)",
-}
+_TIME = (
+    r"(?P<number>[+-]?(?:0|[1-9]\d{0,18}))|"  # without a zero in front, which is for a day or an hour, as in 01022024
+    r"(?P<date>\d{4}-\d\d-\d\d)(?P<clock>[T ]\d\d:\d\d(?::\d\d(?:[.]\d{1,6})?)?(?P<zone>Z|[+-]\d\d(?::?\d\d)?)?)?"
+)
 
 
 def _parse_times(file: Path, text: pd.Series) -> np.ndarray:
     """int64: whole numbers as they are, ISO dates as microseconds since 1970 (UTC where they name no zone)."""
-    form = pd.Series("", text.index)
-    for name, pattern in _FORMS.items():
-        form[text.str.fullmatch(pattern, flags=re.ASCII)] = name
+    has = text.str.extract(f"^(?:{_TIME})$", flags=re.ASCII).notna()  # number, date, clock, zone
     remedy = "write 2024-05-31, 2024-05-31T18:00:00 or seconds since 1970, with all digits and all lines in one way"
-    refuse_rows(file, form == "", f"time {{!r}} is neither a whole number nor an ISO date; {remedy}", text)
-    first = next(iter(text), "")
-    differs = form != next(iter(form), "")
-    refuse_rows(file, differs, f"time {{!r}} is not written like {first!r}; {remedy}", text)
-    if (form == "number").all():
+    refuse_rows(file, ~has.any(axis=1), f"time {{!r}} is neither a whole number nor an ISO date; {remedy}", text)
+    differs = (has != has.to_numpy()[:1]).any(axis=1)
+    refuse_rows(file, differs, f"time {{!r}} is not written like {next(iter(text), '')!r}; {remedy}", text)
+    if has["number"].all():
         return _whole_numbers(file, text)
     values = pd.to_datetime(text, format="ISO8601", utc=True, errors="coerce").dt.as_unit("us")
     refuse_rows(file, values.isna(), "time {!r} is no day and time that exists; correct it", text)
@@ -125,7 +119,7 @@ def _parse_times(file: Path, text: pd.Series) -> np.ndarray:
 
 
 def _whole_numbers(file: Path, text: pd.Series) -> np.ndarray:
-    """int64, without loss.  Raises UserError for more than 64 bits, and for seconds since 1970 among milliseconds."""
+    """int64, without loss.  Raises UserError for more than 64 bits, or seconds since 1970 among milliseconds."""
     values = np.array([int(number) for number in text], dtype=object)
     large = pd.Series((values < -(2**63)) | (values >= 2**63), text.index, dtype=bool)
     refuse_rows(file, large, "time {!r} is not a whole number of at most 64 bits; correct it", text)

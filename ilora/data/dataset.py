@@ -53,7 +53,6 @@ class Dataset:
 def load_dataset(folder: str | Path) -> Dataset:
     """Read what `Dataset.save` wrote."""
     about = json.loads(Path(folder, "dataset.json").read_text(encoding="utf-8"))
-    about = {name: about[name] for name in ("name", "key", "noun", "verb", "notes")}
     text = dict.fromkeys(("title", "text", "source_id", "split"), str)
     for name in ("items", "events", "users"):
         about[name] = pd.read_csv(Path(folder, f"{name}.csv"), dtype=text, keep_default_na=False)
