@@ -43,8 +43,7 @@ def decode(file: Path, *encodings: str) -> str:
         if wrong < 0:
             return text
     line = content.count(b"\n", 0, wrong) + 1
-    what = "a NUL byte, so this is no text file" if content[wrong] == 0 else "not text in UTF-8"
-    raise UserError(f"{file}, line {line}: {what}; export the file again as UTF-8 text")
+    raise UserError(f"{file}, line {line}: a byte that no text in UTF-8 has; export the file again as UTF-8 text")
 
 
 def _records(file: Path) -> pd.Series:
@@ -52,10 +51,8 @@ def _records(file: Path) -> pd.Series:
 
     Raises UserError for bad quotes; a record over lines that all look like rows has a quote that was never closed.
     """
-    text = decode(file)
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
-    lines = io.StringIO(text, newline=None).read().split("\n")
-    rows, line = {}, 1
+    lines = list(io.StringIO(decode(file), newline=""))
+    reader, rows, line = csv.reader(lines, strict=True, skipinitialspace=True), {}, 1
     try:
         for fields in reader:
             if len(fields) > 1 or any(map(str.strip, fields)):

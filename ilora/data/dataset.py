@@ -69,7 +69,7 @@ def item_table(titles: Sequence[str], text: Sequence[str] = (), source_id: Seque
 
 def user_table(split: Sequence[str], source_id: Sequence) -> pd.DataFrame:
     """Users in the given order, with their splits and their ids in the source."""
-    table = {"user": range(len(split)), "split": split, "source_id": [str(user) for user in source_id]}
+    table = {"user": range(len(split)), "split": split, "source_id": source_id}
     return pd.DataFrame(table).astype({"split": str, "source_id": str})
 
 

@@ -91,17 +91,14 @@ def _source(
 
 
 def _notes(events: pd.DataFrame) -> tuple[str, ...]:
-    """One sentence for each kind of repeat or equal times that occurs, with its number."""
-    user, n = events["user"], len(events)
+    """One sentence on equal times and one on repeats, with their number, where they occur."""
     position = events.groupby("user").cumcount()
-    back = position - position.groupby([user, events["item"]]).shift()  # events since the user last chose the item
+    back = position - position.groupby([events["user"], events["item"]]).shift()  # events since the item was chosen
     is_target = position >= MIN_HISTORY
     repeated = is_target & (back <= 10)
-    copies = events.duplicated(["user", "item", "time"])
-    ties = events[~copies].duplicated(["user", "time"], keep=False)
+    ties = events.duplicated(["user", "time"], keep=False)
     counts = {
-        f"of {n} events repeat another one, with the same user, item and time": copies,
-        f"of {n} events have the time of another one of their user, which leaves their order open": ties,
+        f"of {len(events)} events have the time of another one of their user, which leaves their order open": ties,
         f"of {is_target.sum()} targets ({repeated.sum() / max(is_target.sum(), 1):.1%}) are among the 10 items before, "
         "where no other candidate can be, so the prompt gives the answer away (repeats='drop' prevents this)": repeated,
     }
