@@ -43,14 +43,11 @@ def decode(file: Path, *encodings: str) -> str:
         if wrong < 0:
             return text
     line = content.count(b"\n", 0, wrong) + 1
-    raise UserError(f"{file}, line {line}: a byte that no text in UTF-8 has; export the file again as UTF-8 text")
+    raise UserError(f"{file}, line {line}: a byte that no text file in UTF-8 has; export the file again as UTF-8 text")
 
 
 def _records(file: Path) -> pd.Series:
-    """Lists of fields, indexed by the line number on which each record begins, without blank lines.
-
-    Raises UserError for bad quotes; a record over lines that all look like rows has a quote that was never closed.
-    """
+    """Lists of fields, without blank lines, by the number of each record's first line.  Raises UserError for quotes."""
     lines = list(io.StringIO(decode(file), newline=""))
     reader, rows, line = csv.reader(lines, strict=True, skipinitialspace=True), {}, 1
     try:
@@ -76,14 +73,13 @@ def _read_columns(file: Path, *columns: str) -> pd.DataFrame:
     """The text of these columns, and of `text` if it is there; the index holds line numbers."""
     rows = _records(file)
     header = [name.strip() for name in rows.iloc[0]] if len(rows) else []
+    columns += ("text",) * ("text" in header)
     for column in columns:
         if column not in header:
-            separator = next((mark for mark in ("::", *";\t|") if len(header) == 1 and mark in header[0]), None)
-            remedy = f"export it with commas, not {separator!r}" if separator else "name its columns in line 1"
+            remedy = "name its columns in line 1 and separate them by commas"
             raise UserError(f"{file} has no column {column!r} but {', '.join(header) or 'no text'}: {remedy}")
-    repeated = [name for name in header if name and header.count(name) > 1]
-    if repeated:
-        raise UserError(f"{file}, line {rows.index[0]}: two columns are named {repeated[0]!r}; rename or drop one")
+        if header.count(column) > 1:
+            raise UserError(f"{file}, line {rows.index[0]}: two columns are named {column!r}; rename or drop one")
     rows = rows.iloc[1:]
     width = rows.map(len)
     message = f'{{}} fields, the first line has {len(header)}; a field with a comma needs quotes, "Good, the Bad"'
@@ -92,7 +88,7 @@ def _read_columns(file: Path, *columns: str) -> pd.DataFrame:
     if "" in header:  # as a comma at the end of each line gives
         unnamed = (table.loc[:, [not name for name in header]] != "").any(axis=1)
         refuse_rows(file, unnamed, "a field without a column name; name it in line 1")
-    return table[[*columns, *{"text"}.intersection(header)]]
+    return table[[*columns]]
 
 
 _TIME = (
@@ -123,6 +119,6 @@ def _whole_numbers(file: Path, text: pd.Series) -> np.ndarray:
     digits = text.str.lstrip("+-0").str.len()  # 9 or 10 in seconds, 12 or 13 in milliseconds, 15 or 16, 18 or 19
     for few, many in itertools.pairwise(sorted(digits.unique())):
         if few >= 9 and many - few > 1 and few % 3 < 2 and many % 3 < 2:
-            example = text[digits == few].iloc[0]
-            refuse_rows(file, digits == many, f"time {{}} is in another unit than {example}; use one", text)
+            message = f"time {{}} is in another unit than {text[digits == few].iloc[0]}; use one"
+            refuse_rows(file, digits == many, message, text)
     return values.astype(np.int64)

@@ -48,10 +48,7 @@ def _join_windows(rows: list[list[int]], window: int) -> list[list[int]]:
 
 
 def read_rows(file: Path, n_items: int) -> tuple[list[list[int]], int]:
-    """Each row's history, without padding, and target in one list; and the window, the most items of a history.
-
-    Of (item, rating) pairs only the item is read. `n_items` is the padding id. Raises UserError naming file and row.
-    """
+    """Each row's history, without padding (`n_items`), and target in one list; and the window.  Raises UserError."""
     try:
         columns = _read_columns(file)
         history, target = columns["seq"], _item_ids(columns["next"])

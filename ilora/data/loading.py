@@ -36,11 +36,9 @@ def load(
 
     dataset: world, movielens, lastfm, steam, llara (a folder of LLaRA's files) or csv (a folder with
         events.csv: user, item, time, and items.csv: id, title, and optionally text).
-    data_dir: the folder with the files or its parent (ml-100k, llara/lastfm, ... are looked for). The world needs
-        none; without one MovieLens is downloaded, licence shown first, checksum compared.
+    data_dir: the folder with the files or its parent; the world needs none, and without one MovieLens is downloaded.
     conflict, users, seed: of the world.
-    repeats: "keep" all events, or "drop" each event of an item that the user chose before, so that no target is in
-        its history. The notes count the repeats that are kept.
+    repeats: "drop" leaves out each event of an item that the user chose before, so that no target is in its history.
     Raises UserError: one sentence with file, line or row, and remedy.
     """
     settings, inputs, read_source = _source(dataset, data_dir, conflict, users, seed, repeats)
@@ -112,6 +110,5 @@ def _check_usable(dataset: Dataset) -> None:
     usable = dataset.users["split"][counts > MIN_HISTORY].value_counts()
     for split in SPLITS:
         if split not in usable:
-            events = f"at least {MIN_HISTORY + 1} events ({MIN_HISTORY} of history and a target)"
-            users = f"{len(dataset.users)} users, {usable.sum()} of them with {events}"
+            users = f"{len(dataset.users)} users, {usable.sum()} of them with at least {MIN_HISTORY + 1} events"
             raise UserError(f"{dataset.name} has {users}, and none of these in its {split} split: add users with more")

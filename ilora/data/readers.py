@@ -1,7 +1,6 @@
 """Readers: from the files of MovieLens, of LLaRA and of users (CSV) to a `Dataset`.
 
-- MovieLens: ratings of 3 and more, as in LLaRA, whose 94 + 95 rows are then the users' last events.
-- LastFM: LLaRA lists a user's artists in the order of one global list, not by time.
+LLaRA's LastFM lists each user's artists in the order of one global list, not by time.
 """
 
 import html
@@ -26,10 +25,7 @@ _LLARA = "LLaRA's are at https://huggingface.co/datasets/joyliao7777/LLaRA"
 
 
 def find_source(name: str, data_dir: str) -> tuple[Callable[[list[Path]], Dataset], list[Path]]:
-    """The reader for data set `name`, and its files in `data_dir`, its usual subfolders or a download.
-
-    Raises UserError if a file is missing or cannot be downloaded.
-    """
+    """The reader for data set `name`, and its files in `data_dir`, its subfolders or a download.  Raises UserError."""
     folder = Path(data_dir).expanduser()
     if not folder.is_dir():
         raise UserError(f"data_dir {data_dir!r} is not a folder: name the one with the files of {name}")
@@ -58,8 +54,7 @@ def _require(folder: Path, *names: str) -> list[Path]:
         if not (folder / name).is_file():
             prefix = name.lower().removesuffix("csv")  # of events.csv.gz, Events.csv, events.tsv
             similar = sorted(file.name for file in folder.iterdir() if file.name.lower().startswith(prefix))
-            unpack = f"; unpack or export {similar[0]} as {name}" if similar else ""
-            hint = f"; {_LLARA}" if name.endswith(".df") else unpack
+            hint = f"; unpack or export {similar[0]} as {name}" if similar else f"; {_LLARA}" * name.endswith(".df")
             raise UserError(f"{folder / name} is missing: put it there, or name another folder with data_dir{hint}")
     return [folder / name for name in names]
 
@@ -96,29 +91,25 @@ _GENRES = [  # of the flags at the end of a line of u.item
     "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western",
 ]  # fmt: skip
 _YEAR = re.compile(r"\s*\((\d{4})\)(\s*\(V\))?\s*$")
-_ARTICLE = re.compile(r"^(.*?), (The|An|A)(?= \(|$)")
 
 
 def _read_u_item(file: Path) -> pd.DataFrame:
-    """Titles without the year and with the article in front; text is year and genres; ids start at 1.
-
-    The published file is in latin-1 and not valid UTF-8; a copy that is valid UTF-8 was converted.
-    """
-    lines = _lines(file, "utf-8-sig", "latin-1")
-    films, number = lines.str.split("|"), pd.Series(range(1, len(lines) + 1), lines.index)
+    """Titles without the year and with the article in front; text is year and genres; ids start at 1."""
+    lines = _lines(file, "utf-8-sig", "latin-1")  # published in latin-1; a copy that is valid UTF-8 was converted
+    films, number = lines.str.split("|"), pd.Series(range(1, len(lines) + 1), lines.index).astype(str)
     title = films.str[1]
     mixed = title.str.contains("[\x80-\x9f]|\xc3[\x80-\xbf]", na=False)
     refuse_rows(file, mixed, "a title in another encoding than the rest; fetch the file again")
-    wrong = (films.map(len) != 5 + len(_GENRES)) | (films.str[0] != number.astype(str)) | (title.str.strip() == "")
+    wrong = (films.map(len) != 5 + len(_GENRES)) | (films.str[0] != number) | (title.str.strip() == "")
     refuse_rows(file, wrong, "not film {} in 24 fields but {!r}; fetch the file again", number, lines.str[:40])
     year = title.str.extract(_YEAR)[0].fillna("")
     genres = films.map(lambda fields: ", ".join(itertools.compress(_GENRES, map("1".__eq__, fields[5:]))))
-    title = title.str.replace(_YEAR, "", regex=True).str.replace(_ARTICLE, r"\2 \1", regex=True)
+    title = title.str.replace(_YEAR, "", regex=True).str.replace(r"^(.*?), (The|An|A)(?= \(|$)", r"\2 \1", regex=True)
     return item_table(unique_titles(title, year.tolist()), (year + "; " + genres).where(year != "", ""), number)
 
 
 def read_movielens(files: list[Path]) -> Dataset:
-    """u.data and u.item of MovieLens-100K; LLaRA's rows, if given, decide the order of equal times."""
+    """u.data (ratings of 3 and more, as in LLaRA) and u.item; LLaRA's rows, if given, order events of equal time."""
     ratings, titles, *rows = files
     items, lines = _read_u_item(titles), _lines(ratings)
     pattern = "\t".join(f"(?P<{name}>[0-9]{{1,18}})" for name in ("user", "item", "rating", "time"))
@@ -126,8 +117,8 @@ def read_movielens(files: list[Path]) -> Dataset:
     message = "not four whole numbers separated by tabs (user, film, rating, time) but {!r}; fetch the file again"
     refuse_rows(ratings, table["user"].isna(), message, lines)
     table = table.astype(np.int64)
-    unknown = ~table["item"].between(1, len(items))
-    refuse_rows(ratings, unknown, "no film {} in u.item; use one archive", table["item"])
+    film = table["item"]
+    refuse_rows(ratings, ~film.between(1, len(items)), "no film {} in u.item; use one archive", film)
     notes = () if len(table) == 100_000 else (f"u.data has {len(table)} ratings, as published it has 100000",)
     table = table[table["rating"] >= 3]
     user, source_users = pd.factorize(table["user"], sort=True)
@@ -158,8 +149,7 @@ def read_llara(files: list[Path]) -> Dataset:
     """A file of train rows, Val_data.df, Test_data.df and id2name.txt with lines id::title, ids 0..n-1 in order."""
     *rows, names = files
     lines = _lines(names)
-    number, parts = pd.Series(range(len(lines)), lines.index), lines.str.extract(r"(.*?)::(.*\S)")
-    message = "not '{}::title' but {!r}; give each id one title"
-    refuse_rows(names, (parts[0] != number.astype(str)) | parts[1].isna(), message, number, lines)
-    titles = parts[1].str.strip().map(html.unescape)  # &amp; and the like
-    return llara_files.read_splits(rows, item_table(unique_titles(titles)))
+    number, parts = pd.Series(range(len(lines)), lines.index).astype(str), lines.str.extract(r"(.*?)::(.*\S)")
+    refuse_rows(names, parts[0] != number, "not '{}::title' but {!r}; give each id one title", number, lines)
+    titles = unique_titles(parts[1].str.strip().map(html.unescape))  # &amp; and the like
+    return llara_files.read_splits(rows, item_table(titles))

@@ -66,10 +66,9 @@ def candidates(sequences: Sequences, n_items: int, seed: int) -> np.ndarray:
     A row depends only on the seed and its history and target. Raises UserError if there are too few items.
     """
     longest = int(sequences.length.max(initial=0))
-    if n_items < CANDIDATES + longest:
-        need = f"{CANDIDATES} candidates outside a history of {longest} items need {CANDIDATES + longest} items"
-        remedy = f"add items or choose a window of at most {max(n_items - CANDIDATES, 0)}"
-        raise UserError(f"{need}, there are {n_items}: {remedy}")
+    if n_items < (need := CANDIDATES + longest):
+        problem = f"{CANDIDATES} candidates outside a history of {longest} items need {need} items, there are {n_items}"
+        raise UserError(f"{problem}: add items or choose a window of at most {max(n_items - CANDIDATES, 0)}")
     return _draw_candidates(sequences.history, sequences.target, n_items, seed).astype(np.int64)
 
 
@@ -127,6 +126,5 @@ def questions(
     """The split's sequences with candidates; `limit` keeps a random part, the same for the same seed."""
     rows = sequences(dataset, split, window, windows)
     if 0 < limit < len(rows):
-        kept = np.random.default_rng(seed).choice(len(rows), limit, replace=False)
-        rows = rows.take(np.sort(kept))
+        rows = rows.take(np.sort(np.random.default_rng(seed).choice(len(rows), limit, replace=False)))
     return Questions(rows, len(dataset.items), seed)
