@@ -517,7 +517,7 @@ def test_real_lastfm_windows_are_the_files_windows():
 
 @real
 def test_real_lastfm_is_in_one_global_order():
-    """As ilora.data.readers says: no two of LLaRA's LastFM histories disagree about the order of two artists."""
+    """As ilora.data.loading says: no two of LLaRA's LastFM histories disagree about the order of two artists."""
     events = load("lastfm", str(REAL)).events
     following = pd.DataFrame({"a": events["item"], "b": events["item"].shift(-1)})[
         events["user"] == events["user"].shift(-1)

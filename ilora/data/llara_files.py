@@ -59,9 +59,8 @@ def read_rows(file: Path, n_items: int) -> tuple[list[list[int]], int]:
     except UserError as error:
         raise UserError(f"{file} {error}: use files from a source that you trust") from error
     except _DAMAGE as error:
-        what = f"damaged ({type(error).__name__}: {error})"
         form = "a DataFrame with item ids in seq, as lists of one length, and next, as int64"
-        raise UserError(f"{file} is {what} or not {form}: fetch it again, or save those two columns alone") from error
+        raise UserError(f"{file} is damaged ({type(error).__name__}: {error}) or not {form}: fetch it again") from error
     wrong = ((history < 0) | (history > n_items)).any(axis=1) | (target < 0) | (target >= n_items)
     message = f"an item id is not among the {n_items} titles in the folder; use the files of one release"
     refuse_rows(file, pd.Series(wrong), message, word="row")

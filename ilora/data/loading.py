@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from ilora import artifacts
@@ -21,7 +20,7 @@ REPEATS = ("keep", "drop")
 WORDS = {  # noun and verb of a data set, for prompts
     "world": ("story", "read"),
     "movielens": ("movie", "watched"),
-    "lastfm": ("artist", "listened to"),
+    "lastfm": ("artist", "listened to"),  # LLaRA lists each user's artists in one global order, not by time
     "steam": ("game", "played"),
     "llara": ("item", "chose"),
     "csv": ("item", "chose"),
@@ -106,9 +105,9 @@ def _notes(events: pd.DataFrame) -> tuple[str, ...]:
 def _check_usable(dataset: Dataset) -> None:
     if (n := len(dataset.items)) < CANDIDATES:
         raise UserError(f"{dataset.name} has {n} items, but each question offers {CANDIDATES}: add items")
-    counts = np.bincount(dataset.events["user"], minlength=len(dataset.users))
-    usable = dataset.users["split"][counts > MIN_HISTORY].value_counts()
+    position = dataset.events.groupby("user").cumcount()
+    usable = dataset.users["split"][dataset.events["user"][position == MIN_HISTORY]]
     for split in SPLITS:
-        if split not in usable:
-            users = f"{len(dataset.users)} users, {usable.sum()} of them with at least {MIN_HISTORY + 1} events"
+        if split not in set(usable):
+            users = f"{len(dataset.users)} users, {len(usable)} of them with at least {MIN_HISTORY + 1} events"
             raise UserError(f"{dataset.name} has {users}, and none of these in its {split} split: add users with more")

@@ -1,7 +1,4 @@
-"""Readers: from the files of MovieLens, of LLaRA and of users (CSV) to a `Dataset`.
-
-LLaRA's LastFM lists each user's artists in the order of one global list, not by time.
-"""
+"""Readers: from the files of MovieLens, of LLaRA and of users (CSV) to a `Dataset`."""
 
 import html
 import itertools
