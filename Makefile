@@ -37,8 +37,8 @@ pdf: .venv/installed
 		--print-to-pdf=book/_build/ilora.pdf "file://$(CURDIR)/book/_build/singlehtml/intro.html"
 	@echo "the book: book/_build/ilora.pdf"
 
-# Ratios on the CPU; DATA is a folder with LastFM and MovieLens, which are downloaded without one.  On two cores the last
-# takes more than an hour, the others a quarter of one.
+# Ratios on the CPU; DATA is a folder with MovieLens and LLaRA's LastFM; without one, MovieLens is downloaded and LastFM left
+# out.  On two cores the last takes more than an hour, the others a quarter of one.
 bench: .venv/installed
 	$(BIN)/python benchmarks/language.py --device cpu
 	$(BIN)/python benchmarks/gradients.py --device cpu
@@ -47,7 +47,7 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/adapter.py --device cpu
 	$(BIN)/python benchmarks/adapter.py --device cpu --shape calls --tokens 16
 	$(BIN)/python -m pip install --quiet --no-deps --target .venv/recbole recbole==1.2.1 colorlog colorama texttable
-	for kind in SASRec GRU4Rec Caser; do for dataset in lastfm movielens; do $(BIN)/python benchmarks/recommender.py \
+	for kind in SASRec GRU4Rec Caser; do for dataset in $(if $(DATA),lastfm) movielens; do $(BIN)/python benchmarks/recommender.py \
 		--recbole .venv/recbole --device cpu --kind $$kind --dataset $$dataset --data-dir "$(DATA)" || exit 1; done; done
 
 .venv/installed: requirements.lock pyproject.toml

@@ -20,9 +20,9 @@ def read_csv(files: list[Path]) -> Dataset:
     ids, titles = items["id"], items["title"]
     refuse_rows(item_file, ids == "", "the id is empty; give the item one")
     refuse_rows(item_file, titles == "", "the title of item {!r} is empty; give it one", ids)
-    refuse_repeats(item_file, ids, "id {!r} is on line {} too; keep one of them", ids)
+    _refuse_repeats(item_file, ids, "id {!r} is on line {} too; keep one of them", ids)
     message = "title {!r} is on line {} too (case and spaces do not count) and a prediction is matched by its title; "
-    refuse_repeats(item_file, same_title(titles), message + "make them differ, by a year for example", titles)
+    _refuse_repeats(item_file, same_title(titles), message + "make them differ, by a year for example", titles)
     events = _read_columns(event_file, "user", "item", "time")
     item = pd.Series(pd.Index(ids).get_indexer(events["item"]), events.index)  # as text: "01" and "1" are two items
     refuse_rows(event_file, events["user"] == "", "the user is empty; name one or drop the line")
@@ -37,34 +37,25 @@ def decode(file: Path, *encodings: str) -> str:
     content = file.read_bytes()
     for encoding in encodings or ("utf-8-sig",):
         try:
-            text = content.decode(encoding)
-            break
+            text, wrong = content.decode(encoding), content.find(b"\0")
         except UnicodeDecodeError as error:
-            line = content.count(b"\n", 0, error.start) + 1
-    else:
-        raise UserError(f"{file}, line {line}: not text in UTF-8; export the file again as UTF-8 text")
-    if "\0" in text:
-        line = text.count("\n", 0, text.index("\0")) + 1
-        raise UserError(f"{file}, line {line}: a NUL byte, so this is no text file; export it again as UTF-8 text")
-    return text
+            wrong = error.start
+        if wrong < 0:
+            return text
+    line = content.count(b"\n", 0, wrong) + 1
+    raise UserError(f"{file}, line {line}: a byte that no text file in UTF-8 has; export the file again as UTF-8 text")
 
 
-def records(file: Path, *encodings: str, delimiter: str = ",", **dialect: object) -> pd.Series:
-    """Lists of fields, indexed by the line number on which each record begins, without blank lines.
-
-    Raises UserError for bad quotes; a record over lines that all look like rows has a quote that was never closed.
-    """
-    text = decode(file, *encodings)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, **dialect)
-    lines = io.StringIO(text, newline=None).read().split("\n")
-    rows, line = {}, 1
+def _records(file: Path) -> pd.Series:
+    """Lists of fields, without blank lines, by the number of each record's first line.  Raises UserError for quotes."""
+    lines = list(io.StringIO(decode(file), newline=""))
+    reader, rows, line = csv.reader(lines, strict=True, skipinitialspace=True), {}, 1
     try:
         for fields in reader:
             if len(fields) > 1 or any(map(str.strip, fields)):
                 rows[line] = fields
-                parts = [part for part in lines[line - 1 : reader.line_num] if part.strip()]
-                width = len(next(iter(rows.values())))
-                if len(parts) > 1 and all(part.count(delimiter) == width - 1 for part in parts):
+                commas = [part.count(",") for part in lines[line - 1 : reader.line_num] if part.strip()]
+                if len(commas) > 1 and {*commas} == {len(next(iter(rows.values()))) - 1}:
                     raise csv.Error("a quoted field goes on over lines that look like rows")
             line = reader.line_num + 1
     except csv.Error as error:
@@ -72,15 +63,7 @@ def records(file: Path, *encodings: str, delimiter: str = ",", **dialect: object
     return pd.Series(rows, dtype=object)
 
 
-def whole_numbers(file: Path, text: pd.Series) -> np.ndarray:
-    """int64, without loss.  Raises UserError for the first text that is not a whole number of 64 bits."""
-    values = [int(number) if re.fullmatch("[+-]?[0-9]{1,19}", number) else 2**63 for number in text]
-    wrong = pd.Series([not -(2**63) <= value < 2**63 for value in values], text.index, dtype=bool)
-    refuse_rows(file, wrong, "{!r} is not a whole number of at most 64 bits; correct it or export the file again", text)
-    return np.array(values, np.int64)
-
-
-def refuse_repeats(file: Path, keys: pd.Series, message: str, values: pd.Series) -> None:
+def _refuse_repeats(file: Path, keys: pd.Series, message: str, values: pd.Series) -> None:
     """Raise UserError for the first repeated key; its value and the line of the earlier row fill the message."""
     first_line = keys.index.to_series().groupby(keys.to_numpy()).transform("first")
     refuse_rows(file, keys.duplicated(), message, values, first_line)
@@ -88,60 +71,54 @@ def refuse_repeats(file: Path, keys: pd.Series, message: str, values: pd.Series)
 
 def _read_columns(file: Path, *columns: str) -> pd.DataFrame:
     """The text of these columns, and of `text` if it is there; the index holds line numbers."""
-    rows = records(file, skipinitialspace=True)
+    rows = _records(file)
     header = [name.strip() for name in rows.iloc[0]] if len(rows) else []
+    columns += ("text",) * ("text" in header)
     for column in columns:
         if column not in header:
-            separator = next((mark for mark in ("::", *";\t|") if len(header) == 1 and mark in header[0]), None)
-            remedy = f"export it with commas, not {separator!r}" if separator else "name its columns in line 1"
+            remedy = "name its columns in line 1 and separate them by commas"
             raise UserError(f"{file} has no column {column!r} but {', '.join(header) or 'no text'}: {remedy}")
-    repeated = [name for name in header if name and header.count(name) > 1]
-    if repeated:
-        raise UserError(f"{file}, line {rows.index[0]}: two columns are named {repeated[0]!r}; rename or drop one")
+        if header.count(column) > 1:
+            raise UserError(f"{file}, line {rows.index[0]}: two columns are named {column!r}; rename or drop one")
     rows = rows.iloc[1:]
     width = rows.map(len)
     message = f'{{}} fields, the first line has {len(header)}; a field with a comma needs quotes, "Good, the Bad"'
     refuse_rows(file, width != len(header), message, width)
-    table = pd.DataFrame(rows.tolist(), rows.index, range(len(header)), dtype=str).apply(lambda each: each.str.strip())
-    for column, name in enumerate(header):
-        if not name:  # as a comma at the end of each line gives
-            refuse_rows(file, table[column] != "", "a field without a column name; name it in line 1")
-    return table.set_axis(header, axis=1)[[*columns, *{"text"}.intersection(header)]]
+    table = pd.DataFrame(rows.tolist(), rows.index, header, dtype=str).apply(lambda each: each.str.strip())
+    if "" in header:  # as a comma at the end of each line gives
+        unnamed = (table.loc[:, [not name for name in header]] != "").any(axis=1)
+        refuse_rows(file, unnamed, "a field without a column name; name it in line 1")
+    return table[[*columns]]
 
 
-_DATE, _CLOCK = r"\d{4}-\d\d-\d\d", r"[T ]\d\d:\d\d(?::\d\d(?:[.]\d{1,6})?)?"
-_FORMS = {
-    "number": r"[+-]?(?:0|[1-9]\d{0,18})",  # without a zero in front, which is for a day or an hour, as in 01022024
-    "date": _DATE,
-    "time": _DATE + _CLOCK,
-    "time with zone": _DATE + _CLOCK + r"(?:Z|[+-]\d\d(?::?\d\d)?)",
-}
-_UNITS = {9: "s", 10: "s", 12: "ms", 13: "ms", 15: "us", 16: "us", 18: "ns", 19: "ns"}  # since 1970, by digits
+_TIME = (
+    r"(?P<number>[+-]?(?:0|[1-9]\d{0,18}))|"  # without a zero in front, which is for a day or an hour, as in 01022024
+    r"(?P<date>\d{4}-\d\d-\d\d)(?P<clock>[T ]\d\d:\d\d(?::\d\d(?:[.]\d{1,6})?)?(?P<zone>Z|[+-]\d\d(?::?\d\d)?)?)?"
+)
 
 
 def _parse_times(file: Path, text: pd.Series) -> np.ndarray:
     """int64: whole numbers as they are, ISO dates as microseconds since 1970 (UTC where they name no zone)."""
-    form = pd.Series("", text.index)
-    for name, pattern in _FORMS.items():
-        form[text.str.fullmatch(pattern, flags=re.ASCII)] = name
+    has = text.str.extract(f"^(?:{_TIME})$", flags=re.ASCII).notna()  # number, date, clock, zone
     remedy = "write 2024-05-31, 2024-05-31T18:00:00 or seconds since 1970, with all digits and all lines in one way"
-    refuse_rows(file, form == "", f"time {{!r}} is neither a whole number nor an ISO date; {remedy}", text)
-    first = next(iter(text), "")
-    differs = form != next(iter(form), "")
-    refuse_rows(file, differs, f"time {{!r}} is not written like {first!r}; {remedy}", text)
-    if (form == "number").all():
-        _refuse_mixed_units(file, text)
-        return whole_numbers(file, text)
+    refuse_rows(file, ~has.any(axis=1), f"time {{!r}} is neither a whole number nor an ISO date; {remedy}", text)
+    differs = (has != has.to_numpy()[:1]).any(axis=1)
+    refuse_rows(file, differs, f"time {{!r}} is not written like {next(iter(text), '')!r}; {remedy}", text)
+    if has["number"].all():
+        return _whole_numbers(file, text)
     values = pd.to_datetime(text, format="ISO8601", utc=True, errors="coerce").dt.as_unit("us")
     refuse_rows(file, values.isna(), "time {!r} is no day and time that exists; correct it", text)
     return values.astype(np.int64).to_numpy()
 
 
-def _refuse_mixed_units(file: Path, text: pd.Series) -> None:
-    """Raise UserError if some times have as many digits as seconds since 1970, others as milliseconds, none between."""
-    digits = text.str.lstrip("+-").str.lstrip("0").str.len()
+def _whole_numbers(file: Path, text: pd.Series) -> np.ndarray:
+    """int64, without loss.  Raises UserError for more than 64 bits, or seconds since 1970 among milliseconds."""
+    values = np.array([int(number) for number in text], dtype=object)
+    large = pd.Series((values < -(2**63)) | (values >= 2**63), text.index, dtype=bool)
+    refuse_rows(file, large, "time {!r} is not a whole number of at most 64 bits; correct it", text)
+    digits = text.str.lstrip("+-0").str.len()  # 9 or 10 in seconds, 12 or 13 in milliseconds, 15 or 16, 18 or 19
     for few, many in itertools.pairwise(sorted(digits.unique())):
-        if many - few > 1 and few in _UNITS and many in _UNITS:
-            example = text[digits == few].iloc[0]
-            message = f"is in another unit than {example}: {_UNITS[many]} and {_UNITS[few]} since 1970; use one"
-            refuse_rows(file, digits == many, "time {} " + message, text)
+        if few >= 9 and many - few > 1 and few % 3 < 2 and many % 3 < 2:
+            message = f"time {{}} is in another unit than {text[digits == few].iloc[0]}; use one"
+            refuse_rows(file, digits == many, message, text)
+    return values.astype(np.int64)

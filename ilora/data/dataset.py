@@ -1,8 +1,7 @@
 """The one form of every data set: items, histories in time order and users in three splits, kept as CSV and JSON.
 
-- Titles are one line in Unicode NFC with single spaces, so that a tokenizer can write and read them back.
-- A prediction is matched to an item by its title, so titles are unique, ignoring case: in published data a film's year
-  is added where it differs, then (2), (3), ...; in a user's CSV equal titles are refused.
+- A prediction is matched to an item by its title, so titles are one line in Unicode NFC, as a tokenizer writes them,
+  and unique, ignoring case: years and numbers are added in published data; in a user's CSV equal titles are refused.
 - Users are split in order of their first event: 80 % train, 10 % validation, 10 % test, as in LLaRA.
 """
 
@@ -53,7 +52,6 @@ class Dataset:
 def load_dataset(folder: str | Path) -> Dataset:
     """Read what `Dataset.save` wrote."""
     about = json.loads(Path(folder, "dataset.json").read_text(encoding="utf-8"))
-    about = {name: about[name] for name in ("name", "key", "noun", "verb", "notes")}
     text = dict.fromkeys(("title", "text", "source_id", "split"), str)
     for name in ("items", "events", "users"):
         about[name] = pd.read_csv(Path(folder, f"{name}.csv"), dtype=text, keep_default_na=False)
@@ -63,14 +61,13 @@ def load_dataset(folder: str | Path) -> Dataset:
 def item_table(titles: Sequence[str], text: Sequence[str] = (), source_id: Sequence = ()) -> pd.DataFrame:
     """Items in the given order; `source_id` is each item's id in the source, by default its number."""
     title, text = [one_line(each) for each in titles], [one_line(each) for each in text] or ""
-    number = range(len(title))
-    source_id = [str(each) for each in (source_id if len(source_id) else number)]
-    return pd.DataFrame({"id": number, "title": title, "text": text, "source_id": source_id})
+    source_id = [str(each) for each in (source_id if len(source_id) else range(len(title)))]
+    return pd.DataFrame({"id": range(len(title)), "title": title, "text": text, "source_id": source_id})
 
 
 def user_table(split: Sequence[str], source_id: Sequence) -> pd.DataFrame:
     """Users in the given order, with their splits and their ids in the source."""
-    table = {"user": range(len(split)), "split": split, "source_id": [str(user) for user in source_id]}
+    table = {"user": range(len(split)), "split": split, "source_id": source_id}
     return pd.DataFrame(table).astype({"split": str, "source_id": str})
 
 

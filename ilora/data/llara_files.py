@@ -1,7 +1,7 @@
-"""LLaRA's rows: pickled tables of windows and targets, read without running anything that a pickle may call.
+"""LLaRA's rows: pickled tables of windows and targets, read without running what a pickle may call, any program.
 
-Unpickling calls whatever a file names, so a stranger's file can run any program. Here, each name that pandas 1.3 to 3
-writes for a table of numbers, lists and text gives a stand-in that only stores its arguments; others are refused.
+Names of pandas and NumPy, as pandas 1.3 to 3 writes them, give a stand-in that only stores its arguments; the few
+others that a table of numbers, lists and text needs have harmless replacements here; all else is refused.
 """
 
 import io
@@ -25,17 +25,15 @@ _DAMAGE = (ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, 
 
 def read_splits(files: list[Path], items: pd.DataFrame) -> Dataset:
     """The rows of the three splits' files as users; overlapping train windows are joined.  Raises UserError."""
-    histories, splits, notes = [], [], ()
-    for split, file in zip(SPLITS, files, strict=True):
-        rows, window = read_rows(file, len(items))
-        histories += _join_windows(rows, window) if split == "train" else rows
-        splits += [split] * (len(histories) - len(splits))
-        if split == "train" and file.name != "train_data.df":
-            notes = (f"train_data.df is missing, so train users are the {len(splits)} of {file.name}",)
-    user = np.repeat(np.arange(len(histories)), [len(history) for history in histories])
-    events = pd.DataFrame({"user": user, "item": np.concatenate(histories)})
+    train, *others = (read_rows(file, len(items)) for file in files)
+    parts = [_join_windows(*train), *(rows for rows, _ in others)]
+    split = np.repeat(SPLITS, [len(part) for part in parts])
+    events = pd.Series([history for part in parts for history in part]).explode()
+    events = pd.DataFrame({"user": events.index, "item": events.to_numpy(np.int64)})
     events["time"] = events.groupby("user").cumcount()  # the files have no times
-    return Dataset(items, events, user_table(splits, range(len(splits))), notes=notes)
+    name, note = files[0].name, "train_data.df is missing, so train users are the {} of {}"
+    notes = () if name == "train_data.df" else (note.format(len(parts[0]), name),)
+    return Dataset(items, events, user_table(split, range(len(split))), notes=notes)
 
 
 def _join_windows(rows: list[list[int]], window: int) -> list[list[int]]:
@@ -50,10 +48,7 @@ def _join_windows(rows: list[list[int]], window: int) -> list[list[int]]:
 
 
 def read_rows(file: Path, n_items: int) -> tuple[list[list[int]], int]:
-    """Each row's history, without padding, and target in one list; and the window, the most items of a history.
-
-    Of (item, rating) pairs only the item is read. `n_items` is the padding id. Raises UserError naming file and row.
-    """
+    """Each row's history, without padding (`n_items`), and target in one list; and the window.  Raises UserError."""
     try:
         columns = _read_columns(file)
         history, target = columns["seq"], _item_ids(columns["next"])
@@ -62,11 +57,10 @@ def read_rows(file: Path, n_items: int) -> tuple[list[list[int]], int]:
             raise ValueError(f"{len(history)} lists of {window}")
         history = _item_ids(itertools.chain.from_iterable(history)).reshape(len(history), window)
     except UserError as error:
-        remedy = "use files from a source that you trust, or save seq, len_seq and next alone, as lists and int64"
-        raise UserError(f"{file} {error}: {remedy}") from error
+        raise UserError(f"{file} {error}: use files from a source that you trust") from error
     except _DAMAGE as error:
-        form = "a DataFrame with item ids in seq, as lists of one length, and next"
-        raise UserError(f"{file} is damaged or not {form} ({type(error).__name__}: {error}): fetch it again") from error
+        form = "a DataFrame with item ids in seq, as lists of one length, and next, as int64"
+        raise UserError(f"{file} is damaged ({type(error).__name__}: {error}) or not {form}: fetch it again") from error
     wrong = ((history < 0) | (history > n_items)).any(axis=1) | (target < 0) | (target >= n_items)
     message = f"an item id is not among the {n_items} titles in the folder; use the files of one release"
     refuse_rows(file, pd.Series(wrong), message, word="row")
@@ -83,21 +77,19 @@ def _item_ids(values: Iterable) -> np.ndarray:
 
 
 def _read_columns(file: Path) -> dict[str, list]:
-    """The columns `seq` and `next` (and those stored with them) of a pickled DataFrame of pandas 1.3 to 3, as lists."""
+    """The columns `seq` and `next` (and those stored with them) of a pickled DataFrame, as lists."""
     content, columns = file.read_bytes(), {}
     for opcode, argument, _ in pickletools.genops(content):  # raises ValueError where sizes are false
         if "PUT" in opcode.name and int(argument) > len(content):  # would reserve memory up to this index
             raise ValueError(f"place {argument} in a memo")
     blocks, (names, *_) = _TableUnpickler(io.BytesIO(content)).load().state["_mgr"].arguments
-    names = names.arguments[0]["data"]
+    names = names.arguments[1]["data"]
     if isinstance(names, _StandIn) and len(names.state) != 5:  # pandas 3: strings of Arrow or, without pyarrow, NumPy
         names = names.state["_pa_array"] if isinstance(names.state, dict) else names.state[1]
     names = _to_list(names)
     for values, where, *_ in (block.arguments for block in blocks):
         if {"seq", "next"}.intersection(names[where]):  # other columns may be of any type
             columns |= dict(zip(names[where], _to_list(values), strict=True))
-    if not {"seq", "next"} <= columns.keys():
-        raise LookupError(f"it has columns {', '.join(map(str, names))}, not seq and next")
     return columns
 
 
@@ -140,22 +132,11 @@ def _texts(parts: tuple) -> list[str]:
     return [bytes((characters or b"")[start:end]).decode() for start, end in itertools.pairwise(ends)]
 
 
-_STORED = """
-    numpy.dtype numpy.ndarray numpy.core.multiarray._reconstruct
-    pandas.DataFrame pandas.Index pandas.RangeIndex pandas.StringDtype pandas.NA
-    pandas.core.frame.DataFrame pandas.core.indexes.base.Index pandas.core.indexes.range.RangeIndex
-    pandas.core.indexes.numeric.Int64Index pandas.core.internals.managers.BlockManager
-    pandas._libs.internals._unpickle_block pandas._libs.arrays.__pyx_unpickle_NDArrayBacked
-    pandas.arrays.StringArray pandas.arrays.ArrowStringArray pandas.core.arrays.string_.StringDtype
-    pandas.core.arrays.string_.StringArray pandas.core.arrays.string_arrow.ArrowStringArray
-    pandas._libs.missing.C_NAType
-"""
-_ADMITTED = dict.fromkeys(_STORED.split(), _StandIn) | {  # nothing here runs anything that a file chooses
+_REPLACEMENTS = {  # nothing here runs anything that a file chooses
     "builtins.slice": slice,
     "_codecs.encode": lambda text, _: text.encode("latin-1"),  # bytes, in protocols 0 to 2
     "numpy.core.multiarray.scalar": lambda dtype, data: _numbers(data, dtype, (1,), "C")[0],
     "numpy.core.numeric._frombuffer": _numbers,
-    "pandas.core.indexes.base._new_Index": lambda _, state: _StandIn(state),
     "pyarrow.lib.type_for_alias": lambda name: name,
     "pyarrow.lib.py_buffer": lambda data: data,
     "pyarrow.lib._restore_array": _texts,
@@ -163,10 +144,10 @@ _ADMITTED = dict.fromkeys(_STORED.split(), _StandIn) | {  # nothing here runs an
 
 
 class _TableUnpickler(Unpickler):
-    """Admits what a table of numbers, lists and text needs, and refuses any other name before anything is called."""
+    """Gives stand-ins and replacements, and refuses any other name before anything is called."""
 
     def find_class(self, module: str, name: str) -> object:
         name = f"{module}.{name}".replace("__builtin__.", "builtins.").replace("numpy._core.", "numpy.core.")
-        if name not in _ADMITTED:
+        if name not in _REPLACEMENTS and not name.startswith(("pandas.", "numpy.")):
             raise UserError(f"calls {name}, which no table of numbers, lists and text needs and which may run code")
-        return _ADMITTED[name]
+        return _REPLACEMENTS.get(name, _StandIn)

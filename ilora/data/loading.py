@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from ilora import artifacts
@@ -21,7 +20,7 @@ REPEATS = ("keep", "drop")
 WORDS = {  # noun and verb of a data set, for prompts
     "world": ("story", "read"),
     "movielens": ("movie", "watched"),
-    "lastfm": ("artist", "listened to"),
+    "lastfm": ("artist", "listened to"),  # LLaRA lists each user's artists in one global order, not by time
     "steam": ("game", "played"),
     "llara": ("item", "chose"),
     "csv": ("item", "chose"),
@@ -36,11 +35,9 @@ def load(
 
     dataset: world, movielens, lastfm, steam, llara (a folder of LLaRA's files) or csv (a folder with
         events.csv: user, item, time, and items.csv: id, title, and optionally text).
-    data_dir: the folder with the files or its parent (ml-100k, llara/lastfm, ... are looked for). If empty,
-        the world is generated; MovieLens and LastFM are downloaded, licence shown first, checksum compared.
+    data_dir: the folder with the files or its parent; the world needs none, and without one MovieLens is downloaded.
     conflict, users, seed: of the world.
-    repeats: "keep" all events, or "drop" each event of an item that the user chose before, so that no target is in
-        its history. The notes count the repeats that are kept.
+    repeats: "drop" leaves out each event of an item that the user chose before, so that no target is in its history.
     Raises UserError: one sentence with file, line or row, and remedy.
     """
     settings, inputs, read_source = _source(dataset, data_dir, conflict, users, seed, repeats)
@@ -52,8 +49,9 @@ def load(
             repeated = events.duplicated(["user", "item"])
             notes += (f"repeats = 'drop' left out {repeated.sum()} of {len(events)} events",)
             events = events[~repeated].reset_index(drop=True)
-        about = {"name": dataset, "key": artifacts.key(settings, inputs), "notes": notes + _notes(events)}
-        made = replace(source, events=events, noun=WORDS[dataset][0], verb=WORDS[dataset][1], **about)
+        key, (noun, verb) = artifacts.key(settings, inputs), WORDS[dataset]
+        notes += _notes(events)
+        made = replace(source, events=events, name=dataset, key=key, noun=noun, verb=verb, notes=notes)
         _check_usable(made)
         made.save(folder)
 
@@ -63,17 +61,15 @@ def load(
     return loaded
 
 
-def source_key(
-    dataset: str = "world", data_dir: str = "", conflict: float = 0.5, users: int = 2000, seed: int = 0,
-    repeats: str = "keep",
-) -> str:  # fmt: skip
-    """The key of the data set that `load` gives, from the content of its files, without reading it."""
-    return artifacts.key(*_source(dataset, data_dir, conflict, users, seed, repeats)[:2])
+def source_key(*arguments: object, **settings: object) -> str:
+    """The key of the data set that `load` gives for the same arguments, without reading it."""
+    return artifacts.key(*_source(*arguments, **settings)[:2])
 
 
 def _source(
-    dataset: str, data_dir: str, conflict: float, users: int, seed: int, repeats: str
-) -> tuple[dict, dict[str, str], Callable[[], Dataset]]:
+    dataset: str = "world", data_dir: str = "", conflict: float = 0.5, users: int = 2000, seed: int = 0,
+    repeats: str = "keep",
+) -> tuple[dict, dict[str, str], Callable[[], Dataset]]:  # fmt: skip
     """Settings and inputs of a data set's key, and a function that reads it."""
     if repeats not in REPEATS:
         raise UserError(f"repeats must be one of {', '.join(REPEATS)}, not {repeats!r}")
@@ -92,17 +88,14 @@ def _source(
 
 
 def _notes(events: pd.DataFrame) -> tuple[str, ...]:
-    """One sentence for each kind of repeat or equal times that occurs, with its number."""
-    user, n = events["user"], len(events)
+    """One sentence on equal times and one on repeats, with their number, where they occur."""
     position = events.groupby("user").cumcount()
-    back = position - position.groupby([user, events["item"]]).shift()  # events since the user last chose the item
+    back = position - position.groupby([events["user"], events["item"]]).shift()  # events since the item was chosen
     is_target = position >= MIN_HISTORY
     repeated = is_target & (back <= 10)
-    copies = events.duplicated(["user", "item", "time"])
-    ties = events[~copies].duplicated(["user", "time"], keep=False)
+    ties = events.duplicated(["user", "time"], keep=False)
     counts = {
-        f"of {n} events repeat another one, with the same user, item and time": copies,
-        f"of {n} events have the time of another one of their user, which leaves their order open": ties,
+        f"of {len(events)} events have the time of another one of their user, which leaves their order open": ties,
         f"of {is_target.sum()} targets ({repeated.sum() / max(is_target.sum(), 1):.1%}) are among the 10 items before, "
         "where no other candidate can be, so the prompt gives the answer away (repeats='drop' prevents this)": repeated,
     }
@@ -112,10 +105,9 @@ def _notes(events: pd.DataFrame) -> tuple[str, ...]:
 def _check_usable(dataset: Dataset) -> None:
     if (n := len(dataset.items)) < CANDIDATES:
         raise UserError(f"{dataset.name} has {n} items, but each question offers {CANDIDATES}: add items")
-    counts = np.bincount(dataset.events["user"], minlength=len(dataset.users))
-    usable = dataset.users["split"][counts > MIN_HISTORY].value_counts()
+    position = dataset.events.groupby("user").cumcount()
+    usable = dataset.users["split"][dataset.events["user"][position == MIN_HISTORY]]
     for split in SPLITS:
-        if split not in usable:
-            events = f"at least {MIN_HISTORY + 1} events ({MIN_HISTORY} of history and a target)"
-            users = f"{len(dataset.users)} users, {usable.sum()} of them with {events}"
+        if split not in set(usable):
+            users = f"{len(dataset.users)} users, {len(usable)} of them with at least {MIN_HISTORY + 1} events"
             raise UserError(f"{dataset.name} has {users}, and none of these in its {split} split: add users with more")

@@ -33,8 +33,7 @@ def sequences(
 ) -> Sequences:
     """One row for each event of the split's users that has at least `min_history` events before it.
 
-    windows: "all", or "last" for each user's last event only, as in LLaRA's validation and test rows.
-    Raises UserError for an unknown split or choice of windows.
+    windows: "all", or "last" for each user's last event only, as in LLaRA's validation and test rows. Raises UserError.
     """
     if split not in SPLITS or windows not in ("all", "last"):
         raise UserError(f"choose split among {SPLITS} and windows 'all' or 'last', not {split!r}, {windows!r}")
@@ -64,18 +63,13 @@ def splitmix64(state: np.ndarray) -> np.ndarray:
 def candidates(sequences: Sequences, n_items: int, seed: int) -> np.ndarray:
     """(n, CANDIDATES) item ids: the target in a random column, the others random, distinct and not in the history.
 
-    A row depends only on the seed and its history and target.  Raises UserError if there are too few items.
+    A row depends only on the seed and its history and target. Raises UserError if there are too few items.
     """
     longest = int(sequences.length.max(initial=0))
-    if n_items < CANDIDATES + longest:
-        need = f"{CANDIDATES} candidates outside a history of {longest} items need {CANDIDATES + longest} items"
-        remedy = f"add items or choose a window of at most {max(n_items - CANDIDATES, 0)}"
-        raise UserError(f"{need}, there are {n_items}: {remedy}")
-    drawn = np.empty((len(sequences), CANDIDATES), dtype=np.int64)
-    for start in range(0, len(sequences), 8192):  # few enough rows to stay in a processor's cache
-        part = slice(start, start + 8192)
-        drawn[part] = _draw_candidates(sequences.history[part], sequences.target[part], n_items, seed)
-    return drawn
+    if n_items < (need := CANDIDATES + longest):
+        problem = f"{CANDIDATES} candidates outside a history of {longest} items need {need} items, there are {n_items}"
+        raise UserError(f"{problem}: add items or choose a window of at most {max(n_items - CANDIDATES, 0)}")
+    return _draw_candidates(sequences.history, sequences.target, n_items, seed).astype(np.int64)
 
 
 def _draw_candidates(history: np.ndarray, target: np.ndarray, n_items: int, seed: int) -> np.ndarray:
@@ -132,6 +126,5 @@ def questions(
     """The split's sequences with candidates; `limit` keeps a random part, the same for the same seed."""
     rows = sequences(dataset, split, window, windows)
     if 0 < limit < len(rows):
-        kept = np.random.default_rng(seed).choice(len(rows), limit, replace=False)
-        rows = rows.take(np.sort(kept))
+        rows = rows.take(np.sort(np.random.default_rng(seed).choice(len(rows), limit, replace=False)))
     return Questions(rows, len(dataset.items), seed)

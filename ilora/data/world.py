@@ -19,16 +19,13 @@ FAVOURED = 4.0  # how much more likely a browsing reader picks a story from the 
 
 @dataclass(frozen=True)
 class World:
-    """Items, events and the users' groups, with the probabilities that generated them.
-
-    `followers` and `browse` apply before stories read within the last `WINDOW` steps are excluded.
-    """
+    """Items, events and the users' groups, with the probabilities that generated them."""
 
     items: pd.DataFrame  # id, title, text
     events: pd.DataFrame  # user, item, time
     groups: np.ndarray  # (users,)
-    followers: np.ndarray  # (GROUPS, items, 3) of each story
-    browse: np.ndarray  # (GROUPS, items) probability that a browsing reader picks the story
+    followers: np.ndarray  # (GROUPS, items, 3) of each story, before those of the last `WINDOW` steps are excluded
+    browse: np.ndarray  # (GROUPS, items) probability that a browsing reader picks the story, before the same
     contested: np.ndarray  # (items,) bool
 
     def next_probability(self, history: np.ndarray) -> np.ndarray:
@@ -64,8 +61,7 @@ class World:
     ) -> np.ndarray:
         """(n,) column of the candidate that the best predictor picks; no model can beat it on average.
 
-        With `knows="group"` it is given each reader's `group` (n,); with "history" it infers the group from the
-        history; with "nothing" all groups are equally likely, as for a model that treats readers alike.
+        `knows`: "group" of each reader (n,); "history", to infer the group; or "nothing": all are equally likely.
         """
         weights = {
             "group": lambda: np.eye(GROUPS)[group],
