@@ -10,6 +10,7 @@ import nbformat
 import pytest
 
 from ilora import artifacts
+from ilora.errors import UserError
 from ilora.study import book, commands, notebooks
 from ilora.study.parameters import PARAMETERS
 
@@ -236,3 +237,18 @@ def test_a_published_result_names_no_folder_of_this_machine():
     given = {"data_dir": "/somewhere/of/mine/data", "list": [{"data_dir": "data", "dataset": "movielens"}]}
     assert book.portable(given) == {"data_dir": "data", "list": [{"data_dir": "data", "dataset": "movielens"}]}
     assert book.portable(str(notebooks.ROOT / "book")) == "./book"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (UserError("x is wrong: fix it"), 1, "ilora: x is wrong: fix it\n"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_a_command_line_ends_with_one_sentence(error, code, message, monkeypatch, capsys):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(notebooks, "plan", fail)
+    assert commands.main([]) == code and message in capsys.readouterr().err
