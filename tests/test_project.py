@@ -201,7 +201,7 @@ def test_a_source_notebook_carries_no_outputs(source):
 def test_the_parameters_come_first_and_are_checked_next(source):
     first, second, *_ = code(source)
     assert "parameters" in first.metadata.get("tags", [])
-    given = parameters._assigned(first.source)
+    given = list(parameters.notebook_parameters(source))
     assert given, "the parameters cell has nothing but `name = value  # meaning` lines"
     assert "#" in first.source
     values = {name: ast.literal_eval(value) for name, value in re.findall(r"^(\w+) = (.*)$", first.source, re.M)}
