@@ -22,7 +22,7 @@ from ilora.errors import UserError
 ITEM_TOKEN = "<item>"
 NO_LABEL = -100
 PROMPT, PADDING = -1, -2  # `part` of tokens that belong to no answer
-FILL = {"input_ids": 0, "position_ids": 0, "part": PADDING, "labels": NO_LABEL, "at": 0, "column": PADDING}
+FILL = {"input_ids": 0, "part": PADDING, "labels": NO_LABEL, "at": 0, "column": PADDING}  # value of padding
 
 
 def wording(noun: str, verb: str) -> tuple[str, str, str]:
@@ -53,21 +53,19 @@ class Prompts:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, titles: Sequence[str], noun: str, verb: str):
         if tokenizer.eos_token_id is None:
-            raise UserError(
-                "the base model's tokenizer has no end token, which has to end each answer: set its eos_token"
-            )
+            raise UserError("the base model's tokenizer has no end token for the end of an answer: set its eos_token")
         self.has_item_token = ITEM_TOKEN in tokenizer.get_vocab()
         if not self.has_item_token:
             tokenizer = copy.deepcopy(tokenizer)
             tokenizer.add_tokens([AddedToken(ITEM_TOKEN, special=True, normalized=False)], special_tokens=True)
         self.tokenizer, self.titles, self.words = tokenizer, [one_line(title) for title in titles], (noun, verb)
-        start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        self.end, self.item_token = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(ITEM_TOKEN)
         opening, offer, question = wording(noun, verb)
+        start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         self.opening = start + tokenizer(opening, add_special_tokens=False).input_ids
         self.offer, self.question, self.separator = self._continuations([offer, question, ";"])
         self.answers = self._continuations([f" {title}" for title in self.titles])
         self.longest = max(map(len, self.answers)) + 1  # tokens of an answer, with the end
-        self.end, self.item_token = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(ITEM_TOKEN)
         self._refuse_unreadable_titles()
 
     def _continuations(self, texts: list[str]) -> list[list[int]]:
@@ -101,50 +99,40 @@ class Prompts:
 
     def write(self, history: Sequence[int], candidates: Sequence[int], hybrid: bool) -> list[int]:
         """Token ids of one prompt, up to the question."""
-        titles = [[self.answers[item] for item in items] for items in (history, candidates)]
-        return self.write_titles(*titles, hybrid)
+        return self.write_titles(*([self.answers[item] for item in items] for items in (history, candidates)), hybrid)
 
     def write_titles(self, history: list[list[int]], candidates: list[list[int]], hybrid: bool) -> list[int]:
         """The same for titles that are given as token ids."""
-        listed = [self.join(titles, hybrid) for titles in (history, candidates)]
-        return [*self.opening, *listed[0], *self.offer, *listed[1], *self.question]
+        joined = [self.join(titles, hybrid) for titles in (history, candidates)]
+        return [*self.opening, *joined[0], *self.offer, *joined[1], *self.question]
 
     def batch(
         self, histories: Sequence[Sequence[int]], candidates: Sequence[Sequence[int]],
-        answers: Sequence[Sequence[int]] | None = None, hybrid: bool = True,
+        answers: Sequence[Sequence[int]] = (), hybrid: bool = True,
     ) -> dict[str, Tensor]:  # fmt: skip
-        """Padded prompts, each followed by the titles of its `answers`, if there are any.
+        """Prompts of item ids, each followed by the titles of its `answers`, padded on the right.
 
-        histories, candidates, answers: item ids of each row, without padding. Without `answers` the padding is on the
-        left, as `generate` needs it, else on the right. (batch, tokens): input_ids; position_ids, as if each answer
-        stood alone after the prompt; part, the answer that a token belongs to, PROMPT or PADDING. (batch, labels):
-        labels, the tokens of all answers, each with the end token, or NO_LABEL; at, where in the row the token is that
-        predicts a label; column, the answer that a label belongs to. (item tokens,): items, and places, where their
-        tokens are in the flattened batch. Raises IndexError for unknown items.
+        Without `answers` the padding is on the left, as `generate` needs it. (batch, tokens): input_ids; part, the
+        answer that a token belongs to, PROMPT or PADDING. (batch, labels): labels, the tokens of all answers, each with
+        the end token, or NO_LABEL; at, the token that predicts a label; column, the answer that a label belongs to.
+        (item tokens,): items, and places, where their tokens are in the flattened batch.
         """
-        rows = [[*row, *offered] for row, offered in zip(histories, candidates, strict=True)]
-        items = torch.tensor([item for row in rows for item in row], dtype=torch.long)
-        if len(items) and not 0 <= items.min() <= items.max() < len(self.titles):
-            raise IndexError(f"items are 0 to {len(self.titles) - 1}, not {items.min()} to {items.max()}")
         prompts = [self.write(*row, hybrid) for row in zip(histories, candidates, strict=True)]
-        rows = [self._row(*row) for row in zip(prompts, answers or [[]] * len(prompts), strict=True)]
-        names = list(FILL)[: 3 if answers is None else None]
-        batch = {name: self._pad([row[name] for row in rows], FILL[name], answers is None) for name in names}
-        places = (batch["input_ids"].flatten() == self.item_token).nonzero()[:, 0]
-        return batch | {"items": items if hybrid else items[:0], "places": places}
+        rows = [self._row(*row) for row in zip(prompts, answers or [()] * len(prompts), strict=True)]
+        batch = {name: self._pad([row[name] for row in rows], FILL[name], not answers) for name in FILL}
+        items = [item for row in zip(histories, candidates, strict=True) for part in row for item in part]
+        batch["items"] = torch.tensor(items if hybrid else [], dtype=torch.long)
+        return batch | {"places": (batch["input_ids"].flatten() == self.item_token).nonzero()[:, 0]}
 
     def _row(self, prompt: list[int], answers: Sequence[int]) -> dict[str, list[int]]:
         """A row of `batch`, without padding."""
-        length = len(prompt)
-        row = {"input_ids": [*prompt], "position_ids": [*range(length)], "part": [PROMPT] * length}
-        row |= {"labels": [], "at": [], "column": []}
+        row = {"input_ids": [*prompt], "part": [PROMPT] * len(prompt), "labels": [], "at": [], "column": []}
         for column, item in enumerate(answers):
             title, start = self.answers[item], len(row["input_ids"])
             row["input_ids"] += title
-            row["position_ids"] += range(length, length + len(title))
             row["part"] += [column] * len(title)
             row["labels"] += [*title, self.end]
-            row["at"] += [length - 1, *range(start, start + len(title))]
+            row["at"] += [len(prompt) - 1, *range(start, start + len(title))]
             row["column"] += [column] * (len(title) + 1)
         return row
 

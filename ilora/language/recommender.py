@@ -4,12 +4,10 @@
     hybrid prompt, LoRA, curriculum          LLaRA
     the same with a gate over K experts      iLoRA: the gate gets the recommender's `encode(history)`
 
-It learns -log P(title of the next item | prompt), summed over the title's tokens (Eqs. 7 and 8). It predicts in two
-ways: `generate` writes a title greedily, `rank` scores each candidate by its likelihood; `answer` does both at once.
+`generate` writes a title greedily, `rank` scores each candidate by its likelihood; `answer` does both at once.
 """
 
 import json
-import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
@@ -33,15 +31,12 @@ from ilora.language.guidance import GUIDANCE, guide
 from ilora.language.prompts import PROMPT, Prompts, read_answer
 from ilora.recommenders.base import SequenceModel
 
-log = logging.getLogger(__name__)
-
 
 class LanguageRecommender(nn.Module):
-    """A frozen language model that predicts the next item.
+    """A frozen language model that learns -log P(title of the next item | prompt), Eqs. 7 and 8.
 
-    encoder: a trained recommender, kept frozen; None for text-only prompts, which need none.
-    adapter: configuration of LoRA or iLoRA; None for the language model as it is.
-    seed: of the projector, and of random guidance; guidance: what iLoRA's gate gets, one of GUIDANCE.
+    encoder: a trained recommender, kept frozen; None for text-only prompts. adapter: LoRA or iLoRA; None for the
+    language model as it is. seed: of the projector, and of random guidance. guidance: what iLoRA's gate gets.
     """
 
     def __init__(
@@ -55,8 +50,7 @@ class LanguageRecommender(nn.Module):
         self.gated = isinstance(adapter, ILoraConfig)
         if self.gated and encoder is None:
             raise UserError("iLoRA's gate reads the recommender's representation: give an encoder")
-        self.encoder, self.projector = encoder, None
-        self.compiled = False
+        self.encoder, self.projector, self.compiled = encoder, None, False
         base_models.check_causal(language_model, prompts)
         self.positions = base_models.position_limit(language_model)
         self.register_buffer("placeholder", self._placeholder(language_model.get_input_embeddings()), persistent=False)
@@ -69,10 +63,7 @@ class LanguageRecommender(nn.Module):
 
     @torch.no_grad()
     def _placeholder(self, embedding: nn.Module) -> Tensor:
-        """(hidden,) the embedding of the item token, or the mean over all titles' tokens in a model without it.
-
-        Kept as a vector, not as a new row of the embeddings: the base model, and what it can write, stay as they are.
-        """
+        """(hidden,) the embedding of the item token, or the mean over all titles' tokens in a model without it."""
         item_token, weight = self.prompts.item_token, embedding.weight
         known = self.prompts.has_item_token and item_token < len(weight)
         tokens = [item_token] if known else sorted({token for title in self.prompts.answers for token in title})
@@ -90,33 +81,28 @@ class LanguageRecommender(nn.Module):
     # ---------------------------------------------------------------- prompt -> embeddings -> logits -> loss
 
     def collate(self, rows: list[Row]) -> dict[str, Tensor]:
-        """Prompts, each followed by its target, on the CPU, see `batch`."""
-        return self._collated(rows, [[target] for *_, target in rows])
+        """Prompts, each followed by its target, see `batch`."""
+        return self.batch(rows, [[target] for *_, target in rows])
 
-    def batch(self, rows: list[Row], answers: Sequence[Sequence[int]] | None = None) -> dict[str, Tensor]:
+    def batch(self, rows: list[Row], answers: Sequence[Sequence[int]] = ()) -> dict[str, Tensor]:
         """`Prompts.batch` with these `answers`, and the padded histories for the gate, on the model's device."""
-        return {name: value.to(self.device) for name, value in self._collated(rows, answers).items()}
-
-    def _collated(self, rows: list[Row], answers: Sequence[Sequence[int]] | None) -> dict[str, Tensor]:
+        self.check(rows)
         histories, candidates, _ = zip(*rows, strict=True)
         batch = self.prompts.batch(histories, candidates, answers, self.encoder is not None)
-        self._check_length(int((batch["part"] == PROMPT).sum(1).max()) + self.prompts.longest)
         if self.encoder is not None:
             batch["history"] = self.encoder.pad(histories)
-        return batch
+        return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
 
     def length(self, row: Row) -> int:
         """Tokens of the row's prompt."""
         return len(self.prompts.write(row[0], row[1], self.encoder is not None))
 
-    def check(self, questions: Questions) -> None:
+    def check(self, rows: Questions | list[Row]) -> None:
         """Raise UserError if a prompt with its answer is longer than the language model can read."""
-        if self.positions is not None:
-            longest = max((self.length(questions[row]) for row in range(len(questions))), default=0)
-            self._check_length(longest + self.prompts.longest)
-
-    def _check_length(self, tokens: int) -> None:
-        if self.positions is not None and tokens > self.positions:
+        if self.positions is None:
+            return
+        tokens = max(map(self.length, rows), default=0) + self.prompts.longest
+        if tokens > self.positions:
             raise UserError(
                 f"a prompt with its answer has up to {tokens} tokens, but the base model reads {self.positions}: "
                 "choose a smaller window, or another base model"
@@ -158,7 +144,7 @@ class LanguageRecommender(nn.Module):
         log_likelihood = ranking.log_likelihood(self.logits(batch, hybrid), batch["labels"])
         return -log_likelihood.sum() / len(batch["labels"])
 
-    # ---------------------------------------------------------------- what `fit` trains
+    # ---------------------------------------------------------------- what `fit` calls
 
     def train(self, mode: bool = True) -> "LanguageRecommender":
         super().train(mode)
@@ -198,14 +184,11 @@ class LanguageRecommender(nn.Module):
 
     @cached_property
     def packs(self) -> bool:
-        """Whether the language model scores all candidates in one pass, tried once; if not, the log says why."""
+        """Whether the language model scores all candidates in one pass, tried once."""
         training = self.training
-        reason = ranking.why_not_in_one_pass(self.eval())
+        fits = ranking.fits_one_pass(self.eval())
         self.train(training)
-        if reason:
-            kind = self.language_model.config.model_type
-            log.warning("%s needs a pass for each candidate, so ranking is slow (%s)", kind, reason)
-        return not reason
+        return fits
 
     @torch.no_grad()
     def generate(self, rows: list[Row]) -> list[int | None]:
@@ -215,23 +198,23 @@ class LanguageRecommender(nn.Module):
         batch = self.batch(rows)
         limits = [1 + max(len(self.prompts.answers[item]) for item in candidates) for _, candidates, _ in rows]
         with self._eager_unless_training(), base_models.greedy(self.language_model, self.prompts.end):
-            inputs = {"inputs_embeds": self.embeds(batch, hybrid=True), **self.sequence_embeds(batch)}
-            mask = (batch["part"] == PROMPT).long()
-            written = self.language_model.generate(**inputs, attention_mask=mask, max_new_tokens=max(limits))
+            written = self.language_model.generate(
+                inputs_embeds=self.embeds(batch, hybrid=True), attention_mask=(batch["part"] == PROMPT).long(),
+                max_new_tokens=max(limits), **self.sequence_embeds(batch),
+            )  # fmt: skip
         return [self._column(row, tokens[:limit]) for row, tokens, limit in zip(rows, written, limits, strict=True)]
 
-    def _column(self, row: Row, tokens: Tensor | list[int]) -> int | None:
+    def _column(self, row: Row, tokens: Tensor) -> int | None:
         """The column of the candidate that an answer names, or None."""
         return read_answer(self.prompts.read(tokens), [self.prompts.titles[item] for item in row[1]])
 
     def answer(self, rows: list[Row]) -> tuple[Tensor, list[int | None]]:
         """What `rank` and `generate` give; only rows in which greedy decoding writes no candidate are generated."""
         scores, written = ranking.scores(self, rows, self.packs)
-        rest = np.flatnonzero(~written.any(1))
-        columns = [self._column(row, self.prompts.answers[row[1][written[i].argmax()]]) for i, row in enumerate(rows)]
-        for place, column in zip(rest, self.generate([rows[place] for place in rest]), strict=True):
-            columns[place] = column
-        return scores, columns
+        columns = dict(reversed(written.nonzero().tolist()))  # row number -> the first candidate that it writes
+        rest = [number for number in range(len(rows)) if number not in columns]
+        columns |= zip(rest, self.generate([rows[number] for number in rest]), strict=True)
+        return scores, [columns[number] for number in range(len(rows))]
 
     @torch.no_grad()
     def gate_weights(self, rows: list[Row]) -> Tensor:
@@ -245,14 +228,13 @@ class LanguageRecommender(nn.Module):
     def save_pretrained(self, folder: str | Path, base_model: str = "") -> None:
         """Write adapter/, encoder/, projector.safetensors and recommender.json; all of them or none."""
         about = {"base_model": base_model, "titles": self.prompts.titles, "wording": self.prompts.words}
-        about |= {"guidance": self.guidance, "seed": self.seed}
         with artifacts.atomic_folder(folder) as temporary:
             if isinstance(self.language_model, PeftModel):
                 self.language_model.save_pretrained(temporary / "adapter")
             if self.encoder is not None:
                 self.encoder.save_pretrained(temporary / "encoder")
-                state = {name: value.contiguous() for name, value in self.projector.state_dict().items()}
-                safetensors.torch.save_file(state, temporary / "projector.safetensors")
+                safetensors.torch.save_model(self.projector, temporary / "projector.safetensors")
+            about |= {"guidance": self.guidance, "seed": self.seed}
             artifacts.write_json(temporary / "recommender.json", about)
 
     @classmethod
@@ -267,10 +249,10 @@ class LanguageRecommender(nn.Module):
         language_model, tokenizer = base_models.load_language_model(base_model or about["base_model"], dataset, device)
         prompts = Prompts(tokenizer, about["titles"], *about["wording"])
         encoder = SequenceModel.from_pretrained(folder / "encoder") if (folder / "encoder").is_dir() else None
-        model = cls(language_model, prompts, encoder, None, about.get("seed", 0), about.get("guidance", "sequence"))
+        model = cls(language_model, prompts, encoder, None, about["seed"], about["guidance"])
         try:
             if encoder is not None:
-                model.projector.load_state_dict(safetensors.torch.load_file(folder / "projector.safetensors"))
+                safetensors.torch.load_model(model.projector, folder / "projector.safetensors")
             if (folder / "adapter").is_dir():
                 model.language_model = PeftModel.from_pretrained(language_model, folder / "adapter", is_trainable=True)
                 model.gated = isinstance(model.language_model.active_peft_config, ILoraConfig)

@@ -2,7 +2,7 @@
 
 import hashlib
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +40,10 @@ class AdapterSettings:
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide the result: a gate's only if there is one, newer ones only if changed."""
-        newer = ("gate_per_layer", "gate_top_k", "guidance", "target_modules")
-        values = {name: getattr(self, name) for name in ("rank", "alpha", "dropout", "experts", "gate", *newer)}
-        ignored = {name for name in newer if values[name] == getattr(AdapterSettings, name)}
-        ignored |= {"gate", "gate_per_layer", "gate_top_k", "guidance"} if self.experts == 1 else set()
-        return {name: value for name, value in values.items() if name not in ignored}
+        newer = {"gate_per_layer": False, "gate_top_k": 0, "guidance": "sequence", "target_modules": "all-linear"}
+        ignored = ("gate", "gate_per_layer", "gate_top_k", "guidance") if self.experts == 1 else ()
+        return {name: value for name, value in asdict(self).items()
+                if name not in ignored and (name not in newer or value != newer[name])}  # fmt: skip
 
 
 def tuning_arguments(
@@ -73,8 +72,8 @@ def tune(
 
     encoder: without one, prompts are text-only, as in TALLRec. arguments: see `tuning_arguments`. window: items of a
     history, 0 for the encoder's; train_limit: training questions, 0 for all. Returns the model of the epoch with the
-    highest HitRatio@1 on validation, by ranking; the history of training; and files for `training.load_snapshot`,
-    evenly spaced, the last one from the last step. Raises UserError if a gate or the window needs an encoder.
+    highest HitRatio@1 on validation, by ranking; the history of training; and files for `training.load_snapshot`.
+    Raises UserError if a gate or the window needs an encoder.
     """
     if encoder is None and (adapter.experts > 1 or not window):
         raise UserError("without an encoder give a window, and one expert: there is nothing for a gate to read")
@@ -85,22 +84,20 @@ def tune(
     settings = adapter.identity() | sizes | arguments.identity()
     inputs = {"data": dataset.key, "base_model": base_content(base_model)}
     inputs |= {"encoder": _content(encoder)} if encoder is not None else {}
-    work, trained = artifacts.home() / "training" / artifacts.key(settings, inputs), []
+    work = artifacts.home() / "training" / artifacts.key(settings, inputs)
 
     def make(folder: Path) -> None:
         plain, chosen = untuned(dataset, base_model, encoder, arguments.device), adapter.identity()
         guidance = chosen.pop("guidance", "sequence")
         config = adapter_config(**chosen)
         model = LanguageRecommender(plain.language_model, plain.prompts, encoder, config, seed, guidance)
-        trained.append(model)
         for epoch in reversed(range(arguments.epochs)):  # before training: the candidates of each epoch, the first last
             train.set_epoch(epoch)
             model.check(train)
         model.check(validation)
 
         def validate() -> dict[str, float]:
-            outcomes = evaluate(model, validation, generate=False)
-            return {"hit_ratio": outcomes["hit"].mean()}
+            return {"hit_ratio": evaluate(model, validation, generate=False)["hit"].mean()}
 
         fit(model, train, arguments, work, validate, "hit_ratio").to_csv(folder / "history.csv", index=False)
         model.save_pretrained(folder / "recommender", base_model)
@@ -109,8 +106,7 @@ def tune(
     kind = "LoRA" if adapter.experts == 1 else f"iLoRA with {adapter.experts} experts"
     folder = artifacts.cached("adapters", settings, inputs, make, note=f"{kind} on {dataset.name}")
     shutil.rmtree(work, ignore_errors=True)
-    kept = folder / "recommender", base_model, arguments.device, dataset
-    model = trained[0] if trained else LanguageRecommender.from_pretrained(*kept)
+    model = LanguageRecommender.from_pretrained(folder / "recommender", base_model, arguments.device, dataset)
     return model, pd.read_csv(folder / "history.csv"), sorted((folder / "snapshots").iterdir())
 
 
