@@ -2,8 +2,7 @@
 
     Each story this person read, in order: A; B; C. The next story is one of: X; Y; Z. The next story is: Y</s>
 
-A hybrid prompt has an item token after each title (`A<item>; B<item>`), whose embedding the model replaces by the
-projected embedding of the recommender (Eq. 6). If it is not replaced, it is LLaRA's placeholder.
+A hybrid prompt has an item token after each title (`A<item>; B<item>`), for the recommender's embedding (Eq. 6).
 """
 
 import copy
@@ -49,7 +48,7 @@ class Prompts:
     Raises UserError for a tokenizer without an end token, and for titles that it cannot write and read back.
     """
 
-    pad_to_multiple_of = 1  # tokens; padding to multiples gives `forward` fewer different shapes
+    pad_to_multiple_of = 1  # tokens, on the right; multiples give `forward` fewer different shapes
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, titles: Sequence[str], noun: str, verb: str):
         if tokenizer.eos_token_id is None:
@@ -86,8 +85,7 @@ class Prompts:
                 f"them, such as {', '.join(map(repr, wrong[:3]))}: change these titles, or choose another base model"
             )
 
-    def read(self, tokens: Sequence[int] | Tensor) -> str:
-        """The text of an answer."""
+    def read(self, tokens: Sequence[int] | Tensor) -> str:  # an answer
         return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def join(self, titles: Sequence[list[int]], hybrid: bool) -> list[int]:
@@ -103,8 +101,7 @@ class Prompts:
 
     def write_titles(self, history: list[list[int]], candidates: list[list[int]], hybrid: bool) -> list[int]:
         """The same for titles that are given as token ids."""
-        joined = [self.join(titles, hybrid) for titles in (history, candidates)]
-        return [*self.opening, *joined[0], *self.offer, *joined[1], *self.question]
+        return [*self.opening, *self.join(history, hybrid), *self.offer, *self.join(candidates, hybrid), *self.question]
 
     def batch(
         self, histories: Sequence[Sequence[int]], candidates: Sequence[Sequence[int]],
@@ -119,9 +116,12 @@ class Prompts:
         """
         prompts = [self.write(*row, hybrid) for row in zip(histories, candidates, strict=True)]
         rows = [self._row(*row) for row in zip(prompts, answers or [()] * len(prompts), strict=True)]
-        batch = {name: self._pad([row[name] for row in rows], FILL[name], not answers) for name in FILL}
         items = [item for row in zip(histories, candidates, strict=True) for part in row for item in part]
-        batch["items"] = torch.tensor(items if hybrid else [], dtype=torch.long)
+        batch = {"items": torch.LongTensor(items if hybrid else [])}
+        side, multiple = ("right", self.pad_to_multiple_of) if answers else ("left", 1)
+        for name, value in FILL.items():
+            padded = pad_sequence([torch.LongTensor(row[name]) for row in rows], True, value, side)
+            batch[name] = functional.pad(padded, (0, -padded.shape[1] % multiple), value=value)
         return batch | {"places": (batch["input_ids"].flatten() == self.item_token).nonzero()[:, 0]}
 
     def _row(self, prompt: list[int], answers: Sequence[int]) -> dict[str, list[int]]:
@@ -135,12 +135,6 @@ class Prompts:
             row["at"] += [len(prompt) - 1, *range(start, start + len(title))]
             row["column"] += [column] * (len(title) + 1)
         return row
-
-    def _pad(self, rows: list[list[int]], value: int, left: bool) -> Tensor:
-        """(rows, longest), a multiple of `pad_to_multiple_of` unless the padding is on the left."""
-        padded = pad_sequence([torch.LongTensor(row) for row in rows], True, value, "left" if left else "right")
-        missing = 0 if left else -padded.shape[1] % self.pad_to_multiple_of
-        return functional.pad(padded, (0, missing), value=value)
 
 
 def _first_line(text: str) -> str:

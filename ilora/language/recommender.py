@@ -8,6 +8,7 @@
 """
 
 import json
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
@@ -20,10 +21,9 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 
 from ilora import artifacts
-from ilora.adapter.config import ILoraConfig
-from ilora.adapter.export import gate_weights
-from ilora.data.dataset import Dataset
-from ilora.data.windows import Questions, Row
+from ilora.adapter import ILoraConfig, gate_weights
+from ilora.data import Dataset, Questions
+from ilora.data.windows import Row
 from ilora.errors import UserError
 from ilora.language import base_models, ranking
 from ilora.language.adapted_layers import adapted
@@ -71,14 +71,11 @@ class LanguageRecommender(nn.Module):
 
     @property
     def embedding(self) -> nn.Module:
-        """The language model's token embeddings."""
         return self.language_model.get_input_embeddings()
 
     @property
     def device(self) -> torch.device:
         return next(self.language_model.parameters()).device
-
-    # ---------------------------------------------------------------- prompt -> embeddings -> logits -> loss
 
     def collate(self, rows: list[Row]) -> dict[str, Tensor]:
         """Prompts, each followed by its target, see `batch`."""
@@ -99,10 +96,8 @@ class LanguageRecommender(nn.Module):
 
     def check(self, rows: Questions | list[Row]) -> None:
         """Raise UserError if a prompt with its answer is longer than the language model can read."""
-        if self.positions is None:
-            return
         tokens = max(map(self.length, rows), default=0) + self.prompts.longest
-        if tokens > self.positions:
+        if tokens > (self.positions or math.inf):
             raise UserError(
                 f"a prompt with its answer has up to {tokens} tokens, but the base model reads {self.positions}: "
                 "choose a smaller window, or another base model"
@@ -110,12 +105,11 @@ class LanguageRecommender(nn.Module):
 
     def embeds(self, batch: dict[str, Tensor], hybrid: bool) -> Tensor:
         """(batch, tokens, hidden): token embeddings; those of item tokens are an item's in a hybrid prompt (Eq. 6)."""
-        places = batch["places"]  # of the item tokens
         embeds = self.embedding(batch["input_ids"].masked_fill(batch["input_ids"] == self.prompts.item_token, 0))
-        items = self.placeholder.expand(len(places), -1)
+        items = self.placeholder.expand(len(batch["places"]), -1)
         if self.encoder is not None and hybrid:
             items = self.projector(self.encoder.item_embeddings[batch["items"]])
-        return embeds.flatten(0, 1).index_copy(0, places, items.to(embeds.dtype)).view_as(embeds)
+        return embeds.flatten(0, 1).index_copy(0, batch["places"], items.to(embeds.dtype)).view_as(embeds)
 
     def sequence_embeds(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The gate's input z (batch, gate_dim) as an argument of the language model, see guidance.py; {} for LoRA."""
@@ -141,10 +135,7 @@ class LanguageRecommender(nn.Module):
     def forward(self, batch: dict[str, Tensor], progress: float = 1.0, step_seed: int = 0) -> Tensor:
         """Mean over rows of -log P(answer); hybrid with probability `progress`, else text-only (the curriculum)."""
         hybrid = np.random.default_rng(step_seed).random() < progress
-        log_likelihood = ranking.log_likelihood(self.logits(batch, hybrid), batch["labels"])
-        return -log_likelihood.sum() / len(batch["labels"])
-
-    # ---------------------------------------------------------------- what `fit` calls
+        return -ranking.log_likelihood(self.logits(batch, hybrid), batch["labels"]).sum() / len(batch["labels"])
 
     def train(self, mode: bool = True) -> "LanguageRecommender":
         super().train(mode)
@@ -176,8 +167,6 @@ class LanguageRecommender(nn.Module):
         eager = self.compiled and not self.training
         return torch.compiler.set_stance("force_eager") if eager else nullcontext()
 
-    # ---------------------------------------------------------------- predictions
-
     def rank(self, rows: list[Row]) -> Tensor:
         """(rows, candidates) log P(title and end | prompt)."""
         return ranking.scores(self, rows, self.packs)[0]
@@ -185,10 +174,7 @@ class LanguageRecommender(nn.Module):
     @cached_property
     def packs(self) -> bool:
         """Whether the language model scores all candidates in one pass, tried once."""
-        training = self.training
-        fits = ranking.fits_one_pass(self.eval())
-        self.train(training)
-        return fits
+        return ranking.fits_one_pass(self)
 
     @torch.no_grad()
     def generate(self, rows: list[Row]) -> list[int | None]:
@@ -202,11 +188,9 @@ class LanguageRecommender(nn.Module):
                 inputs_embeds=self.embeds(batch, hybrid=True), attention_mask=(batch["part"] == PROMPT).long(),
                 max_new_tokens=max(limits), **self.sequence_embeds(batch),
             )  # fmt: skip
-        return [self._column(row, tokens[:limit]) for row, tokens, limit in zip(rows, written, limits, strict=True)]
-
-    def _column(self, row: Row, tokens: Tensor) -> int | None:
-        """The column of the candidate that an answer names, or None."""
-        return read_answer(self.prompts.read(tokens), [self.prompts.titles[item] for item in row[1]])
+        texts = [self.prompts.read(tokens[:limit]) for tokens, limit in zip(written, limits, strict=True)]
+        offered = [[self.prompts.titles[item] for item in candidates] for _, candidates, _ in rows]
+        return list(map(read_answer, texts, offered))
 
     def answer(self, rows: list[Row]) -> tuple[Tensor, list[int | None]]:
         """What `rank` and `generate` give; only rows in which greedy decoding writes no candidate are generated."""
@@ -222,8 +206,6 @@ class LanguageRecommender(nn.Module):
         if not self.gated:
             return torch.ones(len(rows), 1)
         return gate_weights(self.language_model, self.sequence_embeds(self.batch(rows))["sequence_embeds"]).cpu()
-
-    # ---------------------------------------------------------------- files
 
     def save_pretrained(self, folder: str | Path, base_model: str = "") -> None:
         """Write adapter/, encoder/, projector.safetensors and recommender.json; all of them or none."""

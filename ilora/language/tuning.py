@@ -41,9 +41,9 @@ class AdapterSettings:
     def identity(self) -> dict[str, Any]:
         """The settings that decide the result: a gate's only if there is one, newer ones only if changed."""
         newer = {"gate_per_layer": False, "gate_top_k": 0, "guidance": "sequence", "target_modules": "all-linear"}
-        ignored = ("gate", "gate_per_layer", "gate_top_k", "guidance") if self.experts == 1 else ()
-        return {name: value for name, value in asdict(self).items()
-                if name not in ignored and (name not in newer or value != newer[name])}  # fmt: skip
+        ignored = {"gate", *newer} - {"target_modules"} if self.experts == 1 else set()
+        ignored |= {name for name, value in newer.items() if getattr(self, name) == value}
+        return {name: value for name, value in asdict(self).items() if name not in ignored}
 
 
 def tuning_arguments(
@@ -56,12 +56,13 @@ def tuning_arguments(
 
 
 def untuned(
-    dataset: Dataset, base_model: str = "embedded", encoder: SequenceModel | None = None, device: str = "auto"
-) -> LanguageRecommender:
-    """The language model without an adapter, with text-only prompts unless an encoder is given."""
+    dataset: Dataset, base_model: str = "embedded", encoder: SequenceModel | None = None, device: str = "auto",
+    **more: Any,
+) -> LanguageRecommender:  # fmt: skip
+    """The recommender before tuning, with text-only prompts unless an encoder is given. more: see its constructor."""
     model, tokenizer = load_language_model(base_model, dataset, device)
     prompts = Prompts(tokenizer, list(dataset.items["title"]), dataset.noun, dataset.verb)
-    return LanguageRecommender(model, prompts, encoder)
+    return LanguageRecommender(model, prompts, encoder, **more)
 
 
 def tune(
@@ -72,7 +73,7 @@ def tune(
 
     encoder: without one, prompts are text-only, as in TALLRec. arguments: see `tuning_arguments`. window: items of a
     history, 0 for the encoder's; train_limit: training questions, 0 for all. Returns the model of the epoch with the
-    highest HitRatio@1 on validation, by ranking; the history of training; and files for `training.load_snapshot`.
+    highest HitRatio@1 on validation; the history of training; and the files for `training.load_snapshot`.
     Raises UserError if a gate or the window needs an encoder.
     """
     if encoder is None and (adapter.experts > 1 or not window):
@@ -87,10 +88,9 @@ def tune(
     work = artifacts.home() / "training" / artifacts.key(settings, inputs)
 
     def make(folder: Path) -> None:
-        plain, chosen = untuned(dataset, base_model, encoder, arguments.device), adapter.identity()
-        guidance = chosen.pop("guidance", "sequence")
-        config = adapter_config(**chosen)
-        model = LanguageRecommender(plain.language_model, plain.prompts, encoder, config, seed, guidance)
+        chosen = adapter.identity()
+        start = {"guidance": chosen.pop("guidance", "sequence"), "adapter": adapter_config(**chosen), "seed": seed}
+        model = untuned(dataset, base_model, encoder, arguments.device, **start)
         for epoch in reversed(range(arguments.epochs)):  # before training: the candidates of each epoch, the first last
             train.set_epoch(epoch)
             model.check(train)
@@ -112,6 +112,6 @@ def tune(
 
 def _content(encoder: SequenceModel) -> str:
     """Digest of an encoder's class, configuration and weights."""
-    weights = [name.encode() + value.cpu().numpy().tobytes() for name, value in encoder.state_dict().items()]
     about = artifacts.digest([type(encoder).__name__, encoder.config]).encode()
+    weights = (name.encode() + value.cpu().numpy().tobytes() for name, value in encoder.state_dict().items())
     return hashlib.sha256(b"".join([about, *weights])).hexdigest()[:12]
