@@ -16,7 +16,7 @@ from ilora.language import (
     read_answer,
 )
 from ilora.language import recommender as recommender_module
-from ilora.language.ranking import attention_mask
+from ilora.language.ranking import mask_and_positions
 from ilora.recommenders import Caser, GRU4Rec, SASRec
 from ilora.training import TrainingArguments, fit
 
@@ -481,16 +481,22 @@ def test_the_seed_decides_the_start():
 # ---------------------------------------------------------------- masks
 
 
-def test_a_token_attends_to_the_prompt_and_its_title_and_padding_to_itself():
+def test_each_title_is_read_directly_after_the_prompt_and_sees_no_other_title():
     model, rows = make("lora"), question_rows(lengths=(1, 6), offered=3)
     batch = model.batch(rows, [row[1] for row in rows])
-    mask = attention_mask(batch, model.language_model.config, torch.float32)
+    inputs = mask_and_positions(batch["part"], model.language_model.config, torch.float32)
+    mask = inputs["attention_mask"]
     assert mask.shape == (2, 1, *2 * batch["part"].shape[1:])
     assert mask.unique().tolist() == [torch.finfo(torch.float32).min, 0]
     assert (mask == 0).any(-1).all()  # a softmax over nothing has NaN gradients in CUDA's kernels
     for part, sees in zip(batch["part"].tolist(), mask[:, 0] == 0, strict=True):
         for query, key in itertools.product(range(len(part)), repeat=2):
             assert sees[query, key] == (key <= query and part[key] in (PROMPT, part[query]))
+    for row, part, positions in zip(rows, batch["part"].tolist(), inputs["position_ids"].tolist(), strict=True):
+        prompt = model.length(row)
+        titles = [[prompt + place for place in range(len(model.prompts.answers[item]))] for item in row[1]]
+        expected = [*range(prompt), *itertools.chain(*titles)]
+        assert positions == expected + [0] * (len(part) - len(expected))
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -6,8 +6,6 @@ from ilora.language.prompts import ITEM_TOKEN, NO_LABEL, PROMPT, Prompts, prompt
 from ilora.language.recommender import LanguageRecommender
 from ilora.language.tuning import AdapterSettings, tune, tuning_arguments, untuned
 
-__all__ = [
-    "ITEM_TOKEN", "NO_LABEL", "PROMPT", "AdapterSettings", "LanguageRecommender", "Projector", "Prompts",
-    "adapter_config", "load_language_model", "prompt_text", "read_answer", "tune", "tuning_arguments", "untuned",
-    "wording",
-]  # fmt: skip
+__all__ = ["ITEM_TOKEN", "NO_LABEL", "PROMPT", "AdapterSettings", "LanguageRecommender", "Projector", "Prompts",
+           "adapter_config", "load_language_model", "prompt_text", "read_answer", "tune", "tuning_arguments", "untuned",
+           "wording"]  # fmt: skip

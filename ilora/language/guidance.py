@@ -17,8 +17,8 @@ def guide(kind: str, batch: dict[str, Tensor], encoder: Recommender, embed: Call
     """z (batch, width) for a batch of `LanguageRecommender`; a row of z depends only on that row.
 
     sequence: the recommender's state after the history (Eq. 10), of the recommender's width. random: standard normal
-    numbers, always the same for the same history: they distinguish rows but mean nothing. token: the mean of the
-    prompt's token embeddings, `embed(batch)`, projected at random to `width` (our choice) and normalised.
+    numbers, the same for the same history. token: the mean of the prompt's token embeddings, `embed(batch)`, projected
+    at random to `width` (our choice) and normalised.
     """
     history = batch["history"]
     if kind == "sequence":

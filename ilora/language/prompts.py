@@ -2,8 +2,7 @@
 
     Each story this person read, in order: A; B; C. The next story is one of: X; Y; Z. The next story is: Y</s>
 
-A hybrid prompt has an item token after each title (`A<item>; B<item>`), whose embedding the model replaces by the
-projected embedding of the recommender (Eq. 6). If it is not replaced, it is LLaRA's placeholder.
+A hybrid prompt has an item token after each title (`A<item>; B<item>`), for the recommender's embedding (Eq. 6).
 """
 
 import copy
@@ -22,7 +21,7 @@ from ilora.errors import UserError
 ITEM_TOKEN = "<item>"
 NO_LABEL = -100
 PROMPT, PADDING = -1, -2  # `part` of tokens that belong to no answer
-FILL = {"input_ids": 0, "position_ids": 0, "part": PADDING, "labels": NO_LABEL, "at": 0, "column": PADDING}
+FILL = {"input_ids": 0, "part": PADDING, "labels": NO_LABEL, "at": 0, "column": PADDING}  # value of padding
 
 
 def wording(noun: str, verb: str) -> tuple[str, str, str]:
@@ -49,25 +48,23 @@ class Prompts:
     Raises UserError for a tokenizer without an end token, and for titles that it cannot write and read back.
     """
 
-    pad_to_multiple_of = 1  # tokens; padding to multiples gives `forward` fewer different shapes
+    pad_to_multiple_of = 1  # tokens, on the right; multiples give `forward` fewer different shapes
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, titles: Sequence[str], noun: str, verb: str):
         if tokenizer.eos_token_id is None:
-            raise UserError(
-                "the base model's tokenizer has no end token, which has to end each answer: set its eos_token"
-            )
+            raise UserError("the base model's tokenizer has no end token for the end of an answer: set its eos_token")
         self.has_item_token = ITEM_TOKEN in tokenizer.get_vocab()
         if not self.has_item_token:
             tokenizer = copy.deepcopy(tokenizer)
             tokenizer.add_tokens([AddedToken(ITEM_TOKEN, special=True, normalized=False)], special_tokens=True)
         self.tokenizer, self.titles, self.words = tokenizer, [one_line(title) for title in titles], (noun, verb)
-        start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        self.end, self.item_token = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(ITEM_TOKEN)
         opening, offer, question = wording(noun, verb)
+        start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         self.opening = start + tokenizer(opening, add_special_tokens=False).input_ids
         self.offer, self.question, self.separator = self._continuations([offer, question, ";"])
         self.answers = self._continuations([f" {title}" for title in self.titles])
         self.longest = max(map(len, self.answers)) + 1  # tokens of an answer, with the end
-        self.end, self.item_token = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(ITEM_TOKEN)
         self._refuse_unreadable_titles()
 
     def _continuations(self, texts: list[str]) -> list[list[int]]:
@@ -88,8 +85,7 @@ class Prompts:
                 f"them, such as {', '.join(map(repr, wrong[:3]))}: change these titles, or choose another base model"
             )
 
-    def read(self, tokens: Sequence[int] | Tensor) -> str:
-        """The text of an answer."""
+    def read(self, tokens: Sequence[int] | Tensor) -> str:  # an answer
         return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def join(self, titles: Sequence[list[int]], hybrid: bool) -> list[int]:
@@ -101,58 +97,44 @@ class Prompts:
 
     def write(self, history: Sequence[int], candidates: Sequence[int], hybrid: bool) -> list[int]:
         """Token ids of one prompt, up to the question."""
-        titles = [[self.answers[item] for item in items] for items in (history, candidates)]
-        return self.write_titles(*titles, hybrid)
+        return self.write_titles(*([self.answers[item] for item in items] for items in (history, candidates)), hybrid)
 
     def write_titles(self, history: list[list[int]], candidates: list[list[int]], hybrid: bool) -> list[int]:
         """The same for titles that are given as token ids."""
-        listed = [self.join(titles, hybrid) for titles in (history, candidates)]
-        return [*self.opening, *listed[0], *self.offer, *listed[1], *self.question]
+        return [*self.opening, *self.join(history, hybrid), *self.offer, *self.join(candidates, hybrid), *self.question]
 
     def batch(
         self, histories: Sequence[Sequence[int]], candidates: Sequence[Sequence[int]],
-        answers: Sequence[Sequence[int]] | None = None, hybrid: bool = True,
+        answers: Sequence[Sequence[int]] = (), hybrid: bool = True,
     ) -> dict[str, Tensor]:  # fmt: skip
-        """Padded prompts, each followed by the titles of its `answers`, if there are any.
+        """Prompts of item ids, each followed by the titles of its `answers`, padded on the right.
 
-        histories, candidates, answers: item ids of each row, without padding. Without `answers` the padding is on the
-        left, as `generate` needs it, else on the right. (batch, tokens): input_ids; position_ids, as if each answer
-        stood alone after the prompt; part, the answer that a token belongs to, PROMPT or PADDING. (batch, labels):
-        labels, the tokens of all answers, each with the end token, or NO_LABEL; at, where in the row the token is that
-        predicts a label; column, the answer that a label belongs to. (item tokens,): items, and places, where their
-        tokens are in the flattened batch. Raises IndexError for unknown items.
+        Without `answers` the padding is on the left, as `generate` needs it. (batch, tokens): input_ids; part, the
+        answer that a token belongs to, PROMPT or PADDING. (batch, labels): labels, the tokens of all answers, each with
+        the end token, or NO_LABEL; at, the token that predicts a label; column, the answer that a label belongs to.
+        (item tokens,): items, and places, where their tokens are in the flattened batch.
         """
-        rows = [[*row, *offered] for row, offered in zip(histories, candidates, strict=True)]
-        items = torch.tensor([item for row in rows for item in row], dtype=torch.long)
-        if len(items) and not 0 <= items.min() <= items.max() < len(self.titles):
-            raise IndexError(f"items are 0 to {len(self.titles) - 1}, not {items.min()} to {items.max()}")
         prompts = [self.write(*row, hybrid) for row in zip(histories, candidates, strict=True)]
-        rows = [self._row(*row) for row in zip(prompts, answers or [[]] * len(prompts), strict=True)]
-        names = list(FILL)[: 3 if answers is None else None]
-        batch = {name: self._pad([row[name] for row in rows], FILL[name], answers is None) for name in names}
-        places = (batch["input_ids"].flatten() == self.item_token).nonzero()[:, 0]
-        return batch | {"items": items if hybrid else items[:0], "places": places}
+        rows = [self._row(*row) for row in zip(prompts, answers or [()] * len(prompts), strict=True)]
+        items = [item for row in zip(histories, candidates, strict=True) for part in row for item in part]
+        batch = {"items": torch.LongTensor(items if hybrid else [])}
+        side, multiple = ("right", self.pad_to_multiple_of) if answers else ("left", 1)
+        for name, value in FILL.items():
+            padded = pad_sequence([torch.LongTensor(row[name]) for row in rows], True, value, side)
+            batch[name] = functional.pad(padded, (0, -padded.shape[1] % multiple), value=value)
+        return batch | {"places": (batch["input_ids"].flatten() == self.item_token).nonzero()[:, 0]}
 
     def _row(self, prompt: list[int], answers: Sequence[int]) -> dict[str, list[int]]:
         """A row of `batch`, without padding."""
-        length = len(prompt)
-        row = {"input_ids": [*prompt], "position_ids": [*range(length)], "part": [PROMPT] * length}
-        row |= {"labels": [], "at": [], "column": []}
+        row = {"input_ids": [*prompt], "part": [PROMPT] * len(prompt), "labels": [], "at": [], "column": []}
         for column, item in enumerate(answers):
             title, start = self.answers[item], len(row["input_ids"])
             row["input_ids"] += title
-            row["position_ids"] += range(length, length + len(title))
             row["part"] += [column] * len(title)
             row["labels"] += [*title, self.end]
-            row["at"] += [length - 1, *range(start, start + len(title))]
+            row["at"] += [len(prompt) - 1, *range(start, start + len(title))]
             row["column"] += [column] * (len(title) + 1)
         return row
-
-    def _pad(self, rows: list[list[int]], value: int, left: bool) -> Tensor:
-        """(rows, longest), a multiple of `pad_to_multiple_of` unless the padding is on the left."""
-        padded = pad_sequence([torch.LongTensor(row) for row in rows], True, value, "left" if left else "right")
-        missing = 0 if left else -padded.shape[1] % self.pad_to_multiple_of
-        return functional.pad(padded, (0, missing), value=value)
 
 
 def _first_line(text: str) -> str:

@@ -4,12 +4,11 @@
     hybrid prompt, LoRA, curriculum          LLaRA
     the same with a gate over K experts      iLoRA: the gate gets the recommender's `encode(history)`
 
-It learns -log P(title of the next item | prompt), summed over the title's tokens (Eqs. 7 and 8). It predicts in two
-ways: `generate` writes a title greedily, `rank` scores each candidate by its likelihood; `answer` does both at once.
+`generate` writes a title greedily, `rank` scores each candidate by its likelihood; `answer` does both at once.
 """
 
 import json
-import logging
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
@@ -22,10 +21,9 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 
 from ilora import artifacts
-from ilora.adapter.config import ILoraConfig
-from ilora.adapter.export import gate_weights
-from ilora.data.dataset import Dataset
-from ilora.data.windows import Questions, Row
+from ilora.adapter import ILoraConfig, gate_weights
+from ilora.data import Dataset, Questions
+from ilora.data.windows import Row
 from ilora.errors import UserError
 from ilora.language import base_models, ranking
 from ilora.language.adapted_layers import adapted
@@ -33,15 +31,12 @@ from ilora.language.guidance import GUIDANCE, guide
 from ilora.language.prompts import PROMPT, Prompts, read_answer
 from ilora.recommenders.base import SequenceModel
 
-log = logging.getLogger(__name__)
-
 
 class LanguageRecommender(nn.Module):
-    """A frozen language model that predicts the next item.
+    """A frozen language model that learns -log P(title of the next item | prompt), Eqs. 7 and 8.
 
-    encoder: a trained recommender, kept frozen; None for text-only prompts, which need none.
-    adapter: configuration of LoRA or iLoRA; None for the language model as it is.
-    seed: of the projector, and of random guidance; guidance: what iLoRA's gate gets, one of GUIDANCE.
+    encoder: a trained recommender, kept frozen; None for text-only prompts. adapter: LoRA or iLoRA; None for the
+    language model as it is. seed: of the projector, and of random guidance. guidance: what iLoRA's gate gets.
     """
 
     def __init__(
@@ -55,8 +50,7 @@ class LanguageRecommender(nn.Module):
         self.gated = isinstance(adapter, ILoraConfig)
         if self.gated and encoder is None:
             raise UserError("iLoRA's gate reads the recommender's representation: give an encoder")
-        self.encoder, self.projector = encoder, None
-        self.compiled = False
+        self.encoder, self.projector, self.compiled = encoder, None, False
         base_models.check_causal(language_model, prompts)
         self.positions = base_models.position_limit(language_model)
         self.register_buffer("placeholder", self._placeholder(language_model.get_input_embeddings()), persistent=False)
@@ -69,10 +63,7 @@ class LanguageRecommender(nn.Module):
 
     @torch.no_grad()
     def _placeholder(self, embedding: nn.Module) -> Tensor:
-        """(hidden,) the embedding of the item token, or the mean over all titles' tokens in a model without it.
-
-        Kept as a vector, not as a new row of the embeddings: the base model, and what it can write, stay as they are.
-        """
+        """(hidden,) the embedding of the item token, or the mean over all titles' tokens in a model without it."""
         item_token, weight = self.prompts.item_token, embedding.weight
         known = self.prompts.has_item_token and item_token < len(weight)
         tokens = [item_token] if known else sorted({token for title in self.prompts.answers for token in title})
@@ -80,27 +71,24 @@ class LanguageRecommender(nn.Module):
 
     @property
     def embedding(self) -> nn.Module:
-        """The language model's token embeddings."""
         return self.language_model.get_input_embeddings()
 
     @property
     def device(self) -> torch.device:
         return next(self.language_model.parameters()).device
 
-    # ---------------------------------------------------------------- prompt -> embeddings -> logits -> loss
-
     def collate(self, rows: list[Row]) -> dict[str, Tensor]:
-        """Prompts, each followed by its target, on the CPU, see `batch`."""
-        return self._collated(rows, [[target] for *_, target in rows])
+        """Prompts, each followed by its target, see `batch`, on the CPU."""
+        return self._padded(rows, [[target] for *_, target in rows])
 
-    def batch(self, rows: list[Row], answers: Sequence[Sequence[int]] | None = None) -> dict[str, Tensor]:
+    def batch(self, rows: list[Row], answers: Sequence[Sequence[int]] = ()) -> dict[str, Tensor]:
         """`Prompts.batch` with these `answers`, and the padded histories for the gate, on the model's device."""
-        return {name: value.to(self.device) for name, value in self._collated(rows, answers).items()}
+        return {name: value.to(self.device) for name, value in self._padded(rows, answers).items()}
 
-    def _collated(self, rows: list[Row], answers: Sequence[Sequence[int]] | None) -> dict[str, Tensor]:
+    def _padded(self, rows: list[Row], answers: Sequence[Sequence[int]]) -> dict[str, Tensor]:
         histories, candidates, _ = zip(*rows, strict=True)
         batch = self.prompts.batch(histories, candidates, answers, self.encoder is not None)
-        self._check_length(int((batch["part"] == PROMPT).sum(1).max()) + self.prompts.longest)
+        self._check_length(int((batch["part"] == PROMPT).sum(1).max()))
         if self.encoder is not None:
             batch["history"] = self.encoder.pad(histories)
         return batch
@@ -109,14 +97,13 @@ class LanguageRecommender(nn.Module):
         """Tokens of the row's prompt."""
         return len(self.prompts.write(row[0], row[1], self.encoder is not None))
 
-    def check(self, questions: Questions) -> None:
+    def check(self, rows: Questions) -> None:
         """Raise UserError if a prompt with its answer is longer than the language model can read."""
-        if self.positions is not None:
-            longest = max((self.length(questions[row]) for row in range(len(questions))), default=0)
-            self._check_length(longest + self.prompts.longest)
+        self._check_length(max(map(self.length, rows), default=0))
 
-    def _check_length(self, tokens: int) -> None:
-        if self.positions is not None and tokens > self.positions:
+    def _check_length(self, prompt: int) -> None:
+        tokens = prompt + self.prompts.longest
+        if tokens > (self.positions or math.inf):
             raise UserError(
                 f"a prompt with its answer has up to {tokens} tokens, but the base model reads {self.positions}: "
                 "choose a smaller window, or another base model"
@@ -124,12 +111,11 @@ class LanguageRecommender(nn.Module):
 
     def embeds(self, batch: dict[str, Tensor], hybrid: bool) -> Tensor:
         """(batch, tokens, hidden): token embeddings; those of item tokens are an item's in a hybrid prompt (Eq. 6)."""
-        places = batch["places"]  # of the item tokens
         embeds = self.embedding(batch["input_ids"].masked_fill(batch["input_ids"] == self.prompts.item_token, 0))
-        items = self.placeholder.expand(len(places), -1)
+        items = self.placeholder.expand(len(batch["places"]), -1)
         if self.encoder is not None and hybrid:
             items = self.projector(self.encoder.item_embeddings[batch["items"]])
-        return embeds.flatten(0, 1).index_copy(0, places, items.to(embeds.dtype)).view_as(embeds)
+        return embeds.flatten(0, 1).index_copy(0, batch["places"], items.to(embeds.dtype)).view_as(embeds)
 
     def sequence_embeds(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The gate's input z (batch, gate_dim) as an argument of the language model, see guidance.py; {} for LoRA."""
@@ -155,10 +141,7 @@ class LanguageRecommender(nn.Module):
     def forward(self, batch: dict[str, Tensor], progress: float = 1.0, step_seed: int = 0) -> Tensor:
         """Mean over rows of -log P(answer); hybrid with probability `progress`, else text-only (the curriculum)."""
         hybrid = np.random.default_rng(step_seed).random() < progress
-        log_likelihood = ranking.log_likelihood(self.logits(batch, hybrid), batch["labels"])
-        return -log_likelihood.sum() / len(batch["labels"])
-
-    # ---------------------------------------------------------------- what `fit` trains
+        return -ranking.log_likelihood(self.logits(batch, hybrid), batch["labels"]).sum() / len(batch["labels"])
 
     def train(self, mode: bool = True) -> "LanguageRecommender":
         super().train(mode)
@@ -190,22 +173,14 @@ class LanguageRecommender(nn.Module):
         eager = self.compiled and not self.training
         return torch.compiler.set_stance("force_eager") if eager else nullcontext()
 
-    # ---------------------------------------------------------------- predictions
-
     def rank(self, rows: list[Row]) -> Tensor:
         """(rows, candidates) log P(title and end | prompt)."""
         return ranking.scores(self, rows, self.packs)[0]
 
     @cached_property
     def packs(self) -> bool:
-        """Whether the language model scores all candidates in one pass, tried once; if not, the log says why."""
-        training = self.training
-        reason = ranking.why_not_in_one_pass(self.eval())
-        self.train(training)
-        if reason:
-            kind = self.language_model.config.model_type
-            log.warning("%s needs a pass for each candidate, so ranking is slow (%s)", kind, reason)
-        return not reason
+        """Whether the language model scores all candidates in one pass, tried once."""
+        return ranking.fits_one_pass(self)
 
     @torch.no_grad()
     def generate(self, rows: list[Row]) -> list[int | None]:
@@ -215,23 +190,21 @@ class LanguageRecommender(nn.Module):
         batch = self.batch(rows)
         limits = [1 + max(len(self.prompts.answers[item]) for item in candidates) for _, candidates, _ in rows]
         with self._eager_unless_training(), base_models.greedy(self.language_model, self.prompts.end):
-            inputs = {"inputs_embeds": self.embeds(batch, hybrid=True), **self.sequence_embeds(batch)}
-            mask = (batch["part"] == PROMPT).long()
-            written = self.language_model.generate(**inputs, attention_mask=mask, max_new_tokens=max(limits))
-        return [self._column(row, tokens[:limit]) for row, tokens, limit in zip(rows, written, limits, strict=True)]
-
-    def _column(self, row: Row, tokens: Tensor | list[int]) -> int | None:
-        """The column of the candidate that an answer names, or None."""
-        return read_answer(self.prompts.read(tokens), [self.prompts.titles[item] for item in row[1]])
+            written = self.language_model.generate(
+                inputs_embeds=self.embeds(batch, hybrid=True), attention_mask=(batch["part"] == PROMPT).long(),
+                max_new_tokens=max(limits), **self.sequence_embeds(batch),
+            )  # fmt: skip
+        texts = [self.prompts.read(tokens[:limit]) for tokens, limit in zip(written, limits, strict=True)]
+        offered = [[self.prompts.titles[item] for item in candidates] for _, candidates, _ in rows]
+        return list(map(read_answer, texts, offered))
 
     def answer(self, rows: list[Row]) -> tuple[Tensor, list[int | None]]:
         """What `rank` and `generate` give; only rows in which greedy decoding writes no candidate are generated."""
         scores, written = ranking.scores(self, rows, self.packs)
-        rest = np.flatnonzero(~written.any(1))
-        columns = [self._column(row, self.prompts.answers[row[1][written[i].argmax()]]) for i, row in enumerate(rows)]
-        for place, column in zip(rest, self.generate([rows[place] for place in rest]), strict=True):
-            columns[place] = column
-        return scores, columns
+        columns = dict(reversed(written.nonzero().tolist()))  # row number -> the first candidate that it writes
+        rest = [number for number in range(len(rows)) if number not in columns]
+        columns |= zip(rest, self.generate([rows[number] for number in rest]), strict=True)
+        return scores, [columns[number] for number in range(len(rows))]
 
     @torch.no_grad()
     def gate_weights(self, rows: list[Row]) -> Tensor:
@@ -240,19 +213,16 @@ class LanguageRecommender(nn.Module):
             return torch.ones(len(rows), 1)
         return gate_weights(self.language_model, self.sequence_embeds(self.batch(rows))["sequence_embeds"]).cpu()
 
-    # ---------------------------------------------------------------- files
-
     def save_pretrained(self, folder: str | Path, base_model: str = "") -> None:
         """Write adapter/, encoder/, projector.safetensors and recommender.json; all of them or none."""
         about = {"base_model": base_model, "titles": self.prompts.titles, "wording": self.prompts.words}
-        about |= {"guidance": self.guidance, "seed": self.seed}
         with artifacts.atomic_folder(folder) as temporary:
             if isinstance(self.language_model, PeftModel):
                 self.language_model.save_pretrained(temporary / "adapter")
             if self.encoder is not None:
                 self.encoder.save_pretrained(temporary / "encoder")
-                state = {name: value.contiguous() for name, value in self.projector.state_dict().items()}
-                safetensors.torch.save_file(state, temporary / "projector.safetensors")
+                safetensors.torch.save_model(self.projector, temporary / "projector.safetensors")
+            about |= {"guidance": self.guidance, "seed": self.seed}
             artifacts.write_json(temporary / "recommender.json", about)
 
     @classmethod
@@ -270,7 +240,7 @@ class LanguageRecommender(nn.Module):
         model = cls(language_model, prompts, encoder, None, about.get("seed", 0), about.get("guidance", "sequence"))
         try:
             if encoder is not None:
-                model.projector.load_state_dict(safetensors.torch.load_file(folder / "projector.safetensors"))
+                safetensors.torch.load_model(model.projector, folder / "projector.safetensors")
             if (folder / "adapter").is_dir():
                 model.language_model = PeftModel.from_pretrained(language_model, folder / "adapter", is_trainable=True)
                 model.gated = isinstance(model.language_model.active_peft_config, ILoraConfig)

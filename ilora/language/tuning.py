@@ -2,7 +2,7 @@
 
 import hashlib
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +40,10 @@ class AdapterSettings:
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide the result: a gate's only if there is one, newer ones only if changed."""
-        newer = ("gate_per_layer", "gate_top_k", "guidance", "target_modules")
-        values = {name: getattr(self, name) for name in ("rank", "alpha", "dropout", "experts", "gate", *newer)}
-        ignored = {name for name in newer if values[name] == getattr(AdapterSettings, name)}
-        ignored |= {"gate", "gate_per_layer", "gate_top_k", "guidance"} if self.experts == 1 else set()
-        return {name: value for name, value in values.items() if name not in ignored}
+        newer = {"gate_per_layer": False, "gate_top_k": 0, "guidance": "sequence", "target_modules": "all-linear"}
+        ignored = {"gate", *newer} - {"target_modules"} if self.experts == 1 else set()
+        ignored |= {name for name, value in newer.items() if getattr(self, name) == value}
+        return {name: value for name, value in asdict(self).items() if name not in ignored}
 
 
 def tuning_arguments(
@@ -57,12 +56,13 @@ def tuning_arguments(
 
 
 def untuned(
-    dataset: Dataset, base_model: str = "embedded", encoder: SequenceModel | None = None, device: str = "auto"
-) -> LanguageRecommender:
-    """The language model without an adapter, with text-only prompts unless an encoder is given."""
+    dataset: Dataset, base_model: str = "embedded", encoder: SequenceModel | None = None, device: str = "auto",
+    **more: Any,
+) -> LanguageRecommender:  # fmt: skip
+    """The recommender before tuning, with text-only prompts unless an encoder is given. more: see its constructor."""
     model, tokenizer = load_language_model(base_model, dataset, device)
     prompts = Prompts(tokenizer, list(dataset.items["title"]), dataset.noun, dataset.verb)
-    return LanguageRecommender(model, prompts, encoder)
+    return LanguageRecommender(model, prompts, encoder, **more)
 
 
 def tune(
@@ -73,8 +73,8 @@ def tune(
 
     encoder: without one, prompts are text-only, as in TALLRec. arguments: see `tuning_arguments`. window: items of a
     history, 0 for the encoder's; train_limit: training questions, 0 for all. Returns the model of the epoch with the
-    highest HitRatio@1 on validation, by ranking; the history of training; and files for `training.load_snapshot`,
-    evenly spaced, the last one from the last step. Raises UserError if a gate or the window needs an encoder.
+    highest HitRatio@1 on validation; the history of training; and the files for `training.load_snapshot`.
+    Raises UserError if a gate or the window needs an encoder.
     """
     if encoder is None and (adapter.experts > 1 or not window):
         raise UserError("without an encoder give a window, and one expert: there is nothing for a gate to read")
@@ -88,11 +88,9 @@ def tune(
     work, trained = artifacts.home() / "training" / artifacts.key(settings, inputs), []
 
     def make(folder: Path) -> None:
-        plain, chosen = untuned(dataset, base_model, encoder, arguments.device), adapter.identity()
-        guidance = chosen.pop("guidance", "sequence")
-        config = adapter_config(**chosen)
-        model = LanguageRecommender(plain.language_model, plain.prompts, encoder, config, seed, guidance)
-        trained.append(model)
+        chosen = adapter.identity()
+        start = {"guidance": chosen.pop("guidance", "sequence"), "adapter": adapter_config(**chosen), "seed": seed}
+        model = untuned(dataset, base_model, encoder, arguments.device, **start)
         for epoch in reversed(range(arguments.epochs)):  # before training: the candidates of each epoch, the first last
             train.set_epoch(epoch)
             model.check(train)
@@ -104,6 +102,7 @@ def tune(
         fit(model, train, arguments, work, validate).to_csv(folder / "history.csv", index=False)
         model.save_pretrained(folder / "recommender", base_model)
         shutil.copytree(work / "snapshots", folder / "snapshots")
+        trained.append(model)
 
     kind = "LoRA" if adapter.experts == 1 else f"iLoRA with {adapter.experts} experts"
     folder = artifacts.cached("adapters", settings, inputs, make, note=f"{kind} on {dataset.name}")
@@ -115,6 +114,6 @@ def tune(
 
 def _content(encoder: SequenceModel) -> str:
     """Digest of an encoder's class, configuration and weights."""
-    weights = [name.encode() + value.cpu().numpy().tobytes() for name, value in encoder.state_dict().items()]
     about = artifacts.digest([type(encoder).__name__, encoder.config]).encode()
+    weights = (name.encode() + value.cpu().numpy().tobytes() for name, value in encoder.state_dict().items())
     return hashlib.sha256(b"".join([about, *weights])).hexdigest()[:12]
