@@ -2,7 +2,6 @@
 
 import copy
 import logging
-from collections.abc import Iterable
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -85,5 +84,5 @@ def _called_with_tokens(model: nn.Module) -> set[nn.Module]:
     return {module for module, value in first.items() if getattr(value, "ndim", 0) == 3}
 
 
-def _last_names(layers: Iterable[str]) -> str:
+def _last_names(layers: set[str]) -> str:
     return ", ".join(sorted({layer.rpartition(".")[2] for layer in layers}))

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -24,9 +23,8 @@ def load_language_model(
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """A causal language model, frozen and in eval mode, and its tokenizer.
 
-    base_model: a name on the Hugging Face hub, a folder, "smollm2" or "embedded". For a `dataset` other than the world
-        the embedded model is first trained on its titles and training histories, once.
-    Raises UserError for a model that cannot be loaded.
+    base_model: a name on the Hugging Face hub, a folder, "smollm2", or "embedded", which is first trained on the titles
+        and training histories of a `dataset` other than the world, once.  Raises UserError if it cannot be loaded.
     """
     folder = base_model
     if base_model == "embedded":
@@ -72,7 +70,7 @@ def check_causal(model: nn.Module, prompts: Prompts) -> None:
     if getattr(model.config, "is_encoder_decoder", False):
         raise UserError(f"{name} is an encoder-decoder model: choose a causal language model")
     start = (prompts.opening + prompts.offer)[:3]
-    logits = getattr(forward(model, [[*start, prompts.question[0]], [*start, prompts.end]]), "logits", None)
+    logits = forward(model, [[*start, prompts.question[0]], [*start, prompts.end]])
     if logits is None or logits.shape[-1] < vocabulary:
         raise UserError(f"{name} has no language model head: load it with AutoModelForCausalLM")
     tolerance = 1e-4 if logits.dtype == torch.float32 else 5e-2
@@ -81,13 +79,13 @@ def check_causal(model: nn.Module, prompts: Prompts) -> None:
 
 
 @torch.no_grad()
-def forward(model: nn.Module, tokens: list[list[int]]) -> Any:
-    """A model's output for token ids (batch, tokens), in eval mode."""
+def forward(model: nn.Module, tokens: list[list[int]]) -> Tensor | None:
+    """A model's logits, if it has any, for token ids (batch, tokens), in eval mode."""
     training, embedding = model.training, model.get_input_embeddings()
     embeds = embedding(torch.tensor(tokens, device=embedding.weight.device))
     output = model.eval()(inputs_embeds=embeds, use_cache=False)
     model.train(training)
-    return output
+    return getattr(output, "logits", None)
 
 
 @contextmanager
@@ -105,17 +103,14 @@ def greedy(model: nn.Module, end: int) -> Iterator[None]:
 
 
 class Projector(nn.Module):
-    """Recommender's item embedding (..., dim) -> token embedding (..., hidden): Linear, GELU, Linear.
-
-    At the start every item is near the placeholder (hidden,), whatever the scale of the `embeddings` (items, dim).
-    """
+    """Recommender's item embedding (..., dim) -> token embedding (..., hidden), at the start near the placeholder's."""
 
     def __init__(self, embeddings: Tensor, placeholder: Tensor):
         super().__init__()
         dim, hidden = embeddings.shape[1], len(placeholder)
         self.layers = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, hidden))
         with torch.no_grad():
-            self.layers[0].weight.div_(embeddings.std())
+            self.layers[0].weight.div_(embeddings.std())  # whatever the scale of a recommender
             self.layers[-1].weight.mul_(placeholder.float().std())
             self.layers[-1].bias.copy_(placeholder)
 

@@ -2,15 +2,15 @@
 
     Each film this person watched, in order: A; B; C. The next film is one of: X; B; Y. The next film is: B</s>
 
-Each document is a question about a training user, with an answer. The base learns to write the history, whose titles
-people chose in this order, and the answer. In most documents an offered title is in the history, and is the answer: so
-the base learns to compare both lists. No real question offers a title of its history, so this gives no answer away.
-In the other documents the answer is a random candidate. The tokens may be whole titles, as a model of this size learns
-to choose among many titles, but not to spell them.
+Each document is a question about a training user, with an answer; the base learns to write the history and the answer.
+Most answers are the one offered title of the history, so that the base learns to compare both lists. No real question
+offers such a title, so this gives no answer away. Other answers are random. Tokens may be whole titles: a model of this
+size learns to choose among many titles, but not to spell them.
 """
 
 import shutil
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +22,13 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ilora import artifacts, devices
-from ilora.data.dataset import Dataset
+from ilora.data.dataset import Dataset, one_line
 from ilora.data.windows import questions
 from ilora.language import smollm2
 from ilora.language.prompts import NO_LABEL, Prompts, wording
 from ilora.training.loop import TrainingArguments, fit
 
 EMBEDDED = Path(__file__).parent / "embedded"
-Document = tuple[list[int], list[int]]  # token ids and labels
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,8 @@ def base_content(base_model: str) -> str:
     """The content that the name of a base model stands for, as an input of `artifacts.key`."""
     if base_model == "embedded":
         return f"embedded {artifacts.content(EMBEDDED)}"
-    return smollm2.content() if base_model == "smollm2" else artifacts.model_content(base_model)
+    packaged = base_model == "smollm2"
+    return artifacts.content(smollm2.packaged_file()) if packaged else artifacts.model_content(base_model)
 
 
 def base_for(dataset: Dataset, seed: int = 0, device: str = "auto", recipe: Recipe = Recipe()) -> Path:
@@ -55,10 +55,8 @@ def base_for(dataset: Dataset, seed: int = 0, device: str = "auto", recipe: Reci
     settings = {"seed": seed, "recipe": asdict(recipe)}
     inputs = {"data": dataset.key, "start": artifacts.content(EMBEDDED)}
     work = artifacts.home() / "training" / f"base-{artifacts.key(settings, inputs)}"
-    folder = artifacts.cached(
-        "base", settings, inputs, lambda folder: pretrain(dataset, folder, work, recipe, seed, device),
-        note=f"a small language model for {dataset.name}",
-    )  # fmt: skip
+    make = partial(pretrain, dataset, work=work, recipe=recipe, seed=seed, device=device)
+    folder = artifacts.cached("base", settings, inputs, make, note=f"a small language model for {dataset.name}")
     shutil.rmtree(work, ignore_errors=True)
     return folder
 
@@ -81,9 +79,8 @@ def train_tokenizer(titles: list[str], words: tuple[str, ...], vocabulary: int) 
     """Byte-level BPE whose tokens may span words (Liu et al. 2025, SuperBPE), which makes prompts short."""
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
     tokenizer.backend_tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
-    texts = [" " + " ".join(title.split()) for title in titles]
-    # Repeated, the prompts' words become whole tokens.
-    return tokenizer.train_new_from_iterator([*words * 1000, *texts], vocabulary, show_progress=False)
+    texts = [*words * 1000, *(f" {one_line(title)}" for title in titles)]  # repeated words become whole tokens
+    return tokenizer.train_new_from_iterator(texts, vocabulary, show_progress=False)
 
 
 def embedded_with(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
@@ -98,7 +95,7 @@ def embedded_with(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCaus
 
 
 class Documents:
-    """Row i of `recipe.documents` is a document that depends on (seed, i) alone."""
+    """Row i of `recipe.documents` is a document, token ids and labels, that depends on (seed, i) alone."""
 
     def __init__(self, dataset: Dataset, prompts: Prompts, recipe: Recipe, seed: int):
         self.prompts, self.recipe, self.seed = prompts, recipe, seed
@@ -107,7 +104,7 @@ class Documents:
     def __len__(self) -> int:
         return self.recipe.documents
 
-    def __getitem__(self, row: int) -> Document:
+    def __getitem__(self, row: int) -> tuple[list[int], list[int]]:
         rng = np.random.default_rng([self.seed, row])
         history, offered, target = self.questions[rng.integers(len(self.questions))]
         answer = rng.choice(offered)
@@ -129,7 +126,7 @@ class Pretraining(nn.Module):
         super().__init__()
         self.model = model
 
-    def collate(self, rows: list[Document]) -> dict[str, Tensor]:
+    def collate(self, rows: list[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
         """input_ids and labels, (batch, longest), padded on the right, where a causal model needs no mask."""
         tokens, labels = ([torch.tensor(row[column]) for row in rows] for column in (0, 1))
         return {"input_ids": pad_sequence(tokens, True), "labels": pad_sequence(labels, True, NO_LABEL)}

