@@ -11,7 +11,7 @@ from ilora.data.world import titles
 from ilora.errors import UserError
 from ilora.evaluation import compute_metrics, evaluate
 from ilora.language import LanguageRecommender, Projector, Prompts, base_models, load_language_model, wording
-from ilora.language.pretraining import EMBEDDED, SPECIAL, VOCABULARY
+from ilora.language.pretraining import EMBEDDED
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +35,8 @@ def test_the_embedded_base_loads_frozen_and_in_eval_mode(base):
     model, tokenizer = base
     assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
     assert next(model.parameters()).dtype == torch.float32  # on the CPU
-    assert len(tokenizer) <= VOCABULARY == model.get_input_embeddings().num_embeddings
-    assert [tokenizer.convert_tokens_to_ids(token) for token in SPECIAL] == [0, 1, 2, 3]
+    assert len(tokenizer) <= 4096 == model.get_input_embeddings().num_embeddings
+    assert tokenizer.convert_tokens_to_ids(["<pad>", "<s>", "</s>", "<item>"]) == [0, 1, 2, 3]
     assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
 

@@ -2,11 +2,11 @@
 
 import copy
 import logging
-from collections.abc import Iterable
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers.pytorch_utils import Conv1D
 
 from ilora.adapter.config import ILoraConfig
@@ -31,67 +31,58 @@ def adapter_config(
 def adapted(model: nn.Module, adapter: LoraConfig) -> PeftModel:
     """The model with an adapter on its `target_modules`; "all-linear": on all linear layers that can have one.
 
-    Left out are the output layer; layers that get a list of tokens instead of (batch, tokens, dim), or that the model
-    does not call, as iLoRA cannot know their rows; stacked experts; and Mamba's out_proj, which PEFT excludes. The log
-    names the layers. Raises UserError if `target_modules` names one that is left out, or nothing.
+    Left out are the output layer, layers that are not called with (batch, tokens, dim), stacked experts, and Mamba's
+    out_proj. The log names the layers. Raises UserError if `target_modules` names one that is left out, or nothing.
     """
-    name = type(model).__name__
+    name, wanted, adapter = type(model).__name__, adapter.target_modules, copy.deepcopy(adapter)
     if model.config.model_type == "mpt":
         raise UserError(f"PEFT passes no embeddings to {name}: choose another base model")
-    fits, others = _linear_layers(model)
-    wanted, adapter = adapter.target_modules, copy.deepcopy(adapter)
+    layers, called = _layers(model), _called_with_tokens(model)
+    fits = {layer for layer, module in layers.items() if module in called and _is_linear(module)}
+    if model.config.model_type in MAMBA:
+        fits = {layer for layer in fits if not layer.endswith("out_proj")}
     if isinstance(wanted, str) and wanted.lower() == "all-linear":
-        ambiguous = _last_names(fits) & _last_names(others)
-        adapter.target_modules = list(fits) if ambiguous else sorted(_last_names(fits))
-    chosen = {layer for layer in (*fits, *others) if check_target_module_exists(adapter, layer)}
-    if not chosen or chosen - fits.keys():
+        adapter.target_modules = fits
+    chosen = {layer for layer in layers if check_target_module_exists(adapter, layer)}
+    if not chosen or chosen - fits:
         raise UserError(
-            f"target_modules={wanted!r} means {_listed(chosen - fits.keys()) or 'nothing'} in {name}, which no adapter "
-            f"can be put on: choose among {_listed(fits) or 'the layers of another base model'}"
+            f"target_modules={wanted!r} means {_last_names(chosen - fits) or 'nothing'} in {name}, which no adapter "
+            f"can be put on: choose among {_last_names(fits) or 'the layers of another base model'}"
         )
-    adapter.fan_in_fan_out = any(isinstance(fits[layer], Conv1D) for layer in chosen)
+    adapter.fan_in_fan_out = any(isinstance(layers[layer], Conv1D) for layer in chosen)
     try:
         wrapped = get_peft_model(model, adapter)
-    except UserError:
-        raise
     except (ValueError, TypeError) as error:
         raise UserError(f"PEFT cannot put the adapter on {name}: {error}") from error
-    left = (fits.keys() | others) - chosen
-    note = f"the adapter is on {_listed(chosen)} of {name}" + (f"; not on {_listed(left)}" if left else "")
+    left = layers.keys() - chosen
+    note = f"the adapter is on {_last_names(chosen)} of {name}" + (f"; not on {_last_names(left)}" if left else "")
     log.log(logging.WARNING if left else logging.INFO, note)
     return wrapped
 
 
-def _linear_layers(model: nn.Module) -> tuple[dict[str, nn.Module], set[str]]:
-    """The layers that can have an adapter, by name, and the names of other weights that work like a linear layer."""
-    head, dims = model.get_output_embeddings(), {}
-    modules = {name: module for name, module in model.named_modules() if module is not head}
-    linear = {name: module for name, module in modules.items() if _is_linear(module)}
-    hooks = [module.register_forward_pre_hook(lambda _, inputs, name=name: dims.update({name: inputs[0].dim()}))
-             for name, module in linear.items()]  # fmt: skip
-    forward(model, [[0, 1, 2], [2, 1, 0]])
-    for hook in hooks:
-        hook.remove()
-    mamba = model.config.model_type in MAMBA
-    fits = {name: module for name, module in linear.items()
-            if dims.get(name) == 3 and not (mamba and name.endswith("out_proj"))}  # fmt: skip
-    others = linear.keys() - fits.keys()
-    for name, module in modules.items():
-        if name not in linear and not isinstance(module, nn.Embedding | nn.modules.conv._ConvNd):
-            for key, value in module.named_parameters(recurse=False):
-                if value.dim() == 3 or (value.dim() == 2 and key == "weight"):
-                    others.add(name if key == "weight" else f"{name}.{key}")
-    return fits, others
+def _layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that multiply by a matrix, except the output layer, by name; stacked experts by their parameters."""
+    layers = {name: module for name, module in model.named_modules() if _is_linear(module)}
+    for name, module in model.named_modules():
+        for key, value in module.named_parameters(recurse=False):
+            if value.dim() == 3 or (value.dim() == 2 and key == "weight"):
+                layers[name if key == "weight" else f"{name}.{key}"] = module
+    head, others = model.get_output_embeddings(), (nn.Embedding, nn.modules.conv._ConvNd)
+    return {name: module for name, module in layers.items() if module is not head and not isinstance(module, others)}
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Also a quantised one, which may derive from nn.Linear or only be called so."""
+    """Also a quantised layer, which may derive from nn.Linear or only be called so."""
     return isinstance(module, nn.Linear | Conv1D) or ("Linear" in type(module).__name__ and not list(module.children()))
 
 
-def _last_names(layers: Iterable[str]) -> set[str]:
-    return {layer.rpartition(".")[2] for layer in layers}
+def _called_with_tokens(model: nn.Module) -> set[nn.Module]:
+    """The modules that the model calls with (batch, tokens, dim)."""
+    first = {}  # module -> its first argument, if it has one
+    with register_module_forward_pre_hook(lambda module, inputs: first.update({module: [*inputs, None][0]})):
+        forward(model, [[0, 1, 2], [2, 1, 0]])
+    return {module for module, value in first.items() if getattr(value, "ndim", 0) == 3}
 
 
-def _listed(layers: Iterable[str]) -> str:
-    return ", ".join(sorted(_last_names(layers)))
+def _last_names(layers: set[str]) -> str:
+    return ", ".join(sorted({layer.rpartition(".")[2] for layer in layers}))

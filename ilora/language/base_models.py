@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -24,9 +23,8 @@ def load_language_model(
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """A causal language model, frozen and in eval mode, and its tokenizer.
 
-    base_model: a name on the Hugging Face hub, a folder, "smollm2" (see smollm2.py) or "embedded". For a `dataset`
-        other than the world the embedded model is first trained on its titles and training histories, once.
-    Raises UserError for a model that cannot be loaded.
+    base_model: a name on the Hugging Face hub, a folder, "smollm2", or "embedded", which is first trained on the titles
+        and training histories of a `dataset` other than the world, once.  Raises UserError if it cannot be loaded.
     """
     folder = base_model
     if base_model == "embedded":
@@ -35,16 +33,14 @@ def load_language_model(
         folder = smollm2.folder()
     elif not Path(base_model).is_dir() and base_model.count("/") != 1:
         raise UserError(f"base_model {base_model!r} is no folder and no name of the form owner/model")
-    place = devices.pick_device(device)
+    place, pinned = devices.pick_device(device), {"trust_remote_code": False} | artifacts.revision(folder)
     dtype = torch.float32 if place.type == "cpu" else torch.bfloat16
-    pinned = {"trust_remote_code": False} | artifacts.revision(folder)
+    options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     try:
         if AutoConfig.from_pretrained(folder, **pinned).is_encoder_decoder:
             raise ValueError("it is an encoder-decoder model")
         tokenizer = AutoTokenizer.from_pretrained(folder, **pinned)
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **pinned
-        )
+        model, info = AutoModelForCausalLM.from_pretrained(folder, **options, **pinned)
         if info["missing_keys"]:
             raise ValueError(f"it has no trained {min(info['missing_keys'])}")
     except Exception as error:  # transformers raises many kinds
@@ -52,17 +48,15 @@ def load_language_model(
         if "trust_remote_code" in str(error):
             reason = "it needs code from its repository, which is never run here"
         raise UserError(
-            f"base_model {base_model!r} could not be loaded ({reason}): name a causal language model of the Hugging "
-            "Face hub, or a folder of one, with safetensors weights"
+            f"base_model {base_model!r} could not be loaded ({reason}): name a causal language model with safetensors "
+            "weights, on the Hugging Face hub or in a folder"
         ) from error
     return model.to(place).eval().requires_grad_(False), tokenizer
 
 
 def position_limit(model: nn.Module) -> int | None:
     """The largest number of tokens that a model can read; None if it has no limit."""
-    names = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "max_seq_len")
-    limits = [getattr(model.config.get_text_config(), name, None) for name in names]
-    return min(filter(None, limits), default=None)
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)  # transformers' name for all models
 
 
 def check_causal(model: nn.Module, prompts: Prompts) -> None:
@@ -72,15 +66,11 @@ def check_causal(model: nn.Module, prompts: Prompts) -> None:
         raise UserError(f"this {name} carries an adapter already: load the base model again, or call unload() first")
     last = max({prompts.end, *prompts.opening, *prompts.offer, *prompts.question}.union(*prompts.answers))
     if last >= vocabulary:
-        raise UserError(
-            f"the tokenizer writes token {last} ({prompts.tokenizer.convert_ids_to_tokens(last)!r}) but {name} has "
-            f"{vocabulary} tokens: load the tokenizer that belongs to the model, or resize its token embeddings"
-        )
+        raise UserError(f"the tokenizer writes token {last}, but {name} has {vocabulary}: load its own tokenizer")
     if getattr(model.config, "is_encoder_decoder", False):
         raise UserError(f"{name} is an encoder-decoder model: choose a causal language model")
     start = (prompts.opening + prompts.offer)[:3]
-    output = forward(model, [[*start, token] for token in (prompts.question[0], prompts.end)])
-    logits = getattr(output, "logits", None)
+    logits = forward(model, [[*start, prompts.question[0]], [*start, prompts.end]])
     if logits is None or logits.shape[-1] < vocabulary:
         raise UserError(f"{name} has no language model head: load it with AutoModelForCausalLM")
     tolerance = 1e-4 if logits.dtype == torch.float32 else 5e-2
@@ -89,26 +79,23 @@ def check_causal(model: nn.Module, prompts: Prompts) -> None:
 
 
 @torch.no_grad()
-def forward(model: nn.Module, tokens: list[list[int]]) -> Any:
-    """A model's output for token ids (batch, tokens), in eval mode."""
+def forward(model: nn.Module, tokens: list[list[int]]) -> Tensor | None:
+    """A model's logits, if it has any, for token ids (batch, tokens), in eval mode."""
     training, embedding = model.training, model.get_input_embeddings()
     embeds = embedding(torch.tensor(tokens, device=embedding.weight.device))
     output = model.eval()(inputs_embeds=embeds, use_cache=False)
     model.train(training)
-    return output
+    return getattr(output, "logits", None)
 
 
 @contextmanager
 def greedy(model: nn.Module, end: int) -> Iterator[None]:
-    """Inside this context, `generate` writes the most likely tokens, whatever the model's generation_config says.
-
-    An answer ends with the token id `end`, or with a token that ends a text for the model.
-    """
+    """In this context, `generate` writes the most likely tokens, up to `end` or another token that ends texts."""
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     before = model.generation_config
     known = getattr(before, "eos_token_id", None)
-    ends = sorted({end, *(known if isinstance(known, list) else [known])} - {None})
-    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=end, do_sample=False)
+    ends = {end, *(known if isinstance(known, list) else [known])} - {None}
+    model.generation_config = GenerationConfig(eos_token_id=sorted(ends), pad_token_id=end, do_sample=False)
     try:
         yield
     finally:
@@ -116,18 +103,14 @@ def greedy(model: nn.Module, end: int) -> Iterator[None]:
 
 
 class Projector(nn.Module):
-    """Recommender's item embedding (..., dim) -> token embedding (..., hidden): Linear, GELU, Linear.
-
-    At the start every item is near the placeholder's embedding (hidden,), so that the first hybrid prompt is close to
-    the text-only one, and inputs have unit variance, whatever the scale of the recommender's embeddings (items, dim).
-    """
+    """Recommender's item embedding (..., dim) -> token embedding (..., hidden), at the start near the placeholder's."""
 
     def __init__(self, embeddings: Tensor, placeholder: Tensor):
         super().__init__()
         dim, hidden = embeddings.shape[1], len(placeholder)
         self.layers = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, hidden))
         with torch.no_grad():
-            self.layers[0].weight.div_(embeddings.std())
+            self.layers[0].weight.div_(embeddings.std())  # whatever the scale of a recommender
             self.layers[-1].weight.mul_(placeholder.float().std())
             self.layers[-1].bias.copy_(placeholder)
 
