@@ -16,7 +16,6 @@ import torch
 import ilora
 from ilora import artifacts, devices
 from ilora.errors import UserError
-from ilora.study import running
 
 
 @pytest.fixture(autouse=True)
@@ -175,19 +174,3 @@ def test_commit_is_of_the_packages_checkout(tmp_path, monkeypatch):
     assert artifacts.commit() == git(tmp_path, "rev-parse", "HEAD")
     (package / "artifacts.py").write_text("# two\n")
     assert artifacts.commit() == git(tmp_path, "rev-parse", "HEAD") + "+dirty"
-
-
-@pytest.mark.parametrize(
-    ("error", "code", "message"),
-    [
-        (UserError("x is wrong: fix it"), 1, "ilora: x is wrong: fix it\n"),
-        (KeyboardInterrupt(), 130, "interrupted"),
-    ],
-)
-def test_a_command_line_ends_with_one_sentence(error, code, message, capsys):
-    @running.command
-    def main(arguments=None):
-        raise error
-
-    assert main([]) == code and message in capsys.readouterr().err
-    assert running.command(lambda arguments=None: len(arguments))(["a"]) == 1

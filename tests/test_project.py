@@ -28,7 +28,6 @@ ROOMS = [  # folders and files of the package; each may import itself and those 
     {"language"}, {"study"},
 ]  # fmt: skip
 FILES = sorted((ROOT / "ilora").rglob("*.py"))
-COMMANDS = {"ilora.study.running": {"ilora.study.table_runner", "ilora.study.notebook_sweep"}}  # which it starts
 
 names = pytest.mark.parametrize("source", SOURCES, ids=[path.stem for path in SOURCES])
 
@@ -141,7 +140,7 @@ def test_a_module_imports_only_earlier_rooms(module):
 
 
 def test_no_module_imports_itself_by_way_of_others():
-    graph = {module: others - COMMANDS.get(module, set()) - {"ilora"} for module, others in IMPORTS.items()}
+    graph = {module: others - {"ilora"} for module, others in IMPORTS.items()}
     tuple(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
 
 
@@ -202,7 +201,7 @@ def test_a_source_notebook_carries_no_outputs(source):
 def test_the_parameters_come_first_and_are_checked_next(source):
     first, second, *_ = code(source)
     assert "parameters" in first.metadata.get("tags", [])
-    given = parameters._assigned(first.source)
+    given = list(parameters.notebook_parameters(source))
     assert given, "the parameters cell has nothing but `name = value  # meaning` lines"
     assert "#" in first.source
     values = {name: ast.literal_eval(value) for name, value in re.findall(r"^(\w+) = (.*)$", first.source, re.M)}
