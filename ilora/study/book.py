@@ -29,8 +29,7 @@ def check_folder(book: Path, given: dict[str, Any], jobs: list[Job]) -> None:
         raise UserError(f"{book} holds other files than a book: name a new or empty folder with --book")
     executed = {job.source.name for job in jobs}
     pages = (path.name for path in notebooks.sources())
-    missing = [page for page in pages if page not in executed and not (book / page).is_file()]
-    if missing:
+    if missing := [page for page in pages if page not in executed and not (book / page).is_file()]:
         raise UserError(f"the book would lack {', '.join(missing)}: leave out --only, or add --no-book")
 
 
@@ -79,7 +78,7 @@ def portable(value: Any) -> Any:
         for folder, name in ((artifacts.home(), "artifacts"), (notebooks.ROOT, "."), (Path.home(), "~")):
             if len(folder.parts) > 1:  # a home of `/` is in every path
                 value = re.sub(rf"(?<![\w.]){re.escape(str(folder))}(?![\w.-])", name, value)
-        value = re.sub(r"\bat 0x[0-9a-f]{6,}", "at 0x0", value)
+        return re.sub(r"\bat 0x[0-9a-f]{6,}", "at 0x0", value)
     return value
 
 

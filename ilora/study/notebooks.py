@@ -17,6 +17,11 @@ from ilora.errors import UserError
 from ilora.study.parameters import check_parameters, inputs, notebook_parameters, parse_parameters
 
 ROOT = Path(__file__).resolve().parents[2]
+KERNELS = {  # variables that the kernels inherit
+    "JUPYTER_PREFER_ENV_PATH": "1",  # the kernel python3 is this environment's
+    "PYTHONHASHSEED": "0",  # sets print in one order
+    "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # no warning of a debugger
+}
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,7 @@ class Job:
 
     @property
     def result(self) -> Path:
-        """Where `Run.save` puts the notebook's result, if it has one."""
+        """Where the notebook's `run.save` puts its result, if it has one."""
         return artifacts.result_path(self.source.stem, self.parameters, self.inputs)
 
     @property
@@ -51,7 +56,8 @@ class Job:
         from traitlets.config import Config
 
         self.executed.parent.mkdir(parents=True, exist_ok=True)
-        _prepare_kernels()
+        for name, value in KERNELS.items():
+            os.environ.setdefault(name, value)
         bar = {"desc": title or self.source.stem, "file": sys.stderr, "dynamic_ncols": True}
         quiet = Config(KernelManager={"transport_encryption": "auto"})  # else each kernel warns
         options = {"kernel_name": "python3", "cwd": ROOT, "progress_bar": bar, "config": quiet}
@@ -73,14 +79,6 @@ class Job:
         """The notebook and its parameters, as on a command line."""
         given = [f"-p {name} {shlex.quote(str(value))}" for name, value in self.given.items()]
         return " ".join([self.source.stem, *given])
-
-
-def _prepare_kernels() -> None:
-    """Variables that the kernels inherit."""
-    folders = [str(Path(sys.prefix, "share", "jupyter")), os.environ.get("JUPYTER_PATH", "")]
-    os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, folders))  # the kernel python3 is this environment's
-    os.environ.setdefault("PYTHONHASHSEED", "0")  # sets print in one order
-    os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # a debugger's warning at kernel start
 
 
 # ---------------------------------------------------------------- before any work
@@ -133,7 +131,7 @@ def points(notebook: str, given: dict[str, Any], over: Sequence[Sequence[str]]) 
 
 
 def run_all(jobs: list[Job]) -> None:
-    """Run the jobs in order. Raises UserError before the first run if data or models cannot be used, or a run fails."""
+    """Run the jobs in order. Raises UserError if one fails, or before the first if data or models cannot be used."""
     for job in jobs:
         _ = job.inputs
     for number, job in enumerate(jobs, 1):

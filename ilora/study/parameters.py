@@ -58,8 +58,7 @@ PARAMETERS: dict[str, Parameter] = {  # the notebooks say what they mean
     "compile": _one_of("auto", "yes", "no"),
     "eval_windows": _one_of("last", "all"),
     "text_encoder": Parameter(str, "a name", str.strip),
-    "chat_url": Parameter(str, "a URL", lambda _: True),
-    "chat_model": Parameter(str, "a name", lambda _: True),
+    **dict.fromkeys(("chat_url", "chat_model"), Parameter(str, "text", lambda _: True)),
     "device": Parameter(str, "auto, cpu, cuda, cuda:N or mps", bool),
 }
 AT_LEAST_1 = ("rank", "experts", "epochs", "batch_size", "micro_batch_size", "encoder_epochs", "chat_limit")

@@ -74,10 +74,6 @@ def _tuned(encoder: str = "", *gate: str) -> System:
     return System(make, (*TUNING, *gate), recommender=encoder)
 
 
-def _untuned(dataset: data.Dataset, seed: int, settings: Mapping[str, Any]) -> evaluation.System:
-    return tuning.untuned(dataset, **_chosen(settings, "base_model", "device"))
-
-
 def _chat(dataset: data.Dataset, seed: int, settings: Mapping[str, Any]) -> evaluation.System:
     if not settings["chat_url"] or not settings["chat_model"]:
         raise UserError("ChatRec needs an endpoint: name it with -p chat_url URL and -p chat_model NAME")
@@ -88,11 +84,14 @@ def _chat(dataset: data.Dataset, seed: int, settings: Mapping[str, Any]) -> eval
 SYSTEMS = {
     "Popularity": System(lambda dataset, seed, settings: Popularity.from_dataset(dataset), seeds=False),
     **{kind: _recommender(kind) for kind in ("GRU4Rec", "Caser", "SASRec", "MoRec")},
-    "Language model": System(_untuned, ("base_model",), seeds=False),  # the paper's Llama2
+    "Language model": System(  # the paper's Llama2
+        lambda dataset, seed, settings: tuning.untuned(dataset, **_chosen(settings, "base_model", "device")),
+        ("base_model",), seeds=False,
+    ),
     "ChatRec": System(_chat, ("chat_url", "chat_model", "chat_limit"), seeds=False, sample="chat_limit"),
     "TALLRec": _tuned(),
     "LLaRA (GRU4Rec)": _tuned("GRU4Rec"),
     "LLaRA (Caser)": _tuned("Caser"),
     "LLaRA": _tuned("SASRec"),
     "iLoRA": _tuned("SASRec", "experts"),
-}
+}  # fmt: skip
