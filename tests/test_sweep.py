@@ -4,7 +4,7 @@ import pytest
 
 from ilora import artifacts, data
 from ilora.errors import UserError
-from ilora.study import notebook_sweep, runner
+from ilora.study import book, notebooks, runner
 from ilora.study.commands import main
 from ilora.study.notebooks import Job
 
@@ -62,7 +62,7 @@ def test_a_grid_that_cannot_run_is_refused_in_one_line_before_any_run(fake, caps
 
 
 def test_a_point_whose_data_are_missing_is_refused_before_any_run(home):
-    job = notebook_sweep.points("02", {"dataset": "csv", "data_dir": str(home)}, [["seed", "0"]])[0]
+    job = notebooks.points("02", {"dataset": "csv", "data_dir": str(home)}, [["seed", "0"]])[0]
     with pytest.raises(UserError, match=r"events.csv is missing"):
         list(runner.run_cells([job]))
 
@@ -70,7 +70,7 @@ def test_a_point_whose_data_are_missing_is_refused_before_any_run(home):
 def test_points_run_in_processes_of_their_own_and_a_failure_gives_its_last_line(home, tmp_path, capsys):
     """A real notebook, chapter 8 on a folder without results."""
     (tmp_path / "results").mkdir()
-    jobs = notebook_sweep.points("08", {"results": str(tmp_path / "results")}, [["seed", "0"]])
+    jobs = notebooks.points("08", {"results": str(tmp_path / "results")}, [["seed", "0"]])
     ((job, reason),) = runner.run_cells(jobs, jobs=2)
     assert reason.startswith("UserError: ") and "contains no results" in reason
     assert f"ilora: {job} failed: {reason}" in capsys.readouterr().err
@@ -79,18 +79,18 @@ def test_points_run_in_processes_of_their_own_and_a_failure_gives_its_last_line(
 
 def test_published_results_name_no_folder_of_this_machine(home, tmp_path):
     (home / "artifacts").mkdir()
-    job = notebook_sweep.points("02", {"data_dir": str(home / "artifacts")}, [["seed", "0"]])[0]
+    job = notebooks.points("02", {"data_dir": str(home / "artifacts")}, [["seed", "0"]])[0]
     artifacts.Run(job.source.stem, job.parameters, job.inputs).save({})
-    notebook_sweep.publish([job], tmp_path)
+    book.publish([job], tmp_path)
     assert str(home) not in next(tmp_path.glob("*.json")).read_text()
 
 
 @pytest.mark.parametrize("dataset", ["world", "movielens"])
 def test_published_results_hold_single_users_of_the_world_alone(home, tmp_path, dataset, monkeypatch):
     monkeypatch.setattr(data, "source_key", lambda **_: "the key of its files")
-    job = notebook_sweep.points("02", {"dataset": dataset}, [["seed", "0"]])[0]
+    job = notebooks.points("02", {"dataset": dataset}, [["seed", "0"]])[0]
     artifacts.Run(job.source.stem, job.parameters, job.inputs).save({"n": 1}, {"user": [7], "hit": [True]})
-    notebook_sweep.publish([job], tmp_path)
+    book.publish([job], tmp_path)
     result = json.loads((tmp_path / job.result.name).read_text(encoding="utf-8"))
     assert result["metrics"] == {"n": 1}
     assert result["outcomes"] == ({"user": [7], "hit": [True]} if dataset == "world" else {})

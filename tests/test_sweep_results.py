@@ -18,7 +18,7 @@ pytestmark = pytest.mark.book
 
 
 def write(folder, notebook="04", metrics=None, without=(), inputs=None, **parameters):
-    """A result as `notebook_sweep.publish` leaves it, of the notebook's defaults and the given parameters."""
+    """A result as `book.publish` leaves it, of the notebook's defaults and the given parameters."""
     (job,) = plan({"device": "cpu"} | parameters, [notebook])
     parameters = {name: value for name, value in job.parameters.items() if name not in without}
     result = {"parameters": parameters, "metrics": metrics, "device": {"name": "a CPU"}, "commit": "c0ffee"}

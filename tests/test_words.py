@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Traine
 from ilora import data
 from ilora.errors import UserError
 from ilora.language.pretraining import EMBEDDED
-from ilora.study import parameters, running
+from ilora.study import commands as command_line
+from ilora.study import parameters
 
 PAGES = sorted((ROOT / "book").glob("*.md"))
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -126,7 +127,7 @@ def help_text(*command):
         help_of = [sys.executable, "-m", "ilora", "--help"]
         return subprocess.run(help_of, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.raises(SystemExit):
-        running.main([*command, "--help"])
+        command_line.main([*command, "--help"])
     return printed.getvalue()
 
 

@@ -6,12 +6,13 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ilora import artifacts
 from ilora.errors import UserError
-from ilora.study import notebooks
+from ilora.study import notebooks, runner
 from ilora.study.notebooks import Job
 
 JUPYTER_BOOK = Path(sys.executable).with_name("jupyter-book")
@@ -28,49 +29,39 @@ def check_folder(book: Path, given: dict[str, Any], jobs: list[Job]) -> None:
         raise UserError(f"{book} holds other files than a book: name a new or empty folder with --book")
     executed = {job.source.name for job in jobs}
     pages = (path.name for path in notebooks.sources())
-    missing = [page for page in pages if page not in executed and not (book / page).is_file()]
-    if missing:
+    if missing := [page for page in pages if page not in executed and not (book / page).is_file()]:
         raise UserError(f"the book would lack {', '.join(missing)}: leave out --only, or add --no-book")
 
 
 def refresh(book: Path, jobs: list[Job]) -> None:
-    """Put the executed notebooks and their results into the book; remove pages that have no source any more."""
-    import nbformat  # an optional dependency
-
+    """Put the executed notebooks and their results into the book."""
     if book != notebooks.ROOT / "book":
         ignore = shutil.ignore_patterns("_build", "results", "*.ipynb")
         shutil.copytree(notebooks.ROOT / "book", book, ignore=ignore, dirs_exist_ok=True)
     for job in jobs:
-        executed, source = (nbformat.read(path, as_version=4) for path in (job.executed, job.source))
-        artifacts.write_atomic(book / job.source.name, normalised(executed, source))
+        executed, source = (json.loads(path.read_bytes()) for path in (job.executed, job.source))
+        artifacts.write_json(book / job.source.name, normalised(executed, source))
         result = book / "results" / f"{job.source.stem}.json"
         result.unlink(missing_ok=True)
         if job.result.is_file():
-            artifacts.write_json(result, portable(json.loads(job.result.read_text(encoding="utf-8"))))
-    stems = {path.stem for path in notebooks.sources()}
-    for path in [*book.glob("[0-9][0-9]_*.ipynb"), *book.glob("results/[0-9][0-9]_*.json")]:
-        if path.stem not in stems:
-            path.unlink()
+            artifacts.write_json(result, portable(json.loads(job.result.read_bytes())))
 
 
-def normalised(executed: Any, source: Any) -> str:
-    """The executed notebook as text that is the same for equal runs: no timings or folders of this machine.
+def normalised(executed: dict[str, Any], source: dict[str, Any]) -> dict[str, Any]:
+    """The executed notebook, the same for equal runs: no timings or folders of this machine.
 
     Output to stderr (progress bars) and widgets, which a page without a kernel cannot show, are left out.
     """
-    import nbformat
-
-    metadata = {cell.id: cell.metadata for cell in source.cells}
-    for cell in executed.cells:
-        if cell.id not in metadata:  # the parameters that papermill injected
-            cell.id = "injected-parameters"
-        cell.metadata = metadata.get(cell.id, {"tags": ["injected-parameters"]})
-        if cell.cell_type == "code":
-            shown = [out for out in cell.outputs if out.get("name") != "stderr" and WIDGET not in out.get("data", {})]
-            cell.outputs = [nbformat.from_dict(portable(output)) for output in shown]
-    language = {name: value for name, value in executed.metadata.language_info.items() if name != "version"}
-    executed.metadata = source.metadata | {"language_info": language}
-    return nbformat.writes(executed).rstrip("\n") + "\n"
+    metadata = {cell["id"]: cell["metadata"] for cell in source["cells"]}
+    injected = {"id": "injected-parameters", "metadata": {"tags": ["injected-parameters"]}}  # papermill's cell
+    cells = []
+    for cell in executed["cells"]:
+        cell |= {"metadata": metadata[cell["id"]]} if cell["id"] in metadata else injected
+        outputs = cell.get("outputs", [])
+        shown = [out for out in outputs if out.get("name") != "stderr" and WIDGET not in out.get("data", {})]
+        cells.append(cell | {"outputs": portable(shown)} if cell["cell_type"] == "code" else cell)
+    language = {name: value for name, value in executed["metadata"]["language_info"].items() if name != "version"}
+    return executed | {"cells": cells, "metadata": source["metadata"] | {"language_info": language}}
 
 
 def portable(value: Any) -> Any:
@@ -87,8 +78,21 @@ def portable(value: Any) -> Any:
         for folder, name in ((artifacts.home(), "artifacts"), (notebooks.ROOT, "."), (Path.home(), "~")):
             if len(folder.parts) > 1:  # a home of `/` is in every path
                 value = re.sub(rf"(?<![\w.]){re.escape(str(folder))}(?![\w.-])", name, value)
-        value = re.sub(r"\bat 0x[0-9a-f]{6,}", "at 0x0", value)
+        return re.sub(r"\bat 0x[0-9a-f]{6,}", "at 0x0", value)
     return value
+
+
+def publish(jobs: Sequence[Job], folder: Path) -> None:
+    """Copy the results of a sweep to `folder`, without names of this machine's folders.
+
+    Outcomes of single users are published only for the world: other data may not be redistributed.
+    """
+
+    def public(result: dict[str, Any]) -> dict[str, Any]:
+        private = result["parameters"].get("dataset", "world") != "world"
+        return portable(result | {"outcomes": {}} if private else result)
+
+    runner.publish({job.result for job in jobs}, folder, change=public)
 
 
 def build(book: Path) -> None:

@@ -3,17 +3,16 @@
     system   Answer with one of the offered titles, exactly as it is written, and with nothing else.
     user     Each story this person read, in order: A; B; C. The next story is one of: X; Y; Z. The next story is:
 
-The paper prints no prompt of its ChatRec row. Here the question is the text-only prompt of the language models, so that
-rows can be compared. Each reply is saved in `artifacts.home()/chat/` as soon as it arrives: an interrupted run resumes
-from there, and no reply is paid for twice.
+The paper prints no prompt of its ChatRec row; here it is the text-only prompt of the language models. Each reply is
+saved in `artifacts.home()/chat/` as soon as it arrives: an interrupted run resumes, and no reply is paid for twice.
 """
 
+import contextlib
 import json
 import os
 import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from tqdm import tqdm
 
 from ilora import artifacts
 from ilora.errors import UserError
-from ilora.language.prompts import read_answer, wording
+from ilora.language.prompts import prompt_text, read_answer
 
 try:
     import openai
@@ -38,16 +37,12 @@ class ChatRec:
     """Recommends the next item by the replies of a chat endpoint.
 
     base_url: of the endpoint, as http://localhost:8000/v1; model: its name there. The key comes from the environment
-        variable OPENAI_API_KEY and is written nowhere; your own server may need none.
-    titles, noun, verb: as for Prompts.
-
+    variable OPENAI_API_KEY and is written nowhere; your own server may need none. titles, noun, verb: as for Prompts.
     Raises UserError for a URL or a key that cannot work.
     """
 
     timeout = 60.0  # seconds without a sign from the server
-    # After a timeout, a broken connection or the status 408, 409, 429 or 5xx. The openai package waits 0.5 s and twice
-    # as long each time, up to 8 s, or what Retry-After says, up to 120 s.
-    retries = 10
+    retries = 10  # after a timeout, a broken connection or the status 408, 409, 429 or 5xx, at growing intervals
 
     def __init__(self, base_url: str, model: str, titles: Sequence[str], noun: str, verb: str) -> None:
         if openai is None:
@@ -67,28 +62,30 @@ class ChatRec:
 
     def messages(self, history: Sequence[int], candidates: Sequence[int]) -> list[dict[str, str]]:
         """The messages of a request; history (oldest first, not padded) and candidates are item ids."""
-        opening, offer, question = wording(*self.words)
-        listed = ["; ".join(self.titles[item] for item in items) for items in (history, candidates)]
-        text = f"{opening} {listed[0]}{offer} {listed[1]}{question}"
-        return [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": text}]
+        listed = [[self.titles[item] for item in items] for items in (history, candidates)]
+        question = prompt_text(*listed, *self.words, mark="")
+        return [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": question}]
 
     def generate(self, rows: list[tuple[np.ndarray, np.ndarray, int]]) -> list[int | None]:
         """For each row the column of the candidate that the reply names; None if it is invalid.
 
-        Requests are sent one after the other, and only for missing replies. Raises UserError if the endpoint refuses or
-        fails; the same call then resumes from the saved replies.
+        Only missing replies are requested, one after the other. Raises UserError if the endpoint refuses or fails.
         """
         columns = []
-        bar = tqdm(rows, unit="reply", desc="chat", mininterval=1, delay=1)
         with FileLock(self.folder / ".lock"):  # simultaneous runs do not pay twice either
-            for history, candidates, _ in bar:
-                messages = self.messages(history, candidates)
-                path = self.folder / f"{artifacts.digest({'messages': messages})}.json"
-                if (reply := _saved(path)) is None:
-                    reply = self._request(messages)
-                    artifacts.write_json(path, reply)
-                columns.append(read_answer(reply["text"], [self.titles[item] for item in candidates]))
+            for history, candidates, _ in tqdm(rows, unit="reply", desc="chat", mininterval=1, delay=1):
+                reply = self._reply(self.messages(history, candidates))
+                columns.append(read_answer(reply, [self.titles[item] for item in candidates]))
         return columns
+
+    def _reply(self, messages: list[dict[str, str]]) -> str:
+        """The text of the saved reply; requested first if there is none or its file is damaged, as by a full disk."""
+        path = self.folder / f"{artifacts.digest({'messages': messages})}.json"
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            return json.loads(path.read_text(encoding="utf-8"))["text"]
+        reply = self._request(messages)
+        artifacts.write_json(path, reply | {"date": datetime.now(UTC).isoformat(timespec="seconds")})
+        return reply["text"]
 
     def _request(self, messages: list[dict[str, str]]) -> dict[str, Any]:
         create = self._client.chat.completions.with_raw_response.create
@@ -101,15 +98,13 @@ class ChatRec:
             choice = body["choices"][0]
             text = choice["message"].get("content") or ""  # null: the model declined, or had no tokens left
             text = text.encode(errors="replace").decode()  # half a surrogate pair is no UTF-8
-            about = {"finish_reason": choice.get("finish_reason"), "model": body.get("model")}
+            return {"text": text, "finish_reason": choice.get("finish_reason"), "model": body.get("model")}
         except (ValueError, LookupError, TypeError, AttributeError):
             raise UserError(
                 f"{self.base_url} sends what is no chat completion: check base_url, which ends in /v1 at most servers"
             ) from None
-        return about | {"text": text, "date": datetime.now(UTC).isoformat(timespec="seconds")}
 
     def _explain(self, error: Exception) -> str:
-        """One sentence for an error of the client."""
         text = " ".join(str(error).replace(self._client.api_key, "***").split())[:300]
         status = getattr(error, "status_code", None)
         if status is None:
@@ -121,11 +116,3 @@ class ChatRec:
         else:
             reason = f"refuses the request ({text}): correct base_url or model"
         return f"{self.base_url} {reason}; replies are saved in {self.folder}, and the same call resumes from there"
-
-
-def _saved(path: Path) -> dict[str, Any] | None:
-    """A saved reply; None if there is none, or if its file is damaged, as by a full disk."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return None

@@ -1,40 +1,40 @@
-"""The command lines of `python -m ilora`: the notebooks and the book, `table`, and `sweep`."""
+"""The command line `python -m ilora`: the notebooks and the book, `table`, and `sweep`."""
 
 import argparse
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
+from ilora import artifacts, data
 from ilora.errors import UserError
-from ilora.study import book, notebooks
+from ilora.study import book, notebooks, runner, table_runner
 from ilora.study.parameters import PARAMETERS, parse_parameters
+from ilora.study.systems import SETTINGS, SYSTEMS
 
-HELP = """\
+BOOK = """\
 Runs notebooks/*.ipynb in order, each in a new kernel of this Python with the repository as working directory.
-The executed notebooks are written to the artifacts folder ($ILORA_HOME, or ./artifacts), as
-notebooks/NAME-KEY.ipynb. The KEY is made of package version, parameters, and the content of data and models;
-the result has the same one.
+The executed notebooks are written to $ILORA_HOME/notebooks (or artifacts/notebooks).
 
-With default parameters, and only if every notebook succeeded, the pages of the book are then replaced by the
-executed notebooks (book/NAME.ipynb and book/results/NAME.json) and the book is built. A run with -p leaves
-book/ unchanged; to read it as a book, name another folder with --book.
+With default parameters, and only if every notebook succeeded, they and their results then become the pages of
+book/, which is built. A run with -p leaves book/ unchanged; --book DIR makes a book of it in another folder.
 
 More help: `python -m ilora table --help` (the paper's Table 1), `python -m ilora sweep --help` (grids)."""
+SWEEP = """\
+Runs one notebook over a grid of parameters: existing results are kept, failures are reported, and the rest goes on.
+
+    python -m ilora sweep 04 --over conflict 0 0.5 1 --over seed 0 1 2 --jobs 2 --to book/results/conflict"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code: 1 for a UserError, which is printed, and 130 for Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    commands = {"table": _make_table, "sweep": _make_sweep}
     try:
-        if [*arguments[:1]] == ["table"]:
-            from ilora.study import table_runner  # takes seconds, which `python -m ilora --help` need not
-
-            return table_runner.main(arguments[1:])
-        if [*arguments[:1]] == ["sweep"]:
-            from ilora.study import notebook_sweep
-
-            return notebook_sweep.main(arguments[1:])
-        return _make_book(_parse(arguments))
+        if arguments and arguments[0] in commands:
+            return commands[arguments[0]](arguments[1:])
+        return _make_book(arguments)
     except UserError as error:
         print(f"ilora: {error}", file=sys.stderr)
         return 1
@@ -43,8 +43,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _make_book(options: argparse.Namespace) -> int:
-    given = notebooks.local_paths(parse_parameters(options.parameters))
+def _make_book(arguments: Sequence[str]) -> int:
+    parser = _parser("", BOOK, PARAMETERS)
+    parser.add_argument("--only", nargs="+", metavar="NN", help="run only these notebooks, such as 03 04")
+    pages = parser.add_mutually_exclusive_group()
+    pages.add_argument("--no-book", action="store_true", help="run the notebooks and leave book/ unchanged")
+    pages.add_argument("--book", type=Path, metavar="DIR", help="make the book in DIR instead of book/")
+    options, given = _parse(parser, arguments)
+    given = notebooks.local_paths(given)
     jobs = notebooks.plan(given, options.only)
     if options.no_book or (given and not options.book):
         notebooks.run_all(jobs)
@@ -60,21 +66,64 @@ def _make_book(options: argparse.Namespace) -> int:
     return 0
 
 
-def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Read the command line; usage errors exit with code 2."""
-    width = max(map(len, PARAMETERS)) + 1
-    known = "\n".join(f"  {name:{width}s}{parameter.meaning}" for name, parameter in PARAMETERS.items())
+def _make_table(arguments: Sequence[str]) -> int:
+    parser = _parser("table", table_runner.__doc__, SETTINGS, cells=True)
+    add, default = parser.add_argument, [name for name in SYSTEMS if name != "ChatRec"]
+    add("--datasets", nargs="+", default=["world"], metavar="NAME", help=f"{', '.join(data.WORDS)} (world)")
+    add("--data-dir", default="", metavar="DIR", help="folder with their files")
+    add("--systems", nargs="+", default=default, metavar="NAME",
+        help=f"{', '.join(SYSTEMS)} (all but ChatRec, which sends chat_limit questions to an endpoint)")  # fmt: skip
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="of training (0 1 2)")
+    add("--draws", type=int, default=5, metavar="N", help="of candidates for the last windows (5)")
+    options, given = _parse(parser, arguments)
+    if unused := sorted(given.keys() - SETTINGS):
+        raise UserError(f"a table has no parameter {unused[0]!r}: the ones it has are {', '.join(SETTINGS)}")
+    names = ("datasets", "systems", "seeds", "draws", "data_dir")
+    cells = table_runner.cells(*(getattr(options, name) for name in names), SETTINGS | given)
+    failed = table_runner.run_all(cells, options.jobs, options.minutes)
+    finished = [cell for cell in cells if cell.result.is_file()]
+    if len(finished) + len(failed) == len(cells):  # else the time is up
+        for cell in finished:
+            table_runner.search(cell)
+    if options.to:
+        table_runner.publish(cells, options.to)
+    print(f"{len(finished)} of {len(cells)} cells are in {artifacts.home() / 'results'}")
+    return 0 if len(finished) == len(cells) else 1
+
+
+def _make_sweep(arguments: Sequence[str]) -> int:
+    parser = _parser("sweep", SWEEP, PARAMETERS, cells=True)
+    parser.add_argument("notebook", metavar="NN", help="notebook to run, such as 04")
+    parser.add_argument("--over", nargs="+", action="append", required=True, metavar=("NAME", "VALUE"),
+                        help="a parameter and its values; several make a grid")  # fmt: skip
+    options, given = _parse(parser, arguments)
+    jobs = notebooks.points(options.notebook, notebooks.local_paths(given), options.over)
+    list(runner.run_cells(jobs, options.jobs, options.minutes))
+    if options.to:
+        book.publish(jobs, options.to)
+    return 0 if all(job.result.is_file() for job in jobs) else 1
+
+
+def _parser(command: str, description: str, known: Iterable[str], cells: bool = False) -> argparse.ArgumentParser:
+    """The options that commands share: -p and, for those that run cells, --jobs, --minutes and --to."""
+    style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        "python -m ilora",
-        description=HELP,
-        epilog=f"parameters (each notebook gets those it has):\n{known}".replace("%", "%%"),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        f"python -m ilora {command}".strip(), description=description, formatter_class=style
     )
     add = parser.add_argument
-    add("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="parameters",
-        help="set a notebook parameter; may be repeated")  # fmt: skip
-    add("--only", nargs="+", metavar="NN", help="run only these notebooks, such as 03 04; other pages stay")
-    pages = parser.add_mutually_exclusive_group()
-    pages.add_argument("--no-book", action="store_true", help="run the notebooks and leave book/ unchanged")
-    pages.add_argument("--book", type=Path, metavar="DIR", help="make the book in DIR instead of book/")
-    return parser.parse_args(arguments)
+    about = f"set a parameter, of which the notebooks' first cells say the meaning: {', '.join(known)}"
+    add("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="parameters", help=about)
+    if cells:
+        add("--jobs", type=int, default=1, metavar="N", help="cells at a time (1), distributed over the GPUs")
+        again = "started again, training resumes from its last checkpoints (no limit)"
+        add("--minutes", type=float, default=0, metavar="N", help=f"stop after N minutes; {again}")
+        add("--to", type=Path, metavar="DIR", help="copy the results to DIR, where the book's pages read them")
+    return parser
+
+
+def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """The options and the checked parameters. Usage errors exit with code 2; raises UserError."""
+    options = parser.parse_args(arguments)
+    if "jobs" in options and (options.jobs < 1 or not 0 <= options.minutes < math.inf):
+        raise UserError(f"--jobs must be at least 1 and --minutes 0 or more: {options.jobs}, {options.minutes}")
+    return options, parse_parameters(options.parameters)

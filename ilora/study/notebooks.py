@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import itertools
 import os
 import shlex
 import sys
@@ -13,18 +14,14 @@ from typing import Any
 
 from ilora import artifacts
 from ilora.errors import UserError
-from ilora.study.parameters import check_parameters, inputs, notebook_parameters
+from ilora.study.parameters import check_parameters, inputs, notebook_parameters, parse_parameters
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-class NotebookError(UserError):
-    """A notebook failed; `reason` says why in one line."""
-
-    def __init__(self, job: "Job", where: str, reason: str) -> None:
-        executed = f"the executed notebook is {job.executed}; the book is unchanged"
-        super().__init__(f"{job.source.name} failed{where}\n{executed}\n{reason}")
-        self.reason = reason
+KERNELS = {  # variables that the kernels inherit
+    "JUPYTER_PREFER_ENV_PATH": "1",  # the kernel python3 is this environment's
+    "PYTHONHASHSEED": "0",  # sets print in one order
+    "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # no warning of a debugger
+}
 
 
 @dataclass(frozen=True)
@@ -38,15 +35,13 @@ class Job:
     @cached_property
     def inputs(self) -> dict[str, str]:
         """The content of the data and models that the parameters name. Raises UserError."""
-        return inputs(self.parameters, ROOT)
-
-    def check(self) -> None:
-        """Raise UserError if the data or models cannot be used."""
-        _ = self.inputs
+        os.environ["ILORA_HOME"] = str(artifacts.home())  # the kernels inherit it
+        with contextlib.chdir(ROOT):  # parameters name folders from here
+            return inputs(self.parameters)
 
     @property
     def result(self) -> Path:
-        """Where `Run.save` puts the notebook's result, if it has one."""
+        """Where the notebook's `run.save` puts its result, if it has one."""
         return artifacts.result_path(self.source.stem, self.parameters, self.inputs)
 
     @property
@@ -55,24 +50,30 @@ class Job:
         return artifacts.home() / "notebooks" / f"{self.result.stem}.ipynb"
 
     def run(self, title: str = "") -> None:
-        """Execute the notebook, with a progress bar over its cells on stderr. Raises NotebookError."""
-        from nbclient.exceptions import DeadKernelError
+        """Execute the notebook, with a progress bar over its cells on stderr. Raises UserError."""
+        from nbclient.exceptions import DeadKernelError  # optional dependencies
         from papermill import PapermillExecutionError, execute_notebook
         from traitlets.config import Config
 
-        _prepare_environment()
         self.executed.parent.mkdir(parents=True, exist_ok=True)
+        for name, value in KERNELS.items():
+            os.environ.setdefault(name, value)
         bar = {"desc": title or self.source.stem, "file": sys.stderr, "dynamic_ncols": True}
-        options = {"kernel_name": "python3", "cwd": ROOT, "progress_bar": bar}
-        options["coalesce_streams"] = True  # text printed in several pieces is one output
-        options["config"] = Config(KernelManager={"transport_encryption": "auto"})  # else each kernel warns
+        quiet = Config(KernelManager={"transport_encryption": "auto"})  # else each kernel warns
+        options = {"kernel_name": "python3", "cwd": ROOT, "progress_bar": bar, "config": quiet}
         try:
-            execute_notebook(self.source, self.executed, self.given, **options)
+            execute_notebook(self.source, self.executed, self.given, coalesce_streams=True, **options)
         except PapermillExecutionError as error:
             where = f" in cell [{error.exec_count}], which begins: {error.source.strip().splitlines()[0]}"
-            raise NotebookError(self, where, f"{error.ename}: {error.evalue}".strip()) from error
+            raise self._failure(where, f"{error.ename}: {error.evalue}".strip()) from error
         except DeadKernelError as error:
-            raise NotebookError(self, "", "the kernel died, as it does when memory runs out") from error
+            raise self._failure("", "the kernel died, as it does when memory runs out") from error
+
+    def _failure(self, where: str, reason: str) -> UserError:
+        executed = f"the executed notebook is {self.executed}; the book is unchanged"
+        error = UserError(f"{self.source.name} failed{where}\n{executed}\n{reason}")
+        error.reason = reason  # for `runner.attempt`
+        return error
 
     def __str__(self) -> str:
         """The notebook and its parameters, as on a command line."""
@@ -83,12 +84,9 @@ class Job:
 # ---------------------------------------------------------------- before any work
 def local_paths(given: dict[str, Any]) -> dict[str, Any]:
     """Parameters whose folders, relative to the shell's working directory, are made relative to the repository."""
-    folders = {
-        name: os.path.relpath(value, ROOT)
-        for name, value in given.items()
-        if name in ("data_dir", "base_model") and value and not Path(value).is_absolute() and Path(value).is_dir()
-    }
-    return given | folders
+    texts = {name: given[name] for name in ("data_dir", "base_model") if given.get(name)}
+    relative = {name: text for name, text in texts.items() if Path(text).is_dir() and not Path(text).is_absolute()}
+    return given | {name: os.path.relpath(folder, ROOT) for name, folder in relative.items()}
 
 
 def sources() -> list[Path]:
@@ -103,40 +101,38 @@ def sources() -> list[Path]:
 
 def plan(given: dict[str, Any], only: Sequence[str] | None) -> list[Job]:
     """A job with checked parameters for each notebook, or each in `only` ("04" or "04_ilora"). Raises UserError."""
-    paths = sources()
-    for name in only or ():
-        if not any(name in (path.stem, path.stem.split("_")[0]) for path in paths):
-            names = ", ".join(path.stem for path in paths)
-            raise UserError(f"there is no notebook {name!r}: choose among {names}")
-    if only:
-        paths = [path for path in paths if {path.stem, path.stem.split("_")[0]} & set(only)]
+    by_name = {name: path for path in sources() for name in (path.stem.split("_")[0], path.stem)}
+    if unknown := [name for name in only or () if name not in by_name]:
+        stems = ", ".join(path.stem for path in sources())
+        raise UserError(f"there is no notebook {unknown[0]!r}: choose among {stems}")
     jobs = []
-    for source in paths:
+    for source in sorted({by_name[name] for name in only or by_name}):
         defaults = notebook_parameters(source)
         changed = {name: value for name, value in given.items() if name in defaults}
-        with contextlib.chdir(ROOT):  # folders are named from here
+        with contextlib.chdir(ROOT):  # parameters name folders from here
             jobs.append(Job(source, changed, check_parameters(defaults | changed)))
-    for name in given:
-        if not any(name in job.given for job in jobs):
-            names = ", ".join(job.source.stem for job in jobs)
-            raise UserError(f"none of the notebooks to run ({names}) has a parameter {name!r}: leave it out")
+    if unused := [name for name in given if not any(name in job.given for job in jobs)]:
+        stems = ", ".join(job.source.stem for job in jobs)
+        raise UserError(f"none of the notebooks to run ({stems}) has a parameter {unused[0]!r}: leave it out")
     return jobs
 
 
-# ---------------------------------------------------------------- running
+def points(notebook: str, given: dict[str, Any], over: Sequence[Sequence[str]]) -> list[Job]:
+    """One checked job for each point of a grid; the last parameter changes fastest. Raises UserError."""
+    names = [name for name, *_ in over]
+    for name, *values in over:
+        if not values:
+            raise UserError(f"--over {name} names no values: give at least one")
+        if names.count(name) > 1 or name in given:
+            raise UserError(f"parameter {name!r} is given twice: name it once, in --over or in -p")
+    grid = itertools.product(*(values for _, *values in over))
+    points = [parse_parameters(zip(names, values, strict=True)) for values in grid]
+    return [job for point in points for job in plan(given | point, [notebook])]
+
+
 def run_all(jobs: list[Job]) -> None:
-    """Run the jobs in order. Raises NotebookError at the first that fails."""
+    """Run the jobs in order. Raises UserError if one fails, or before the first if data or models cannot be used."""
     for job in jobs:
-        job.check()
+        _ = job.inputs
     for number, job in enumerate(jobs, 1):
         job.run(f"{job.source.stem} ({number} of {len(jobs)})")
-
-
-def _prepare_environment() -> None:
-    """Variables that the kernels inherit."""
-    os.environ["ILORA_HOME"] = str(artifacts.home())
-    kernels = str(Path(sys.prefix, "share", "jupyter"))  # its kernel python3 is this environment's
-    paths = os.environ.get("JUPYTER_PATH", "").split(os.pathsep)
-    os.environ["JUPYTER_PATH"] = os.pathsep.join([kernels, *(path for path in paths if path not in ("", kernels))])
-    os.environ.setdefault("PYTHONHASHSEED", "0")  # sets print in one order
-    os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # a debugger's warning at kernel start

@@ -1,21 +1,20 @@
 """Run cells of a table or a sweep in several processes, each on its GPU, and publish their results.
 
-A cell is one run: `result` is the file that it writes, `run()` writes it, `str(cell)` names it.
+A cell is one run, which other processes get by pickle: `result` is the file that it writes, `run()` writes it or raises
+the reason why not (an attribute `reason` of the error is preferred to its text), and `str(cell)` names it.
 """
 
 import json
-import math
 import multiprocessing
 import os
 import signal
 import sys
-from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -23,31 +22,7 @@ from tqdm import tqdm
 from ilora.artifacts import digest, write_json
 from ilora.errors import UserError
 
-
-class Cell(Protocol):
-    """What `run_cells` runs. It is sent to other processes by pickle."""
-
-    result: Path
-
-    def run(self) -> None:
-        """Write `result`, or raise the reason why not; an attribute `reason` of the error is preferred to its text."""
-
-
-def add_options(parser: ArgumentParser, about_parameters: str) -> None:
-    """Add the options that `table` and `sweep` share."""
-    add = parser.add_argument
-    add("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="parameters", help=about_parameters)
-    add("--jobs", type=int, default=1, metavar="N",
-        help="cells at a time (1), distributed over the GPUs; set OMP_NUM_THREADS to share the cores")  # fmt: skip
-    add("--minutes", type=float, default=0, metavar="N",
-        help="stop after N minutes; started again, training resumes from its last checkpoints (no limit)")  # fmt: skip
-    add("--to", type=Path, metavar="DIR", help="copy the results to DIR, where the book's pages read them")
-
-
-def check_options(options: Namespace) -> None:
-    """Raise UserError for options that cannot be used."""
-    if options.jobs < 1 or not 0 <= options.minutes < math.inf:
-        raise UserError(f"--jobs must be at least 1 and --minutes 0 or more: {options.jobs}, {options.minutes}")
+Cell = Any  # see above
 
 
 def run_cells(cells: Sequence[Cell], jobs: int = 1, minutes: float = 0) -> Iterator[tuple[Cell, str]]:
@@ -117,8 +92,10 @@ def gpu(number: int) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if len(gpus) > 1 else {}
 
 
-def publish(results: Mapping[str, dict[str, Any]], folder: Path, ignored: Sequence[str] = ()) -> None:
-    """Write results (file name -> result) to `folder`, replacing those with the same name and parameters.
+def publish(
+    paths: Iterable[Path], folder: Path, ignored: Sequence[str] = (), change: Callable[[dict], dict] = dict
+) -> None:
+    """Copy the results that exist to `folder`, changed by `change`, replacing those with the same name and parameters.
 
     Results of older data, models or versions are removed in this way. ignored: parameters that are not compared.
     """
@@ -127,9 +104,10 @@ def publish(results: Mapping[str, dict[str, Any]], folder: Path, ignored: Sequen
         compared = {name: value for name, value in result.get("parameters", {}).items() if name not in ignored}
         return digest([result.get("name"), compared])
 
+    results = {path.name: change(json.loads(path.read_bytes())) for path in sorted(paths) if path.is_file()}
     new = {identity(result) for result in results.values()}
     for path in list(folder.glob("*-*.json")):
-        if identity(json.loads(path.read_text(encoding="utf-8"))) in new:
+        if identity(json.loads(path.read_bytes())) in new:
             path.unlink()
     for name, result in results.items():
         write_json(folder / name, result)

@@ -20,37 +20,35 @@ SETTINGS = {  # notebook parameters that `python -m ilora table` has, with their
     "text_encoder": "sentence-transformers/all-MiniLM-L6-v2", "chat_url": "", "chat_model": "", "chat_limit": 100,
     "device": "auto",
 }  # fmt: skip
-ADAPTER = ("base_model", "rank", "alpha", "dropout", "epochs", "learning_rate", "batch_size", "train_limit")
+TUNING = ("base_model", "rank", "alpha", "dropout", "epochs", "learning_rate", "batch_size", "train_limit")
 ROUNDING_ONLY = ("device", "micro_batch_size", "compile")  # they change a result only by rounding
 
 
 @dataclass(frozen=True)
 class System:
-    """A row of the table: `make(dataset, seed, settings)` returns a system that can be evaluated.
-
-    uses: the settings that decide its result, besides those of data and questions.
-    seeds: whether it is trained, so that runs with other seeds differ.
-    sample: the setting with the number of questions, sampled at random, that it is evaluated on; "" for all questions.
-    recommender: its recommender whose dropout and L2 are chosen on validation; "" for none.
-    """
+    """A row of the table: `make(dataset, seed, settings)` returns a system that can be evaluated."""
 
     make: Callable[[data.Dataset, int, Mapping[str, Any]], evaluation.System]
-    uses: tuple[str, ...] = ()
-    seeds: bool = True
-    sample: str = ""
-    recommender: str = ""
+    uses: tuple[str, ...] = ()  # settings that decide its result, besides those of data and questions
+    seeds: bool = True  # whether it is trained, so that runs with other seeds differ
+    sample: str = ""  # the setting with the number of questions that it is evaluated on, sampled at random; "": all
+    recommender: str = ""  # its recommender whose dropout and L2 are chosen on validation
 
 
 def trained(dataset: data.Dataset, kind: str, seed: int, settings: Mapping[str, Any]) -> Recommender:
     """A recommender without language, with dropout and L2 chosen on validation with seed 0."""
-    common = {"window": settings["window"], "device": settings["device"]}
+    options = _chosen(settings, "window", "device")
     if kind == "MoRec":  # its text encoder is too large for a grid of trainings
-        chosen = {"text_encoder": settings["text_encoder"]}
+        options |= _chosen(settings, "text_encoder")
     else:
-        chosen = choose_regularisation(dataset, kind, **common)[0]
-    model, history = fit_recommender(dataset, seed, kind=kind, epochs=EPOCHS[kind], **common, **chosen)
+        options |= choose_regularisation(dataset, kind, **options)[0]
+    model, history = fit_recommender(dataset, seed, kind=kind, epochs=EPOCHS[kind], **options)
     model.validation = history["hit_ratio"].dropna().tolist()
     return model
+
+
+def _chosen(settings: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: settings[name] for name in names}
 
 
 def _recommender(kind: str) -> System:
@@ -60,22 +58,20 @@ def _recommender(kind: str) -> System:
     return System(make, ("text_encoder",)) if kind == "MoRec" else System(make, recommender=kind)
 
 
-def _tuned(encoder: str = "", experts: bool = False) -> System:
+def _tuned(encoder: str = "", *gate: str) -> System:
     """A language model with an adapter: on hybrid prompts with an encoder's item embeddings, or on text alone."""
-    uses = (*ADAPTER, "experts") if experts else ADAPTER
 
     def make(dataset: data.Dataset, seed: int, settings: Mapping[str, Any]) -> evaluation.System:
         items = trained(dataset, encoder, seed, settings) if encoder else None
-        names = ("rank", "alpha", "dropout", *(["experts"] if experts else []))
-        adapter = tuning.AdapterSettings(**{name: settings[name] for name in names})
-        names = ("epochs", "batch_size", "learning_rate", *ROUNDING_ONLY)
-        arguments = tuning.tuning_arguments(**{name: settings[name] for name in names}, seed=seed)
-        limits = {name: settings[name] for name in ("window", "train_limit")}
-        model, history, _ = tuning.tune(dataset, items, adapter, arguments, settings["base_model"], **limits)
+        adapter = tuning.AdapterSettings(**_chosen(settings, "rank", "alpha", "dropout", *gate))
+        training = _chosen(settings, "epochs", "batch_size", "learning_rate", *ROUNDING_ONLY)
+        arguments = tuning.tuning_arguments(**training, seed=seed)
+        sizes = _chosen(settings, "base_model", "window", "train_limit")
+        model, history, _ = tuning.tune(dataset, items, adapter, arguments, **sizes)
         model.validation = history["hit_ratio"].dropna().tolist()
         return model
 
-    return System(make, uses, recommender=encoder)
+    return System(make, (*TUNING, *gate), recommender=encoder)
 
 
 def _chat(dataset: data.Dataset, seed: int, settings: Mapping[str, Any]) -> evaluation.System:
@@ -87,12 +83,9 @@ def _chat(dataset: data.Dataset, seed: int, settings: Mapping[str, Any]) -> eval
 
 SYSTEMS = {
     "Popularity": System(lambda dataset, seed, settings: Popularity.from_dataset(dataset), seeds=False),
-    "GRU4Rec": _recommender("GRU4Rec"),
-    "Caser": _recommender("Caser"),
-    "SASRec": _recommender("SASRec"),
-    "MoRec": _recommender("MoRec"),
+    **{kind: _recommender(kind) for kind in ("GRU4Rec", "Caser", "SASRec", "MoRec")},
     "Language model": System(  # the paper's Llama2
-        lambda dataset, seed, settings: tuning.untuned(dataset, settings["base_model"], device=settings["device"]),
+        lambda dataset, seed, settings: tuning.untuned(dataset, **_chosen(settings, "base_model", "device")),
         ("base_model",), seeds=False,
     ),
     "ChatRec": System(_chat, ("chat_url", "chat_model", "chat_limit"), seeds=False, sample="chat_limit"),
@@ -100,5 +93,5 @@ SYSTEMS = {
     "LLaRA (GRU4Rec)": _tuned("GRU4Rec"),
     "LLaRA (Caser)": _tuned("Caser"),
     "LLaRA": _tuned("SASRec"),
-    "iLoRA": _tuned("SASRec", experts=True),
+    "iLoRA": _tuned("SASRec", "experts"),
 }  # fmt: skip

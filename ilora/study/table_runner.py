@@ -3,12 +3,10 @@
     python -m ilora table --datasets movielens lastfm --data-dir DIR --seeds 0 1 2 --jobs 2 --to book/results/table
 
 All systems have the same questions: each test user's last window, as in the paper, with several draws of candidates,
-and windows of all test users' histories with one draw. ChatRec, whose endpoint may cost money, has a random sample of
-them. A cell with a result is not run again; a failed one is recorded with its reason and tried again the next time.
+and windows of all test users' histories with one draw; ChatRec has a random sample of them. A cell with a result is not
+run again; a failed one is recorded with its reason and tried again the next time.
 """
 
-import argparse
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,11 +20,8 @@ from ilora.errors import UserError
 from ilora.evaluation.metrics import hit_ratios
 from ilora.recommenders.training import EPOCHS, GRID, choose_regularisation, fit_recommender
 from ilora.study import runner
-from ilora.study.parameters import inputs, parse_parameters
+from ilora.study.parameters import inputs
 from ilora.study.systems import ROUNDING_ONLY, SETTINGS, SYSTEMS
-
-WORLD = ("conflict", "users")
-KINDS_OF_WINDOWS = ("last", "all")
 
 
 @dataclass(frozen=True)
@@ -38,15 +33,19 @@ class Cell:
     seed: int
     draws: int = 5
     data_dir: str = ""
-    settings: Mapping[str, Any] = field(default_factory=lambda: SETTINGS)
+    settings: Mapping[str, Any] = field(default_factory=SETTINGS.copy)
+
+    @property
+    def world(self) -> dict[str, Any]:
+        """The settings of a generated data set; none for one from files."""
+        return {name: self.settings[name] for name in ("conflict", "users") if self.dataset == "world"}
 
     @property
     def parameters(self) -> dict[str, Any]:
         """What decides the result besides `inputs`, and no more: other systems' settings do not make it run again."""
-        world = WORLD if self.dataset == "world" else ()
-        uses = {"window", "test_limit", *world, *SYSTEMS[self.system].uses}
+        uses = {"window", "test_limit", *SYSTEMS[self.system].uses}
         uses |= {"repeats"} if self.settings["repeats"] != "keep" else set()
-        cell = {"system": self.system, "dataset": self.dataset, "seed": self.seed, "draws": self.draws}
+        cell = {"system": self.system, "dataset": self.dataset, "seed": self.seed, "draws": self.draws} | self.world
         if SYSTEMS[self.system].sample:  # older results, without this entry, have questions of their own
             cell["sample"] = "of the others' questions"
         return cell | {name: self.settings[name] for name in sorted(uses)}
@@ -54,9 +53,8 @@ class Cell:
     @property
     def source(self) -> dict[str, Any]:
         """Arguments of `data.load`."""
-        world = {"conflict": self.settings["conflict"], "users": self.settings["users"], "seed": self.seed}
         files = {"dataset": self.dataset, "data_dir": self.data_dir, "repeats": self.settings["repeats"]}
-        return files | (world if self.dataset == "world" else {})
+        return files | (self.world | {"seed": self.seed} if self.world else {})
 
     @cached_property
     def inputs(self) -> dict[str, str]:
@@ -76,9 +74,8 @@ class Cell:
     @property
     def search_parameters(self) -> dict[str, Any]:
         """What decides the dropout and L2 of the system's recommender; seed: that of the search."""
-        world = {name: self.settings[name] for name in WORLD} | {"world": self.seed}
         search = {"system": SYSTEMS[self.system].recommender, "dataset": self.dataset, "grid": list(GRID), "seed": 0}
-        return search | {"window": self.settings["window"]} | (world if self.dataset == "world" else {})
+        return search | {"window": self.settings["window"]} | (self.world | {"world": self.seed} if self.world else {})
 
     @property
     def search_result(self) -> Path:
@@ -98,8 +95,7 @@ class Cell:
         system = SYSTEMS[self.system].make(dataset, self.seed, self.settings)
         sample = self.settings.get(SYSTEMS[self.system].sample, 0)
         metrics, outcomes = {"notes": list(dataset.notes)}, {}
-        for windows in KINDS_OF_WINDOWS:
-            limit, draws = (self.settings["test_limit"], 1) if windows == "all" else (0, self.draws)
+        for windows, limit, draws in (("last", 0, self.draws), ("all", self.settings["test_limit"], 1)):
             questions = data.questions(dataset, "test", self.settings["window"], limit, windows)
             columns = outcome_strings(system, questions, draws, self.settings["micro_batch_size"], sample)
             digits = {name: "".join(columns[name]) for name in ("hit", "valid")}
@@ -116,11 +112,10 @@ class Cell:
 def outcome_strings(
     system: evaluation.System, questions: data.Questions, draws: int, batch_size: int, sample: int = 0
 ) -> dict[str, list]:
-    """Outcomes of a system for several draws of the candidates, in little space.
+    """Outcomes of a system: for each draw of the candidates strings of 0 and 1 (hit, valid) and a digest (questions).
 
-    hit, valid: a string of 0 and 1 for each draw; questions: a digest for each draw; windows: number of each user's
-    questions, in order. With `sample` the system is evaluated on that many of the questions, the same in each draw;
-    `rows` has their numbers, while the digests and windows are those of all questions.
+    windows: number of each user's questions, in order. With `sample` the system is evaluated on that many questions,
+    the same in each draw, whose numbers are `rows`; digests and windows are those of all questions.
     """
     rows = np.sort(np.random.default_rng(0).permutation(len(questions))[:sample]) if sample else slice(None)
     columns = {"hit": [], "valid": [], "questions": []}
@@ -140,9 +135,9 @@ def cells(
     datasets: Sequence[str], systems: Sequence[str], seeds: Sequence[int], draws: int, data_dir: str, settings: Mapping
 ) -> list[Cell]:
     """The table's cells, those without language first; a system that is not trained has one seed. Raises UserError."""
-    for name, known in [(name, SYSTEMS) for name in systems] + [(name, data.WORDS) for name in datasets]:
-        if name not in known:
-            raise UserError(f"there is no {name!r} here: choose among {', '.join(known)}")
+    for names, known in ((systems, SYSTEMS), (datasets, data.WORDS)):
+        if unknown := [name for name in names if name not in known]:
+            raise UserError(f"there is no {unknown[0]!r} here: choose among {', '.join(known)}")
     if draws < 1 or not seeds or min(seeds) < 0:
         raise UserError("--draws must be at least 1 and --seeds whole numbers from 0 on")
     return [
@@ -165,58 +160,27 @@ def run_all(cells: Sequence[Cell], jobs: int = 1, minutes: float = 0) -> list[tu
     return failed
 
 
-def search(cell: Cell) -> Path:
+def search(cell: Cell) -> None:
     """Write how validation chose dropout and L2 for the recommender of a finished cell, whose models exist.
 
     metrics: chosen; grid: for each dropout and L2 the epoch and HitRatio@1 on validation with its interval over users.
     """
+    if not SYSTEMS[cell.system].recommender or cell.search_result.is_file():
+        return
     about, device = cell.search_parameters, cell.settings["device"]
     timed = artifacts.Run("regularisation", about | {"device": device}, {"data": cell.inputs["data"]})
     dataset = cell.load()
     settings = {"kind": about["system"], "window": about["window"], "device": device}
-    chosen, trials = choose_regularisation(dataset, grid=about["grid"], seed=about["seed"], **settings)
+    chosen, trials = choose_regularisation(dataset, **settings)
     validation = data.sequences(dataset, "validation", about["window"])
     grid = trials[["dropout", "l2", "epoch"]].to_dict("records")
-    for row, values in zip(grid, about["grid"], strict=True):
-        model, _ = fit_recommender(dataset, about["seed"], epochs=EPOCHS[about["system"]], **values, **settings)
+    for row, values in zip(grid, GRID, strict=True):
+        model, _ = fit_recommender(dataset, epochs=EPOCHS[about["system"]], **values, **settings)
         row |= evaluation.interval(hit_ratios(model, validation), validation.user)
-    return timed.save({"chosen": chosen, "grid": grid}, path=cell.search_result)
+    timed.save({"chosen": chosen, "grid": grid}, path=cell.search_result)
 
 
 def publish(cells: Sequence[Cell], folder: Path) -> None:
     """Copy the existing results, failures and searches to `folder`."""
-    paths = {path for cell in cells for path in (cell.result, cell.failure, cell.search_result) if path.is_file()}
-    results = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in sorted(paths)}
-    runner.publish(results, folder, ROUNDING_ONLY)
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Run the command line `arguments`; return the exit code: 1 if a cell has no result."""
-    parser = argparse.ArgumentParser(
-        "python -m ilora table", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--datasets", nargs="+", default=["world"], metavar="NAME", help=f"{', '.join(data.WORDS)} (world)")
-    add("--data-dir", default="", metavar="DIR", help="folder with their files, see the README")
-    add("--systems", nargs="+", default=[name for name in SYSTEMS if name != "ChatRec"], metavar="NAME",
-        help=f"{', '.join(SYSTEMS)} (all but ChatRec, which sends chat_limit questions to an endpoint)")  # fmt: skip
-    add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="of training (0 1 2)")
-    add("--draws", type=int, default=5, metavar="N", help="of candidates for the last windows (5)")
-    runner.add_options(parser, f"a parameter of the notebooks: {', '.join(SETTINGS)}")
-    options = parser.parse_args(arguments)
-    given = parse_parameters(options.parameters)
-    if unused := sorted(given.keys() - SETTINGS):
-        raise UserError(f"a table has no parameter {unused[0]!r}: the ones it has are {', '.join(SETTINGS)}")
-    runner.check_options(options)
-    settings = SETTINGS | given
-    selected = cells(options.datasets, options.systems, options.seeds, options.draws, options.data_dir, settings)
-    failed = run_all(selected, options.jobs, options.minutes)
-    missing = [cell for cell in selected if not cell.result.is_file()]
-    if len(missing) == len(failed):  # else the time is up
-        for cell in selected:
-            if SYSTEMS[cell.system].recommender and cell.result.is_file() and not cell.search_result.is_file():
-                search(cell)
-    if options.to:
-        publish(selected, options.to)
-    print(f"{len(selected) - len(missing)} of {len(selected)} cells are in {artifacts.home() / 'results'}")
-    return 1 if missing else 0
+    paths = {path for cell in cells for path in (cell.result, cell.failure, cell.search_result)}
+    runner.publish(paths, folder, ROUNDING_ONLY)
