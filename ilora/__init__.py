@@ -1,6 +1,6 @@
 """Instance-wise LoRA for sequential recommendation: the method of Kong et al. (NeurIPS 2024), end to end."""
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 from typing import Any
 
