@@ -1,7 +1,4 @@
-"""Statistics of gates: how sharp, balanced and personal their weights are, and whether they follow groups.
-
-Shapes: n sequences, K experts.
-"""
+"""Statistics of gates of K experts: how sharp, balanced and personal they are, and whether they follow groups."""
 
 import numpy as np
 from scipy import stats
@@ -14,10 +11,9 @@ LEAST_PERSONAL = 0.01  # a gate with a smaller personal share is called constant
 def gate_statistics(weights: np.ndarray, users: np.ndarray) -> dict:
     """Statistics of gate weights (n, K), or (layers, n, K) of a gate per layer; users: (n,).
 
-    entropy: mean over sequences and layers in nats, with its interval by users; largest_entropy: ln K, a uniform gate.
-    use: each expert's mean weight, (K,) or (layers, K). leads: the share of sequences in which its weight is largest.
-    personal: the mean total variation distance of a sequence's weights from the mean gate. constant: whether that is
-        below LEAST_PERSONAL, which makes iLoRA equivalent to LoRA.
+    entropy: mean in nats, with its interval by users; largest_entropy: ln K. use: each expert's mean weight, (K,) or
+    (layers, K); leads: the share of sequences in which its weight is largest. personal: the mean total variation
+    distance of a sequence's weights from the mean gate; constant: whether it is so small that iLoRA equals LoRA.
     """
     experts = weights.shape[-1]
     entropy = stats.entropy(weights, axis=-1).reshape(-1, len(users)).mean(0)
