@@ -19,7 +19,7 @@ def metric_table(systems: dict[str, pd.DataFrame], metric: str = "hit_ratio") ->
     """Value, low, high and n of one metric, from the outcomes of each system that has the metric."""
     rows = {name: compute_metrics(outcomes) for name, outcomes in systems.items()}
     rows = {name: row[metric] for name, row in rows.items() if metric in row}
-    return pd.DataFrame(list(rows.values()), index=list(rows), columns=["value", "low", "high", "n"])
+    return pd.DataFrame(list(rows.values()), list(rows), ["value", "low", "high", "n"])
 
 
 def formatted_metrics(systems: dict[str, pd.DataFrame]) -> pd.DataFrame:

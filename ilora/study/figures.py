@@ -17,8 +17,9 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-DASHES, HATCHES, MARKERS = ["-", "--", "-.", ":"], ["", "//", "..", "xx"], "os^Dvx*P"
+HATCHES, MARKERS = ["", "//", "..", "xx"], "os^Dvx*P"
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000"]
+LOOKS = list(plt.cycler(color=COLOURS, marker=list(MARKERS), linestyle=["-", "--", "-.", ":"] * 2))
 literal = plt.rc_context({"text.parse_math": False})  # a decorator: `$` starts no formula, even without `style`
 
 
@@ -134,10 +135,8 @@ def lines(table: pd.DataFrame, x: str, y: str) -> Axes:
 
 @literal
 def trend(table: pd.DataFrame, x: str, y: str, by: str | None = None, title: str = "") -> np.ndarray:
-    """Means with 95 % intervals over seeds against `x`, one line for each system, a small grey point for each seed.
-
-    table: of `sweep_results.means_over_seeds`; by: a column, for each value of which there is an axes.
-    """
+    """Means of `sweep_results.means_over_seeds` with 95 % intervals against `x`: an axes for each value of the column
+    `by`, a line for each system, a small grey point for each seed."""
     if table.empty:
         return nothing()
     parts = dict(list(table.groupby(by, sort=False))) if by else {"": table}
@@ -147,8 +146,7 @@ def trend(table: pd.DataFrame, x: str, y: str, by: str | None = None, title: str
     for ax, (name, part) in zip(axes, parts.items(), strict=True):
         for index, (system, line) in enumerate(part.groupby("system", sort=False)):
             number, at = systems.index(system), line[x] + (index - (part["system"].nunique() - 1) / 2) * step
-            look = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
-            look["linestyle"] = DASHES[number % len(DASHES)]
+            look = LOOKS[number % len(LOOKS)]
             drawn[system] = ax.errorbar(at, line["value"], yerr=errors(line), capsize=3, **look)
             runs = pd.Series(line["runs"].tolist(), at + step / 2).explode()
             ax.scatter(runs.index, runs, s=7, color="0.4", linewidths=0, zorder=3)

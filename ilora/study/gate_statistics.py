@@ -31,7 +31,7 @@ def gate_statistics(weights: np.ndarray, users: np.ndarray) -> dict:
 def variance_between(weights: np.ndarray, labels: np.ndarray, permutations: int = 999, seed: int = 0) -> dict:
     """The share of the variance of gate weights (n, K) that is between groups (n,), with a permutation test.
 
-    The test permutes sequences, so pass one per user. For a constant gate, without variance, value and p are None.
+    Pass one sequence per user: the test permutes them. For a constant gate value and p are None.
     """
     centred = weights - weights.mean(0)
     total = (centred**2).sum()

@@ -92,8 +92,9 @@ def group_gradients(
     sums = torch.zeros(groups, sum(sizes), dtype=dtype)
     model.eval()
     length = np.array([model.length(questions[row]) for row in range(len(questions))])
+    members_of_groups = np.split(np.lexsort((length, labels)), np.cumsum(np.bincount(labels))[:-1])
     with tqdm(total=len(labels), unit="sequence", desc="gradients", mininterval=1) as bar:
-        for group, members in enumerate(np.split(np.lexsort((length, labels)), np.cumsum(np.bincount(labels))[:-1])):
+        for group, members in enumerate(members_of_groups):
             total = [torch.zeros_like(parameter, dtype=dtype) for parameter in parameters]
             for start in range(0, len(members), batch_size):
                 rows = [questions[row] for row in members[start : start + batch_size]]

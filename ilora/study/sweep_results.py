@@ -14,8 +14,7 @@ from ilora.study.parameters import PARAMETERS
 from ilora.study.results import load_results
 
 ADAPTER = ("rank", "alpha", "dropout", "experts", "gate", "guidance", "gate_per_layer", "gate_top_k")
-# They change a result only by chance; encoder_epochs is a limit, validation chooses the epoch.
-NEVER_COMPARED = ("seed", "data_dir", "device", "results", "encoder_epochs")
+NEVER_COMPARED = ("seed", "data_dir", "device", "results", "encoder_epochs")  # the last is only a limit
 SETTING = tuple(name for name in PARAMETERS if name not in (*ADAPTER, *NEVER_COMPARED))  # data, training, base model
 NO_GATE = "LoRA, no gate"
 

@@ -10,6 +10,7 @@ import pandas as pd
 from ilora import data, evaluation
 from ilora.errors import UserError
 from ilora.study.comparisons import crossed_interval, format_interval, holm, paired_comparison
+from ilora.study.paper import PRINTED_NAMES
 from ilora.study.results import load_results
 from ilora.study.systems import ROUNDING_ONLY, SYSTEMS
 
@@ -133,7 +134,8 @@ def stack(tables: Mapping[str, pd.DataFrame], columns: Sequence[str]) -> pd.Data
 def formatted(means: Mapping[str, pd.DataFrame], printed: pd.Series | None = None) -> pd.DataFrame:
     """`system_means` of several data sets as text, with the paper's printed ratios if given."""
     table = stack(means, ["value", "low", "high", "valid_ratio", "hit_ratio_of_valid", "n", "seeds", "draws"])
-    text = pd.DataFrame({"HitRatio@1": [_unbroken(row) for row in table.to_dict("records")]}, table.index)
+    unbroken = [format_interval(row).replace(" ", "\N{NO-BREAK SPACE}") for row in table.to_dict("records")]
+    text = pd.DataFrame({"HitRatio@1": unbroken}, table.index)
     text = text.join(table[["valid_ratio", "hit_ratio_of_valid"]].astype(float).map("{:.3f}".format))
     text = text.join(table[["n", "seeds", "draws"]].astype(int))
     if printed is not None:
@@ -141,8 +143,26 @@ def formatted(means: Mapping[str, pd.DataFrame], printed: pd.Series | None = Non
     return text.replace("nan", "-")
 
 
-def _unbroken(interval: Mapping) -> str:
-    return format_interval(interval).replace(" ", "\N{NO-BREAK SPACE}")  # so that a page keeps it on one line
+def validation_curves(folder: str | Path, seed: int = 0) -> pd.DataFrame:
+    """The curves of the results in a folder and in its subfolders of other learning rates, for one seed.
+
+    Returns a row per dataset, system, learning_rate (NaN for recommenders) and epoch, with hit_ratio.
+    """
+    columns, rows = ["dataset", "system", "learning_rate", "epoch", "hit_ratio"], []
+    for path in [Path(folder), *sorted(Path(folder).glob("rate_*"))]:
+        for run in load_table(path):
+            cell = [run["parameters"].get(name) for name in columns[:3]]
+            if "error" not in run and run["parameters"]["seed"] == seed:
+                rows += [(*cell, *point) for point in enumerate(run["metrics"].get("validation", ()), 1)]
+    curves = pd.DataFrame(rows, columns=columns).replace({"dataset": PRINTED_NAMES})
+    return curves.astype({"learning_rate": float}).sort_values(columns[:4], ignore_index=True)
+
+
+def best_rates(curves: pd.DataFrame) -> pd.DataFrame:
+    """Best validation HitRatio@1 for each data set and rate, a column per adapter; the best `mean` chooses the rate."""
+    best = curves.groupby(["dataset", "learning_rate", "system"])["hit_ratio"].max().unstack()
+    complete = best[[system for system in ("LLaRA", "iLoRA") if system in best]].dropna()
+    return complete.assign(mean=complete.mean(axis=1))
 
 
 def failed_runs(results: Sequence[Mapping]) -> pd.DataFrame:
