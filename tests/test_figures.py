@@ -20,12 +20,9 @@ TREND = TREND.assign(n=3, runs=RUNS, setting=["world", "world", "movielens, epoc
 PAIRED = TREND.assign(variant=["random", "token", "random", "random"], value=[-0.1, 0.1, 0.2, 0.3])
 PAIRED = PAIRED.assign(low=PAIRED["value"] - 0.1, high=PAIRED["value"] + 0.1)
 MAPS = {f"LoRA {kind}": np.corrcoef(RNG.normal(size=(8, 20))) for kind in "abcdefgh"}
-RATIOS = TABLE.assign(aim=[0.4, np.nan], met=[True, None])
-RATIOS = pd.concat([RATIOS, RATIOS.assign(aim=2, met=False)]).reset_index(drop=True)
-RATIOS.index = pd.MultiIndex.from_tuples([("adapter_cuda", "checkpointing", f"way {n}") for n in range(4)])
 EXPERTS = pd.DataFrame({"experts": [1, 4], "value": [0.5, 0.6], "low": [0.4, 0.5], "high": [0.6, 0.7]})
 SHARES = RNG.dirichlet([1] * 20, size=2)
-GATES, GROUPS = RNG.dirichlet([1, 1, 1, 1], size=12), np.arange(12) % 3
+GATES = RNG.dirichlet([1, 1, 1, 1], size=12)
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +36,6 @@ def style():
 
 DRAW = {
     "intervals": lambda: figures.intervals(TABLE, "HitRatio@1", chance=0.05),
-    "ratios": lambda: figures.ratios(RATIOS.assign(low=0.05), "time, as a multiple"),
     "lines": lambda: figures.lines(pd.DataFrame(RNG.random((5, 10))), "knob", "share"),
     "trend": lambda: figures.trend(TREND, "conflict", "HitRatio@1", title="the gain grows with conflict: a lot")[0],
     "trends": lambda: figures.trend(TREND, "conflict", "HitRatio@1", by="setting")[0],
@@ -48,12 +44,9 @@ DRAW = {
     "differences": lambda: figures.differences(PAIRED, "HitRatio@1", "1 of 4 intervals excludes zero")[0],
     "no differences": lambda: figures.differences(PAIRED[:0], "HitRatio@1", "")[0],
     "no panels": lambda: figures.panels({"MovieLens": TABLE[:0]}, "HitRatio@1", "chance", 0.05)[0],
-    "no parts": lambda: figures.error_parts({})[0],
     "heat_maps": lambda: model_figures.heat_maps({"LoRA": np.eye(8), "iLoRA": np.eye(8)}, "cosine", "cluster")[0],
     "small heat_maps": lambda: model_figures.heat_maps(MAPS, "cosine off the diagonal", "cluster", rows=2)[0],
-    "state_map": lambda: model_figures.state_map(RNG.normal(size=(30, 2)), np.arange(30) % 10, "group"),
     "gate_bars": lambda: model_figures.gate_bars(GATES, [f"user {n}" for n in range(12)]),
-    "gate_by_label": lambda: model_figures.gate_by_label(GATES, GROUPS, "group"),
     "scored": lambda: model_figures.scored(
         {"LoRA": SHARES[0], "iLoRA": SHARES[1]}, [f"title {n}" for n in range(20)], 7
     ),
@@ -79,16 +72,6 @@ def test_intervals_are_in_the_order_of_the_table_with_the_first_on_top():
     np.testing.assert_allclose([bar[:, 0] for bar in bars.get_segments()], [[0.4, 0.7], [0.0, 0.2]])
 
 
-def test_ratios_that_miss_their_goal_look_different():
-    ax = figures.ratios(RATIOS.assign(low=0.05), "time, as a multiple")
-    lines = {bars.get_label(): bars.lines[0] for bars in ax.containers}
-    assert {name: len(line.get_xdata()) for name, line in lines.items()} == {
-        "goal met": 1, "goal missed": 2, "no goal": 1
-    }  # fmt: skip
-    assert len({line.get_marker() for line in lines.values()}) == 3
-    assert next(text.get_text() for text in ax.get_yticklabels()) == "checkpointing: way 0 (cuda)"
-
-
 def test_a_trend_has_a_line_with_intervals_for_each_system():
     ax = DRAW["trend"]()
     assert len(ax.containers) == 2
@@ -99,7 +82,7 @@ def test_a_trend_has_a_line_with_intervals_for_each_system():
 def test_a_trend_names_its_seeds_and_shows_each_of_them():
     ax = DRAW["trend"]()
     assert "n = 3 seeds" in ax.figure.get_suptitle()
-    points = np.vstack([dots.get_offsets() for dots in ax.collections if len(dots.get_offsets()) == 3])
+    points = np.vstack([dots.get_offsets() for dots in ax.collections if len(dots.get_offsets()) > 1])
     np.testing.assert_allclose(points[:, 1].reshape(-1, 3), RUNS)
     assert "n = 2 to 3 seeds" in figures.trend(TREND.assign(n=[2, 3, 3, 3]), "conflict", "y")[0].figure.get_suptitle()
 
@@ -111,17 +94,16 @@ def test_panels_are_of_one_scale_and_named():
     four = TREND.assign(conflict=[0.0, 0.5, 0.75, 1.0])
     axes = figures.trend(four, "value", "HitRatio@1", by="conflict")
     assert [ax.get_title("left") for ax in axes] == ["conflict 0", "conflict 0.5", "conflict 0.75", "conflict 1"]
-    assert len(axes[0].figure.axes) == 4  # four panels in two rows, and no empty ones
+    assert len(axes[0].figure.axes) == 4  # in two rows, and no empty ones
 
 
 def test_differences_have_a_row_for_each_variant_and_a_panel_for_each_setting():
     axes = figures.differences(PAIRED, "HitRatio@1", "a title")
     assert [label.get_text() for label in axes[0].get_yticklabels()] == ["random", "token"]
-    drawn = [
-        (ax.containers[0].lines[0].get_xdata().tolist(), ax.containers[0].lines[0].get_ydata().tolist()) for ax in axes
-    ]
-    assert drawn == [([-0.1, 0.1], [0, 1]), ([0.2], [0]), ([0.3], [0])]
-    assert all("n = 3 seeds" in ax.get_title("left").replace("\n", " ") for ax in axes)
+    values = [ax.containers[0].lines[0].get_xdata() for ax in axes]
+    np.testing.assert_array_equal(np.array(values, float), [[-0.1, 0.1], [0.2, np.nan], [0.3, np.nan]])
+    assert all("n = 3" in ax.get_title("left").replace("\n", " ") for ax in axes)
+    assert {tuple(place) for place in axes[1].collections[-1].get_offsets().tolist()} >= {(0.4, 0.78), (0.6, 0.78)}
 
 
 def test_a_panel_names_its_systems_with_fewer_questions():
@@ -130,7 +112,7 @@ def test_a_panel_names_its_systems_with_fewer_questions():
     assert [ax.get_title("left") for ax in axes] == ["LastFM, n = 100\n(b: 40)", "Steam, n = 100"]
 
 
-@pytest.mark.parametrize("name", ["no trend", "no differences", "no panels", "no parts"])
+@pytest.mark.parametrize("name", ["no trend", "no differences", "no panels"])
 def test_a_figure_without_runs_says_so(name):
     ax = DRAW[name]()
     assert [text.get_text() for text in ax.texts] == ["no such runs in the results"]
@@ -150,8 +132,6 @@ def test_bars_are_the_gates_weights():
     widths = [[bar.get_width() for bar in bars] for bars in ax.containers]
     np.testing.assert_allclose(np.array(widths).T, GATES)
     assert len({bar.get_y() for bar in ax.containers[0]}) == 12
-    heights = [[bar.get_height() for bar in bars] for bars in DRAW["gate_by_label"]().containers]
-    np.testing.assert_allclose(np.array(heights).T, [GATES[group == GROUPS].mean(0) for group in range(3)])
 
 
 def test_scored_titles_have_a_bar_for_each_system_and_the_target_is_named():
@@ -181,7 +161,7 @@ def test_a_line_crosses_gaps():
 
 def test_lines_and_bars_differ_in_more_than_colour():
     assert len({line.get_marker() for line in DRAW["lines"]().lines[:8]}) == 8
-    assert len({bars[0].get_hatch() for bars in DRAW["gate_by_label"]().containers}) == 4
+    assert len({bars[0].get_hatch() for bars in DRAW["scored"]().containers}) == 2
 
 
 # ---------------------------------------------------------------- titles are data
@@ -193,21 +173,16 @@ TITLES = [
 WITH_NAMES = {
     "intervals": lambda a, b: figures.intervals(TABLE.set_axis([a, b]), a),
     "panels": lambda a, b: figures.panels({a: TABLE, b: TABLE.set_axis([b, a])}, a, b, 0.05),
-    "error_parts": lambda a, b: figures.error_parts({a: ERRORS.set_axis([a, b])}),
-    "ratios": lambda a, b: figures.ratios(RATIOS.set_axis(pd.MultiIndex.from_tuples([("cpu", a, b)] * 4)), a),
     "lines": lambda a, b: figures.lines(pd.DataFrame(RNG.random((5, 2)), columns=[a, b]), a, b),
     "trend": lambda a, b: figures.trend(TREND.replace({"a": a, "b": b}), "conflict", a, title=b),
     "trends": lambda a, b: figures.trend(TREND.assign(setting=[a, a, b, b]), "conflict", b, by="setting"),
-    "differences": lambda a, b: figures.differences(PAIRED.assign(variant=a), b, b),
-    "state_map": lambda a, b: model_figures.state_map(RNG.normal(size=(30, 2)), np.array([a, b] * 15), "group"),
+    "differences": lambda a, b: figures.differences(PAIRED.assign(variant=[a, b, a, a]), b, b),
     "gate_bars": lambda a, b: model_figures.gate_bars(GATES[:2], [a, b]),
-    "gate_by_label": lambda a, b: model_figures.gate_by_label(GATES, np.array([a, b] * 6), a),
     "heat_maps": lambda a, b: model_figures.heat_maps({a: np.eye(3), b: np.eye(3)}, a, b),
     "relation": lambda a, b: model_figures.relation(np.arange(3), {a: np.ones(3)}, {a: {"value": 1, "p": 0.5}}, a, b),
     "scored": lambda a, b: model_figures.scored({a: SHARES[0], b: SHARES[1]}, [a, b] * 10, 7),
     "experts_at": lambda a, b: model_figures.experts_at(EXPERTS, 4, GATES[:2], [a, b]),
 }
-ERRORS = pd.DataFrame({"error_users": [0.1, 0.2], "error_seeds": 0.1, "error_draws": 0.1})
 
 
 @pytest.mark.filterwarnings("ignore:Glyph:UserWarning")
@@ -233,13 +208,6 @@ def test_a_title_of_several_lines_takes_one(draw):
     WITH_NAMES[draw]("Alien\r\nResurrection\x07", "b")
     labels = [label.get_text() for ax in plt.gcf().axes for label in ax.get_yticklabels()]
     assert any(label.startswith("Alien Resurrection ") for label in labels)
-
-
-def test_a_minor_tick_of_a_ratio_is_a_number():
-    ax = figures.ratios(RATIOS.assign(value=2.0, low=1.5, high=4.0), "time")
-    ax.figure.canvas.draw()
-    shown = [label.get_text() for label in ax.get_xticklabels(minor=True)]
-    assert any(shown) and not any("$" in text for text in shown)
 
 
 def test_a_table_of_titles_shows_no_formulas_and_no_html():

@@ -160,7 +160,7 @@ def test_a_variant_may_change_several_parameters(tmp_path):
 def test_p_values_are_adjusted_for_all_variants_each_counted_once():
     first = pd.DataFrame({"setting": "world", "variant": ["a", "b"], "p": [0.04, 0.01]})
     second = pd.DataFrame({"setting": "world", "variant": ["c", "of one seed", "a"], "p": [0.02, None, 0.04]})
-    table = sweep_results.with_adjusted_p(sweep_results.without_repeats([first, second]))
+    table = sweep_results.with_adjusted_p([first, second])
     assert list(table["variant"]) == ["a", "b", "c", "of one seed"]
     assert table["p, adjusted"].tolist() == pytest.approx([0.04, 0.03, 0.03, np.nan], nan_ok=True)
 
@@ -175,7 +175,7 @@ def test_tables_of_nothing_are_empty(tmp_path):
     assert sweep_results.mean_slope(table, "conflict", "difference")["n"] == 0
     differences = sweep_results.differences_from_default(table, "guidance")
     assert sweep_results.count_without_zero(differences).startswith("before any correction 0 of 0")
-    assert records(sweep_results.with_adjusted_p(sweep_results.without_repeats([differences]))) == []
+    assert records(sweep_results.with_adjusted_p([differences])) == []
 
 
 def test_records_can_be_written_as_json():

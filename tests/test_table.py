@@ -68,7 +68,6 @@ def test_cells_have_the_same_questions_and_can_be_loaded(home):
         {"world": summary}, paper.printed_results().set_index(["dataset", "system"])["hit_ratio"]
     )
     assert text.loc[("world", "iLoRA"), "paper"] == "-"
-    assert table_results.runs_by_system(results).loc[("world", "iLoRA"), "seeds"] == 1
     assert table_results.conclusions({"world": compared}).name == "iLoRA"
     json.dumps(without_nan({"a": compared.to_dict("index")}), allow_nan=False)
 

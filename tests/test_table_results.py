@@ -4,41 +4,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ilora import artifacts
 from ilora.errors import UserError
 from ilora.study import comparisons, table_results
 
 pytestmark = pytest.mark.book
-
-
-def write_search(folder, number, system, chosen, grid):
-    name = "l2" if isinstance(chosen, float) else "regularisation"
-    trial = {"value": 0.25, "low": 0.2, "high": 0.3, "n": 10, "epoch": 1}
-    about = {"dataset": "movielens", "system": system}
-    metrics = {"chosen": chosen, "grid": [trial | values for values in grid]}
-    artifacts.write_json(folder / f"{name}-{number}.json", {"parameters": about, "metrics": metrics})
-
-
-def test_a_choice_at_the_end_of_its_grid_is_marked(tmp_path):
-    grid = [{"dropout": dropout, "l2": l2} for dropout in (0.2, 0.5) for l2 in (0.0, 1e-5, 1e-4)]
-    for number, (system, dropout, l2) in enumerate(
-        [("SASRec", 0.2, 1e-4), ("Caser", 0.2, 1e-5), ("GRU4Rec", 0.5, 0.0)]
-    ):
-        write_search(tmp_path, number, system, {"dropout": dropout, "l2": l2}, grid)
-    shown = table_results.regularisation_searches(tmp_path)
-    assert shown["system"].tolist() == ["GRU4Rec", "Caser", "SASRec"]  # in the table's order
-    assert shown["at_edge"].tolist() == [True, False, True]
-    assert shown["chosen"].tolist() == ["dropout 0.5, L2 0", "dropout 0.2, L2 1e-05", "dropout 0.2, L2 0.0001"]
-    trials = shown["dropout 0.2, L2 1e-05"].str.replace("\N{NO-BREAK SPACE}", " ")
-    assert trials.tolist() == ["0.250 [0.200, 0.300]"] * 3
-    assert table_results.regularisation_searches(tmp_path / "none").empty
-
-
-def test_searches_of_the_first_version_are_read(tmp_path):
-    for number, (chosen, system) in enumerate([(1e-4, "SASRec"), (0.0, "GRU4Rec")]):
-        write_search(tmp_path, number, system, chosen, [{"l2": l2} for l2 in (0.0, 1e-5, 1e-4)])
-    shown = table_results.regularisation_searches(tmp_path)
-    assert shown["at_edge"].tolist() == [False, True] and shown["chosen"].tolist() == ["L2 0", "L2 0.0001"]
 
 
 def test_mixed_settings_are_refused_and_other_questions_not_compared():
@@ -76,20 +45,6 @@ def test_runs_are_paired_by_their_seed(other):
     theirs = table_results.Outcomes((1, 2), hit[1:], hit[1:], np.arange(4), ("a",), np.arange(4))  # seed 0 failed
     row = table_results.compare_systems({"iLoRA": ours, other: theirs}).loc[other]
     assert row["value"] == row["low"] == row["high"] == 0
-
-
-def test_a_larger_base_is_compared_with_the_same_seeds_of_the_small_one():
-    def of(seeds, share, questions="a"):
-        hit = np.random.default_rng(share).random((len(seeds), 1, 40)) < share / 10
-        return table_results.Outcomes(seeds, hit, hit, np.arange(40), (questions,), np.arange(40))
-
-    large = {"iLoRA": of((1, 2), 8), "LLaRA": of((0,), 5), "TALLRec": of((0,), 5, "b"), "Language model": of((0,), 4)}
-    small = {"iLoRA": of((0, 1, 2), 3), "LLaRA": of((2,), 5), "TALLRec": of((0,), 5), "SASRec": of((0,), 9)}
-    table = table_results.compare_bases(large, small)
-    assert list(table.index) == ["iLoRA"]  # others: no seed in common, other questions, or over one base alone
-    expected = comparisons.paired_comparison(large["iLoRA"].hit, small["iLoRA"].hit[1:], np.arange(40))
-    assert table.loc["iLoRA", [*expected]].to_dict() == expected and expected["value"] > 0.2
-    assert table_results.compare_bases(large, {}).empty and table_results.compare_bases({}, small).empty
 
 
 def test_a_sample_is_compared_on_its_rows_alone():

@@ -5,7 +5,7 @@ are relative to. A goal, {"at_least": number} or {"at_most": number}, is for a m
 """
 
 import operator
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from ilora.errors import UserError
 from ilora.study.results import load_results
 
 Results = Mapping[str, Mapping[str, Any]]  # name of the file, such as "language_cpu" -> its content
+RATIO = ["to", "rows", "seconds", "seconds_to", "value", "low", "high", "goal", "aim", "met"]
+STEP = ["tokens_per_second", "share_of_matrix_rate", "step_mib", "peak_mib"]  # of training steps of the adapter
 
 
 def load_benchmarks(folder: str | Path) -> dict[str, dict]:
@@ -24,18 +26,6 @@ def load_benchmarks(folder: str | Path) -> dict[str, dict]:
     if not results:
         raise UserError(f"{folder} contains no results of benchmarks: run make bench")
     return results
-
-
-def machines(results: Results) -> pd.DataFrame:
-    """Where each result was measured: device, threads, versions, commit, day, duration in minutes."""
-    columns = ["device", "threads", "torch", "transformers", "peft", "commit", "day", "minutes"]
-    rows = {}
-    for name, result in results.items():
-        commit = result["commit"][:10] + "+dirty" * result["commit"].endswith("+dirty")
-        device, versions = result["device"], (result["versions"][package] for package in columns[2:5])
-        minutes = round(result["seconds"] / 60, 1)
-        rows[name] = (device["name"], device["threads"], *versions, commit, result["date"][:10], minutes)
-    return pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("benchmark")
 
 
 def parts(results: Results, failed: bool = False) -> Iterator[tuple[str, str, dict]]:
@@ -52,54 +42,44 @@ def _entries(results: Results, key: str) -> Iterator[tuple[tuple[str, str, str],
                 yield (benchmark, part, name), entry, content
 
 
-def _table(rows: Iterable[tuple], index: str, columns: str) -> pd.DataFrame:
-    index = ["benchmark", "part", *index.split()]
-    return pd.DataFrame(rows, columns=[*index, *columns.split()]).set_index(index)
+def _table(rows: dict[tuple[str, str, str], dict], name: str, columns: list[str]) -> pd.DataFrame:
+    index = pd.MultiIndex.from_tuples(rows, names=["benchmark", "part", name]) if rows else None
+    return pd.DataFrame(list(rows.values()), index, columns)
 
 
-def failed_parts(results: Results) -> pd.DataFrame:
-    """Parts that could not be measured, and why."""
-    return _table(((*part, content["error"]) for *part, content in parts(results, failed=True)), "", "error")
-
-
-def judge(value: float, goals: Mapping[str, float]) -> tuple[str, float, bool | None]:
-    """The goal in words and as a number, and whether the value meets it; ("", nan, None) without a goal."""
+def judge(value: float, goals: Mapping[str, float]) -> dict[str, Any]:
+    """The goal in words, as the number `aim`, and whether the value has met it; "", nan and None without a goal."""
     for kind, meets in (("at_least", operator.ge), ("at_most", operator.le)):
         if kind in goals:
-            return f"{kind.replace('_', ' ')} {goals[kind]:g}", goals[kind], bool(meets(value, goals[kind]))
-    return "", np.nan, None
+            goal = f"{kind.replace('_', ' ')} {goals[kind]:g}"
+            return {"goal": goal, "aim": goals[kind], "met": bool(meets(value, goals[kind]))}
+    return {"goal": "", "aim": np.nan, "met": None}
 
 
 def ratios(results: Results) -> pd.DataFrame:
-    """Median and quartiles of each way's time divided by that of the way `to`, median seconds of both, and the goal."""
-    rows = []
+    """Median and quartiles of each way's time divided by that of the way `to`, median seconds of both, and the goal.
+
+    For training steps also tokens a second, share of the rate of matrix products, and memory in MiB.
+    """
+    rows = {}
     for place, entry, content in _entries(results, "time_ratio"):
-        if place[-1] != content["to"]:
-            ratio, seconds = entry["time_ratio"], (way["seconds"]["median"] for way in (entry, content[content["to"]]))
-            measured = (ratio["median"], ratio["low"], ratio["high"], *judge(ratio["median"], entry))
-            rows.append((*place, content["to"], content.get("rows"), *seconds, *measured))
-    return _table(rows, "way", "to rows seconds seconds_to value low high goal aim met")
+        ratio, reference = entry["time_ratio"], content[content["to"]]
+        seconds = {"seconds": entry["seconds"]["median"], "seconds_to": reference["seconds"]["median"]}
+        value = {"value": ratio["median"], "low": ratio["low"], "high": ratio["high"]}
+        rows[place] = content | entry | seconds | value | judge(ratio["median"], entry)
+    return _table(rows, "way", RATIO + STEP)
 
 
 def measured_values(results: Results) -> pd.DataFrame:
     """Values that are not ratios, with their 95 % intervals where there are any, and the goal."""
-    entries = ((place, entry) for place, entry, _ in _entries(results, "value"))
-    rows = [(*p, e["value"], e.get("low"), e.get("high"), *judge(e["value"], e)) for p, e in entries]
-    return _table(rows, "what", "value low high goal aim met")
+    rows = {place: entry | judge(entry["value"], entry) for place, entry, _ in _entries(results, "value")}
+    return _table(rows, "what", ["value", "low", "high", "goal", "aim", "met"])
 
 
 def equality_checks(results: Results) -> pd.DataFrame:
     """Whether the ways of a part gave the same results, or how large the largest difference is, as text."""
-    checks = ((*place, check) for *place, part in parts(results) for check in part.get("agreement", {}).items())
-    rows = [(*place, name, f"{x:.2g}" if isinstance(x, float) else str(x)) for *place, (name, x) in checks]
-    return _table(rows, "what", "value")
-
-
-def training_steps(results: Results) -> pd.DataFrame:
-    """Training steps of the adapter: seconds, tokens a second, share of the rate of matrix products, memory in MiB."""
-    measured = "tokens_per_second share_of_matrix_rate step_mib peak_mib"
-    rows = []
-    for place, entry, content in _entries(results, "tokens_per_second"):
-        time = (entry["seconds"]["median"], content["to"], entry["time_ratio"]["median"])
-        rows.append((*place, content["rows"], *time, *(entry.get(name) for name in measured.split())))
-    return _table(rows, "way", f"rows seconds to ratio {measured}")
+    rows = {}
+    for *place, content in parts(results):
+        for name, value in content.get("agreement", {}).items():
+            rows[*place, name] = {"value": f"{value:.2g}" if isinstance(value, float) else str(value)}
+    return _table(rows, "what", ["value"])

@@ -1,8 +1,6 @@
 """What pages say about several systems: tables and sentences, intervals over runs, and tests of paired differences.
 
-values  (seeds, draws, n)  a score per training seed, sample of the candidates and question: 1 for a right answer,
-                           or the difference of two systems
-users   (n,)               the user of each question; questions of one user are not independent
+Shapes: values (seeds, draws, n), one for each training seed, sample of the candidates and question; users (n,).
 """
 
 import numpy as np
@@ -21,7 +19,7 @@ def metric_table(systems: dict[str, pd.DataFrame], metric: str = "hit_ratio") ->
     """Value, low, high and n of one metric, from the outcomes of each system that has the metric."""
     rows = {name: compute_metrics(outcomes) for name, outcomes in systems.items()}
     rows = {name: row[metric] for name, row in rows.items() if metric in row}
-    return pd.DataFrame(list(rows.values()), index=list(rows), columns=["value", "low", "high", "n"])
+    return pd.DataFrame(list(rows.values()), list(rows), ["value", "low", "high", "n"])
 
 
 def formatted_metrics(systems: dict[str, pd.DataFrame]) -> pd.DataFrame:
@@ -53,9 +51,8 @@ def best_possible_outcomes(
     """Outcomes of the best possible predictors in the world, by what they know; empty for real data."""
     if dataset.name != "world":
         return {}
-    world = make_world(users=users, conflict=conflict, seed=seed)
+    world, best = make_world(users=users, conflict=conflict, seed=seed), {}
     sequences, candidates = questions.sequences, questions.candidates
-    best = {}
     for known in ("nothing", "history", "group"):
         column = world.best_choice(sequences.history, candidates, known, world.groups[sequences.user])
         best[f"best, knowing {known}"] = outcomes_from_scores(questions, np.eye(candidates.shape[1])[column])
@@ -65,18 +62,16 @@ def best_possible_outcomes(
 def crossed_interval(values: np.ndarray, users: np.ndarray) -> dict[str, float | None]:
     """Mean of values (seeds, draws, n) with a 95 % interval over seeds, draws and users, and the error due to each.
 
-    The variance of the mean is the sum of three variances: over seeds, over draws, and over users as clusters. Each
-    contains part of their interaction, so the sum errs on the large side. The interval is Student's, with
-    Satterthwaite's degrees of freedom. A source with a single value (one seed) is left out: its error is None.
+    The variance of the mean is the sum of those over seeds, draws, and users as clusters. Each contains part of their
+    interaction, so the sum errs on the large side. The interval is Student's, with Satterthwaite's degrees of freedom.
 
     Returns value, low, high, n, users, seeds, draws; error_seeds, error_draws, error_users: standard errors of the
-    mean; sd_draws: standard deviation of one run's result over draws.
+    mean, None for a source with one value; sd_draws: standard deviation of one run's result over draws.
     """
     values = np.asarray(values, float)
     (seeds, draws, n), mean = values.shape, values.mean()
     of_users = _sum_by_user(values.mean((0, 1)) - mean, users)
-    sizes = {"seeds": seeds, "draws": draws, "users": len(of_users)}
-    variance = {}
+    sizes, variance = {"seeds": seeds, "draws": draws, "users": len(of_users)}, {}
     if seeds > 1:
         variance["seeds"] = values.mean((1, 2)).var(ddof=1) / seeds
     if draws > 1:
@@ -86,12 +81,11 @@ def crossed_interval(values: np.ndarray, users: np.ndarray) -> dict[str, float |
     total = sum(variance.values())
     freedom = total**2 / sum(part**2 / (sizes[source] - 1) for source, part in variance.items()) if total else 1
     half = stats.t.ppf(0.975, freedom) * np.sqrt(total)
-    errors = {source: float(np.sqrt(variance[source])) if source in variance else None for source in sizes}
-    return {
-        "value": float(mean), "low": float(mean - half), "high": float(mean + half), "n": n, **sizes,
-        **{f"error_{source}": error for source, error in errors.items()},
-        "sd_draws": float(np.sqrt(values.mean(2).var(axis=1, ddof=1).mean())) if draws > 1 else None,
-    }  # fmt: skip
+    result = {"value": float(mean), "low": float(mean - half), "high": float(mean + half), "n": n} | sizes
+    for source in sizes:
+        result[f"error_{source}"] = float(np.sqrt(variance[source])) if source in variance else None
+    result["sd_draws"] = float(np.sqrt(values.mean(2).var(axis=1, ddof=1).mean())) if draws > 1 else None
+    return result
 
 
 def _sum_by_user(values: np.ndarray, users: np.ndarray) -> np.ndarray:
@@ -107,19 +101,14 @@ def mcnemar(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def sign_flip_test(differences: np.ndarray, users: np.ndarray, seed: int = 0) -> float:
-    """Two-sided p of paired differences (n,), flipping the signs of whole users.
-
-    Enumerates all 2^users sign patterns if there are at most PERMUTATIONS, else samples that many.
-    """
+    """Two-sided p of paired differences (n,), from all 2^users ways to flip users' signs, or PERMUTATIONS of them."""
     sums = _sum_by_user(differences, users)
     sums = sums[sums != 0]
     if len(sums) < 2:  # both signs are equally extreme
         return 1.0
-    test = stats.permutation_test(
-        (sums,), lambda x, axis: x.sum(axis), permutation_type="samples", n_resamples=PERMUTATIONS, vectorized=True,
-        batch=1000, rng=np.random.default_rng(seed),
-    )  # fmt: skip
-    return float(test.pvalue)
+    settings = {"permutation_type": "samples", "n_resamples": PERMUTATIONS, "batch": 1000, "vectorized": True}
+    rng = np.random.default_rng(seed)
+    return float(stats.permutation_test((sums,), lambda x, axis: x.sum(axis), **settings, rng=rng).pvalue)
 
 
 def holm(p: pd.Series) -> pd.Series:
@@ -129,20 +118,17 @@ def holm(p: pd.Series) -> pd.Series:
 
 
 def paired_comparison(first: np.ndarray, second: np.ndarray, users: np.ndarray, seed: int = 0) -> dict[str, float]:
-    """Compare the right answers of two systems, (seeds, draws, n) each, to the same questions.
+    """Compare the right answers of two systems, (seeds, draws, n) each, to the same questions, paired run by run.
 
-    Runs are paired in order; a single run is paired with every run of the other system. Returns `crossed_interval` of
-    the difference; for its mean over seeds and draws, `p` of `sign_flip_test` and bootstrap_low, bootstrap_high, the
-    percentile interval of a bootstrap over users (Efron 1979); the median, least and largest p of `mcnemar` over pairs
-    of runs and draws.
+    A single run is paired with every run of the other system. Returns `crossed_interval` of the difference; for its
+    mean over seeds and draws, `p` of `sign_flip_test` and bootstrap_low, bootstrap_high of a bootstrap over users; the
+    median, least and largest p of `mcnemar` over pairs of runs and draws.
     """
     first, second = np.broadcast_arrays(first, second)
     differences = first.astype(float) - second
     mean = differences.mean((0, 1))
-    low, high = np.quantile(resampled_means(mean, users, seed), (0.025, 0.975))
-    pairs = zip(first.reshape(-1, len(mean)), second.reshape(-1, len(mean)), strict=True)
-    least, median, largest = np.quantile([mcnemar(*pair) for pair in pairs], (0, 0.5, 1))
-    return crossed_interval(differences, users) | {
-        "p": sign_flip_test(mean, users, seed), "bootstrap_low": float(low), "bootstrap_high": float(high),
-        "mcnemar_median": float(median), "mcnemar_least": float(least), "mcnemar_largest": float(largest),
-    }  # fmt: skip
+    p = [mcnemar(*pair) for pair in zip(first.reshape(-1, len(mean)), second.reshape(-1, len(mean)), strict=True)]
+    names = ("mcnemar_median", "mcnemar_least", "mcnemar_largest", "bootstrap_low", "bootstrap_high")
+    quantiles = [*np.quantile(p, (0.5, 0, 1)), *np.quantile(resampled_means(mean, users, seed), (0.025, 0.975))]
+    tests = {"p": sign_flip_test(mean, users, seed)} | dict(zip(names, map(float, quantiles), strict=True))
+    return crossed_interval(differences, users) | tests

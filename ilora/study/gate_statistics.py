@@ -1,7 +1,4 @@
-"""Statistics of gates: how sharp, balanced and personal their weights are, and whether they follow groups.
-
-Shapes: n sequences, K experts.
-"""
+"""Statistics of gates of K experts: how sharp, balanced and personal they are, and whether they follow groups."""
 
 import numpy as np
 from scipy import stats
@@ -14,10 +11,9 @@ LEAST_PERSONAL = 0.01  # a gate with a smaller personal share is called constant
 def gate_statistics(weights: np.ndarray, users: np.ndarray) -> dict:
     """Statistics of gate weights (n, K), or (layers, n, K) of a gate per layer; users: (n,).
 
-    entropy: mean over sequences and layers in nats, with its interval by users; largest_entropy: ln K, a uniform gate.
-    use: each expert's mean weight, (K,) or (layers, K). leads: the share of sequences in which its weight is largest.
-    personal: the mean total variation distance of a sequence's weights from the mean gate. constant: whether that is
-        below LEAST_PERSONAL, which makes iLoRA equivalent to LoRA.
+    entropy: mean in nats, with its interval by users; largest_entropy: ln K. use: each expert's mean weight, (K,) or
+    (layers, K); leads: the share of sequences in which its weight is largest. personal: the mean total variation
+    distance of a sequence's weights from the mean gate; constant: whether it is so small that iLoRA equals LoRA.
     """
     experts = weights.shape[-1]
     entropy = stats.entropy(weights, axis=-1).reshape(-1, len(users)).mean(0)
@@ -35,7 +31,7 @@ def gate_statistics(weights: np.ndarray, users: np.ndarray) -> dict:
 def variance_between(weights: np.ndarray, labels: np.ndarray, permutations: int = 999, seed: int = 0) -> dict:
     """The share of the variance of gate weights (n, K) that is between groups (n,), with a permutation test.
 
-    The test permutes sequences, so pass one per user. For a constant gate, without variance, value and p are None.
+    Pass one sequence per user: the test permutes them. For a constant gate value and p are None.
     """
     centred = weights - weights.mean(0)
     total = (centred**2).sum()

@@ -38,9 +38,8 @@ def clusters(
 ) -> tuple[np.ndarray, np.ndarray]:
     """k-means of z (n, dim): the cluster of each sequence (n,) and the centres (count, dim).
 
-    Clusters are numbered in the leaf order of a hierarchical clustering of their centres, so that similar clusters
-    have similar numbers. Raises UserError if not every cluster has sequences of two or more users (n,), as `halves`
-    needs; without `users` each sequence has its own.
+    A hierarchical clustering of the centres orders the numbers, so that similar clusters have similar ones. Raises
+    UserError unless every cluster has two or more users (n,), as `halves` needs; default: one for each sequence.
     """
     z, users, rng = np.asarray(z, float), np.arange(len(z)) if users is None else users, np.random.default_rng(seed)
     labels, smallest = None, np.inf
@@ -61,8 +60,7 @@ def clusters(
 def halves(labels: np.ndarray, users: np.ndarray, seed: int = 0) -> np.ndarray:
     """Split each group in two: label g becomes 2g or 2g + 1. labels, users: (n,).
 
-    A user's sequences resemble each other, so all of them go into one half: users come in random order, each to the
-    half with fewer sequences so far.
+    A user's sequences stay together: users come in random order, each to the half with fewer sequences so far.
     """
     rng, split = np.random.default_rng(seed), np.empty_like(labels)
     for label in np.unique(labels):
@@ -81,10 +79,8 @@ def group_gradients(
 ) -> dict[str, Tensor]:
     """Gradient of the training loss summed over the sequences of each group: kind of module -> (G, its parameters).
 
-    labels: (n,) the group of each question, 0 to G - 1, none empty. The loss is that of training on hybrid prompts,
-    without dropout. A kind (q_proj, ..., down_proj) has LoRA's A and B of all layers; the gate is another kind. Takes
-    the time of one pass of training, and memory for one float32 vector per group on the CPU and two on the model's
-    device. Raises UserError for a model without an adapter.
+    labels: (n,) the group of each question, 0 to G - 1, none empty. The loss is that of hybrid prompts, without
+    dropout. For kinds see `adapter_parameters`. Memory: one float32 vector per group on the CPU, two on the device.
     """
     groups = int(labels.max()) + 1
     if labels.shape != (len(questions),) or len(np.unique(labels)) != groups or labels.min() < 0:
@@ -119,7 +115,10 @@ def summed_loss(model: LanguageRecommender, rows: list) -> Tensor:
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """The adapter's parameters by kind, in the model's order, the gate last.  Raises UserError if there are none."""
+    """The adapter's parameters by kind: A and B of all layers for each of q_proj, ..., down_proj; the gate last.
+
+    Raises UserError if there are none.
+    """
     kinds, gate = {}, []
     for name, parameter in model.named_parameters():
         if ".lora_gate." in name:
@@ -141,7 +140,7 @@ def products_over_training(
 ) -> dict[str, np.ndarray]:
     """`inner_products` at each saved state of training: kind -> (S, G, G). The model is left unchanged.
 
-    Average cosines over states, not products: gradients shrink during training, so the first states would dominate.
+    Average cosines over states, not products: gradients shrink during training.
     """
     before = {name: value.detach().clone() for name, value in model.trainable_state().items()}
     products = []

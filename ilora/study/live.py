@@ -13,10 +13,9 @@ from ilora.language.recommender import LanguageRecommender
 
 
 class Player(widgets.VBox):
-    """Choose a history and a draw of candidates; prompt, gate and ranking follow every change.
+    """Choose a history and a draw of candidates; prompt, gate and ranking of a tuned recommender follow every change.
 
-    recommender: a tuned one, with or without a gate; history: item ids to begin with, oldest first. As in training,
-    only the last items that fit into the encoder's window are used.
+    history: item ids to begin with, oldest first; the last ones that fit into the encoder's window are used.
     """
 
     def __init__(self, recommender: LanguageRecommender, history: Sequence[int]) -> None:

@@ -1,4 +1,4 @@
-"""Figures of models: representations, gates, similarity of gradients, scores of one question."""
+"""Figures of models: gates, similarity of gradients, scores of one question."""
 
 import textwrap
 
@@ -7,19 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from ilora.study.figures import COLOURS, MARKERS, bar_look, errors, ink, literal, nothing, one_line
-
-
-@literal
-def state_map(points: np.ndarray, labels: np.ndarray, what: str) -> Axes:
-    """Points (n, 2) with a colour and marker for each label."""
-    ax = plt.subplots(figsize=(5, 4))[1]
-    for index, label in enumerate(np.unique(labels)):
-        marker, colour = MARKERS[index % len(MARKERS)], COLOURS[index % len(COLOURS)]
-        ax.scatter(*points[labels == label].T, s=12, marker=marker, alpha=0.7, color=colour, label=f"{what} {label}")
-    ax.set(xlabel="first principal component", ylabel="second principal component")
-    ax.legend(markerscale=1.5)
-    return ax
+from ilora.study.figures import COLOURS, bar_look, errors, ink, literal, nothing, one_line
 
 
 @literal
@@ -41,25 +29,9 @@ def gate_bars(weights: np.ndarray, names: list[str], ax: Axes | None = None) -> 
 
 
 @literal
-def gate_by_label(weights: np.ndarray, labels: np.ndarray, what: str) -> Axes:
-    """Mean gate weight (n, K) of each expert within each label, with a line at the uniform 1/K."""
-    ax = plt.subplots()[1]
-    kinds, experts = np.unique(labels), weights.shape[1]
-    for expert in range(experts):
-        means = [weights[labels == kind, expert].mean() for kind in kinds]
-        x = np.arange(len(kinds)) + (expert - (experts - 1) / 2) * 0.8 / experts
-        ax.bar(x, means, 0.8 / experts, label=f"expert {expert + 1}", **bar_look(expert))
-    ax.axhline(1 / experts, color="0.4", linestyle="--", linewidth=1, label="uniform")
-    ax.set(xticks=range(len(kinds)), xticklabels=[f"{what} {kind}" for kind in kinds], ylabel="mean gate weight")
-    ax.figure.legend(loc="outside upper center", ncols=min(experts + 1, 5))
-    return ax
-
-
-@literal
 def experts_at(trend: pd.DataFrame, experts: int, weights: np.ndarray | None, names: list[str]) -> np.ndarray:
     """HitRatio@1 against the number of experts, `experts` marked, and gate weights (n, experts) where known."""
-    width = [1, 1.4] if weights is not None else [1]
-    axes = plt.subplots(1, len(width), figsize=(7.4, 3.6), width_ratios=width, squeeze=False)[1][0]
+    axes = plt.subplots(1, 1 if weights is None else 2, figsize=(7.4, 3.6), squeeze=False)[1][0]
     axes[0].errorbar(trend["experts"], trend["value"], yerr=errors(trend), fmt="o-", capsize=3, color="0.5")
     marked = trend[trend["experts"] == experts]
     axes[0].plot(marked["experts"], marked["value"], "o", markersize=11, color=COLOURS[5])
@@ -73,33 +45,30 @@ def experts_at(trend: pd.DataFrame, experts: int, weights: np.ndarray | None, na
 def heat_maps(matrices: dict[str, np.ndarray], what: str, label: str, rows: int = 1) -> np.ndarray:
     """Symmetric matrices (G, G) with values from -1 to 1 under one colour scale, one axes for each (Fig. 3).
 
-    Brown is above 0, purple below, white is 0. Up to three in a row have their values in the cells. More than three are
-    smaller: there the colours span the values off the diagonal, and the diagonal is grey.
+    Brown is above 0, purple below, white is 0. More than three in a row are small: without numbers and with a grey
+    diagonal; the colours span the other values.
     """
     if not matrices:
         return nothing()
     columns = -(-len(matrices) // rows)
-    small = columns > 3
-    wide, high = (1.2, 1.3) if small else (3.1, 3.4)
-    size = (1.2 + wide * columns, high * rows)
+    small, limit = columns > 3, 1
+    size = (1.2 + 1.2 * columns, 1.3 * rows) if small else (1.2 + 3.1 * columns, 3.4 * rows)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, sharex=True, sharey=True)
     if small:
         matrices = {name: np.where(np.eye(len(matrix)), np.nan, matrix) for name, matrix in matrices.items()}
-    limit = max(np.nanmax(np.abs(matrix)) for matrix in matrices.values()) if small else 1
+        limit = max(np.nanmax(np.abs(matrix)) for matrix in matrices.values())
     colours = plt.get_cmap("PuOr_r").with_extremes(bad="0.8")
     for ax, (name, matrix) in zip(axes.flat, matrices.items(), strict=True):
         image = ax.imshow(matrix, vmin=-limit, vmax=limit, cmap=colours)
         for (row, column), value in np.ndenumerate([] if small else np.round(matrix, 2) + 0.0):  # no -0.00
             text = {"ha": "center", "va": "center", "fontsize": 56 / len(matrix)}
             ax.text(column, row, f"{value:.2f}", color=ink(image.to_rgba(value)), **text)
-        ticks = [] if small else range(len(matrix))
-        ax.set(xticks=ticks, yticks=ticks, xticklabels=[t + 1 for t in ticks])
+        ticks = [] if small else np.arange(len(matrix))
+        ax.set(xticks=ticks, yticks=ticks, xticklabels=[t + 1 for t in ticks], yticklabels=[t + 1 for t in ticks])
         ax.set_title(name, fontsize=8 if small else None)
-        ax.set_yticklabels([t + 1 for t in ticks])
         ax.grid(visible=False)
-    for ax in axes[-1]:
-        ax.set_xlabel("" if small else label)
     axes[0, 0].set_ylabel("" if small else label)
+    figure.supxlabel("" if small else label, fontsize=10)
     figure.colorbar(image, ax=axes, label=textwrap.fill(what, 30), fraction=0.05)
     return axes.ravel()
 
@@ -112,12 +81,11 @@ def relation(
     size = (3.4 * len(similarity), 3.3)
     figure, axes = plt.subplots(1, len(similarity), figsize=size, squeeze=False, sharex=True, sharey=True)
     many = len(distance) > 2000  # as vectors they would fill megabytes
-    dots = {"s": 3, "alpha": 0.25, "rasterized": True} if many else {"s": 22, "alpha": 0.7}
-    for index, (ax, (name, value)) in enumerate(zip(axes[0], similarity.items(), strict=True)):
-        ax.scatter(distance, value, color=COLOURS[index], linewidths=0, **dots)
+    for ax, (name, value), colour in zip(axes[0], similarity.items(), COLOURS, strict=False):
+        ax.scatter(distance, value, 3 if many else 22, colour, alpha=0.5, linewidths=0, rasterized=many)
         ax.axhline(0, color="0.4", linewidth=1)
-        test = tests[name]
-        ax.set_title(f"{name}: rank correlation {test['value']:.2f}, p = {test['p']:.2g}", fontsize=10)
+        title = f"{name}: rank correlation {tests[name]['value']:.2f}, p = {tests[name]['p']:.2g}"
+        ax.set_title(title, fontsize=10)
     axes[0, 0].set_ylabel(y)
     figure.supxlabel(x, fontsize=10)
     return axes[0]

@@ -23,16 +23,8 @@ def possible_counts(ratio: float, n: int) -> list[int]:
     return [k for k in range(n + 1) if round(k / n, 4) == round(ratio, 4)]
 
 
-def possible_fractions(ratio: float, largest: int) -> list[tuple[int, int]]:
-    """Every (k, n) with n up to `largest` for which k / n prints as this ratio with four digits."""
-    return [(k, n) for n in range(1, largest + 1) for k in possible_counts(ratio, n)]
-
-
 def ilora_against_llara() -> pd.DataFrame:
-    """Both HitRatios of each data set, Wilson's 95 % interval of iLoRA's, and p of a pooled two-sided z test.
-
-    A paired test of the same questions would be more powerful, but needs every answer.
-    """
+    """Both HitRatios of each data set, Wilson's 95 % interval of iLoRA's, and p of a pooled two-sided z test."""
     rows = {}
     for dataset, ratios in printed_results().pivot(index="dataset", columns="system", values="hit_ratio").iterrows():
         n, ilora, llara = SEQUENCES[dataset], ratios["iLoRA"], ratios["LLaRA"]
@@ -42,11 +34,6 @@ def ilora_against_llara() -> pd.DataFrame:
         p = 2 * stats.norm.sf(abs(z))
         rows[dataset] = {"n": n, "iLoRA": ilora, "low": wilson.low, "high": wilson.high, "LLaRA": llara, "p": p}
     return pd.DataFrame.from_dict(rows, orient="index")
-
-
-def combined_p(p: pd.Series) -> float:
-    """One two-sided p for independent two-sided p values of effects with the same sign (Stouffer)."""
-    return float(2 * stats.combine_pvalues(p / 2, method="stouffer").pvalue)
 
 
 def improvements() -> pd.DataFrame:

@@ -1,7 +1,6 @@
-"""Similarity of groups' gradients: cosines, how large they would be without noise, and a test against distance.
+"""Similarity of groups' gradients: cosines (Figs. 1 and 3), their value without noise, and a test against distance.
 
-The paper's Figs. 1 and 3 compare clusters by the cosine of their gradients. Two halves of one cluster show how much of
-a low cosine is noise (the diagonal of Fig. 3 is 1 by definition). Shapes: G groups, ... states of training.
+Shapes: G groups, ... states of training.
 """
 
 import numpy as np
@@ -14,11 +13,8 @@ from ilora.study.gradients import GATE
 
 def join_halves(products: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Inner products of whole groups from those of `gradients.halves`: (..., 2G, 2G) -> (..., G, G)."""
-    joined = {}
-    for kind, part in products.items():
-        groups = part.shape[-1] // 2
-        joined[kind] = part.reshape(*part.shape[:-2], groups, 2, groups, 2).sum((-3, -1))
-    return joined
+    groups = next(iter(products.values())).shape[-1] // 2
+    return {kind: part.reshape(*part.shape[:-2], groups, 2, groups, 2).sum((-3, -1)) for kind, part in products.items()}
 
 
 def cosines(products: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -37,9 +33,8 @@ def cosines(products: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def repeatability(half_cosines: np.ndarray) -> np.ndarray:
     """Mean similarity of a group with another sample of itself, from cosines of `halves`: (..., 2G, 2G) -> (...).
 
-    This is what two identical groups reach, and replaces the diagonal. From the mean c of the cosines of each group's
-    two halves: 2c / (1 + |c|), for c > 0 the Spearman-Brown formula, for c < 0 (noise) its mirror image, so that noise
-    averages to 0. The mean comes first because the formula is concave: noisy single cosines would bias it.
+    From the mean c of the cosines of each group's two halves: 2c / (1 + |c|), for c > 0 the Spearman-Brown formula, for
+    c < 0 (noise) its mirror image. The mean comes first: the formula is concave, so noise in single cosines is a bias.
     """
     first = np.arange(0, half_cosines.shape[-1], 2)
     mean = half_cosines[..., first, first + 1].mean(-1)
@@ -62,8 +57,7 @@ def off_diagonal(matrix: np.ndarray) -> np.ndarray:
 def mantel(similarity: np.ndarray, distance: np.ndarray, permutations: int = 9999, seed: int = 0) -> dict[str, float]:
     """Spearman's rank correlation of two symmetric (G, G) over pairs, with a two-sided permutation test (Mantel 1967).
 
-    Pairs share members, so they are not independent. The test permutes the G members, rows and columns of one matrix
-    together: all G! orders if there are at most `permutations`, else that many at random.
+    Pairs share members, so the test permutes the members: in all G! orders, or else in `permutations` random ones.
     """
     pairs = np.triu_indices(len(similarity), 1)
     ranks, distance_ranks = (stats.zscore(stats.rankdata(matrix[pairs])) for matrix in (similarity, distance))

@@ -1,7 +1,6 @@
 """Sliders for pages without a kernel: a figure and a sentence for each position, drawn beforehand.
 
-The HTML is a list of figures, and stays one where no script runs or the page is printed. book/assets/slider.js adds a
-range input and shows one figure at a time. Nothing is computed or downloaded in the browser.
+The HTML is a list of figures. book/assets/slider.js adds a range input and shows one figure at a time.
 """
 
 import re
@@ -22,9 +21,8 @@ def slider(
     """A slider over pictures; closes their figures. Equal figures give equal HTML.
 
     pictures: name of a position ("K = 4") -> its figure, or axes of it; says: a sentence for each picture; label: of
-    the range input; name: letters and hyphens, unique on the page; alt: what all pictures show, completed by the
-    position; start: the first position shown. Raises UserError for a name that cannot be an id, another number of
-    sentences than of pictures, and a start outside the pictures.
+    the range input; name: an id, unique on the page; alt: what all pictures show, completed by the position; start:
+    the first position shown. Raises UserError for what does not fit.
     """
     if not re.fullmatch(r"[a-z][a-z-]*", name):
         raise UserError(f"a slider's name is letters a to z and hyphens, not {name!r}")

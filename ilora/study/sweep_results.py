@@ -1,7 +1,4 @@
-"""Results of sweeps: one table of runs, means over seeds, and differences from the default run of the same seed.
-
-Intervals are Student's over seeds. In the world a seed determines the data as well as the training.
-"""
+"""Results of sweeps: one table of runs, means over seeds, and differences from the default run of the same seed."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,8 +14,7 @@ from ilora.study.parameters import PARAMETERS
 from ilora.study.results import load_results
 
 ADAPTER = ("rank", "alpha", "dropout", "experts", "gate", "guidance", "gate_per_layer", "gate_top_k")
-# They change a result only by chance; encoder_epochs is a limit, validation chooses the epoch.
-NEVER_COMPARED = ("seed", "data_dir", "device", "results", "encoder_epochs")
+NEVER_COMPARED = ("seed", "data_dir", "device", "results", "encoder_epochs")  # the last is only a limit
 SETTING = tuple(name for name in PARAMETERS if name not in (*ADAPTER, *NEVER_COMPARED))  # data, training, base model
 NO_GATE = "LoRA, no gate"
 
@@ -26,9 +22,9 @@ NO_GATE = "LoRA, no gate"
 def load_runs(folder: str | Path, notebook: str) -> pd.DataFrame:
     """A row per result of a notebook: its parameters, and `<system>.<metric>` for each metric.
 
-    A parameter that a result lacks has today's default. Further columns: device, commit, `changed` (names of the
-    parameters that differ from the default) and `setting` (data set and what else of SETTING is changed, as text).
-    Runs of one expert are left out: every run has LoRA. Raises UserError if a setting's results are on different data.
+    Further columns: device, commit, `changed` (parameters that differ from the default) and `setting` (data set and
+    changes in SETTING, as text). Parameters that a result lacks have today's default. Runs of one expert are left out:
+    every run has LoRA. Raises UserError if a setting's results are on different data.
     """
     (job,) = plan({}, [notebook])
     results = load_results(folder, f"{job.source.stem}-*.json").values()
@@ -44,14 +40,13 @@ def _row(result: Mapping, default: Mapping) -> dict:
     parameters = default | result["parameters"]
     changed = [name for name in parameters if name not in NEVER_COMPARED and parameters[name] != default.get(name)]
     setting = [f"{name} {parameters[name]}" for name in changed if name in SETTING and name != "dataset"]
-    content = result.get("inputs", {}).get("data") if parameters["dataset"] != "world" else None  # older: none
     flat = pd.json_normalize(result["metrics"]).iloc[0].to_dict()  # nested metrics as "a.b" -> value
     intervals = {name.removesuffix(".value") for name in flat if name.endswith(".value")}
     left_out = {f"{name}.{part}" for name in intervals for part in ("low", "high", "n", "users")}
     values = {name.removesuffix(".value"): value for name, value in flat.items() if name not in left_out}
-    origin = {"device": result["device"]["name"], "commit": result["commit"], "data": content}
-    setting = ", ".join([parameters["dataset"], *setting])
-    return parameters | values | origin | {"changed": tuple(changed), "setting": setting}
+    content = None if parameters["dataset"] == "world" else result.get("inputs", {}).get("data")  # older: none
+    row = parameters | values | {"device": result["device"]["name"], "commit": result["commit"], "data": content}
+    return row | {"changed": tuple(changed), "setting": ", ".join([parameters["dataset"], *setting])}
 
 
 def default_runs(runs: pd.DataFrame, *free: str) -> pd.DataFrame:
@@ -61,8 +56,7 @@ def default_runs(runs: pd.DataFrame, *free: str) -> pd.DataFrame:
 
 def repeated(runs: pd.DataFrame, name: str, within: str) -> pd.DataFrame:
     """Runs, restricted to values of `within` that were repeated with several values of `name`."""
-    if name not in runs:
-        return runs.iloc[:0].assign(**{name: np.nan})
+    runs = runs if name in runs else runs.iloc[:0].assign(**{name: np.nan})
     return runs[runs.groupby(within)[name].transform("nunique") > 1]
 
 
@@ -117,7 +111,7 @@ def conclusion(what: str, interval: Mapping, over: str = "") -> str:
         return f"{what}: {interval['n']} seeds with a result, too few for an interval"
     above, below, neither = "is above zero", "is below zero", "is not significantly different from zero"
     if over:
-        above, below, neither = f"grows with {over}", f"falls with {over}", f"does not change significantly with {over}"
+        above, below, neither = (f"{verb} with {over}" for verb in ("grows", "falls", "does not change significantly"))
     verb = above if interval["low"] > 0 else below if interval["high"] < 0 else neither
     return f"{what} {verb}: {format_interval(interval)}, n = {interval['n']} seeds"
 
@@ -130,13 +124,15 @@ def differences_from_default(runs: pd.DataFrame, name: str, *others: str) -> pd.
     """
     default, changed = default_runs(runs, *SETTING), default_runs(runs, *SETTING, name, *others)
     changed = changed[changed["changed"].map(lambda names: name in names).astype(bool)]
-    variant = [_variant(run, (name, *others)) for run in changed.to_dict("records")]
+    variant = [
+        ", ".join(f"{name} {run[name]}".removesuffix(".0") for name in (name, *others) if name in run["changed"])
+        for run in changed.to_dict("records")
+    ]
     lora = default[default["setting"].isin(changed["setting"])]
-    compared = pd.concat([
-        lora.assign(variant=NO_GATE, hit_ratio=lora.get("LoRA.hit_ratio")),
-        changed.assign(variant=variant, hit_ratio=changed.get("iLoRA.hit_ratio")),
-    ])[["setting", "seed", "variant", "hit_ratio"]]  # fmt: skip
+    lora = lora.assign(variant=NO_GATE, hit_ratio=lora.get("LoRA.hit_ratio"))
+    changed = changed.assign(variant=variant, hit_ratio=changed.get("iLoRA.hit_ratio"))
     default = default.assign(default=default.get("iLoRA.hit_ratio"))[["setting", "seed", "default"]]
+    compared = pd.concat([lora, changed])[["setting", "seed", "variant", "hit_ratio"]]
     compared = compared.merge(default, on=["setting", "seed"])
     compared["difference"] = compared["hit_ratio"] - compared["default"]
     table = means_over_seeds(compared, ["setting", "variant"], {"": "difference"}).drop(columns="system")
@@ -144,28 +140,18 @@ def differences_from_default(runs: pd.DataFrame, name: str, *others: str) -> pd.
     return table.assign(p=p)
 
 
-def _variant(run: Mapping, names: Sequence[str]) -> str:
-    values = {name: run[name] for name in names if name in run["changed"]}
-    return ", ".join(
-        f"{name} {value:g}" if type(value) is float else f"{name} {value}" for name, value in values.items()
-    )
-
-
-def without_repeats(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
-    """Several tables of `differences_from_default` as one, each variant of a setting once."""
-    return pd.concat(tables).drop_duplicates(["setting", "variant"], ignore_index=True)
-
-
 def count_without_zero(differences: pd.DataFrame) -> str:
     """How many intervals of variants exclude zero, uncorrected, and which: a figure's title."""
     known = differences[(differences["n"] > 1) & (differences["variant"] != NO_GATE)]
     outside = known[(known["low"] > 0) | (known["high"] < 0)]
-    which = "; ".join(f"{row.variant} ({row.setting})" for row in outside.head(2).itertuples())
-    count = f"before any correction {len(outside)} of {len(known)} intervals exclude zero"
-    return count if outside.empty else f"{count}: {which}" + (", ..." if len(outside) > 2 else "")
+    which = [f"{row.variant} ({row.setting})" for row in outside.head(2).itertuples()]
+    which = f": {'; '.join(which)}{', ...' if len(outside) > 2 else ''}" if which else ""
+    return f"before any correction {len(outside)} of {len(known)} intervals exclude zero{which}"
 
 
-def with_adjusted_p(differences: pd.DataFrame) -> pd.DataFrame:
-    """The table with p adjusted for the number of its tests by the false discovery rate (Benjamini, Hochberg)."""
-    p = differences["p"].dropna().astype(float)
-    return differences.assign(**{"p, adjusted": pd.Series(stats.false_discovery_control(p), p.index, float)})
+def with_adjusted_p(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
+    """Tables of `differences_from_default` as one, each variant of a setting once, with p adjusted for the number of
+    tests by the false discovery rate (Benjamini, Hochberg)."""
+    table = pd.concat(tables).drop_duplicates(["setting", "variant"], ignore_index=True)
+    p = table["p"].dropna().astype(float)
+    return table.assign(**{"p, adjusted": pd.Series(stats.false_discovery_control(p), p.index, float)})

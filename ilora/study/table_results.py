@@ -1,6 +1,6 @@
 """Results of the table of systems: means with intervals, paired comparisons, and what they allow us to conclude."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,14 +10,9 @@ import pandas as pd
 from ilora import data, evaluation
 from ilora.errors import UserError
 from ilora.study.comparisons import crossed_interval, format_interval, holm, paired_comparison
+from ilora.study.paper import PRINTED_NAMES
 from ilora.study.results import load_results
 from ilora.study.systems import ROUNDING_ONLY, SYSTEMS
-
-COMPARISON = [
-    "n", "value", "low", "high", "p", "p_holm", "bootstrap_low", "bootstrap_high", "mcnemar_median", "mcnemar_least",
-    "mcnemar_largest",
-]  # fmt: skip
-ORDER = {name: place for place, name in enumerate((*data.WORDS, *SYSTEMS))}  # of rows: data sets, systems
 
 
 class Outcomes(NamedTuple):
@@ -55,7 +50,7 @@ def datasets_in(results: Sequence[Mapping]) -> list[str]:
 def outcomes_by_system(results: Sequence[Mapping], dataset: str, windows: str = "last") -> dict[str, Outcomes]:
     """system -> its outcomes on a data set, in the table's order.
 
-    Raises UserError if runs of one system share a seed, or differ in their questions or in another setting.
+    Raises UserError if runs of one system share a seed, or differ in their questions or settings.
     """
     systems = {system: runs for (name, system), runs in _cells(results).items() if name == dataset}
     return {system: _outcomes(runs, f"{system} on {dataset}", windows) for system, runs in systems.items()}
@@ -72,10 +67,8 @@ def _outcomes(runs: Sequence[Mapping], what: str, windows: str) -> Outcomes:
     sets = [[run["outcomes"].get(f"{windows} {key}") for key in ("questions", "windows", "rows")] for run in runs]
     if runs[0]["parameters"]["dataset"] != "world" and any(other != sets[0] for other in sets):  # a world for each seed
         raise UserError(f"the runs of {what} answered different questions: run them again")
-    hit, valid = (
-        np.array([[list(row) for row in run["outcomes"][f"{windows} {key}"]] for run in runs]) == "1"
-        for key in ("hit", "valid")
-    )
+    strings = [[run["outcomes"][f"{windows} {key}"] for run in runs] for key in ("hit", "valid")]
+    hit, valid = (np.array([[list(draw) for draw in run] for run in strings_of]) == "1" for strings_of in strings)
     questions, windows_per_user, sample = sets[0]
     users = np.repeat(np.arange(len(windows_per_user)), windows_per_user)
     rows = np.arange(len(users)) if sample is None else np.array(sample)
@@ -98,30 +91,23 @@ def system_means(outcomes: Mapping[str, Outcomes]) -> pd.DataFrame:
 
 
 def compare_systems(outcomes: Mapping[str, Outcomes], system: str = "iLoRA") -> pd.DataFrame:
-    """`paired_comparison` of one system with each other one on their common questions, with Holm's p over the rows."""
-    return _compare({other: (outcomes[system], outcomes[other], system) for other in outcomes if other != system})
+    """`paired_comparison` of one system with each other one on their common questions, with Holm's p over the rows.
 
-
-def compare_bases(large: Mapping[str, Outcomes], small: Mapping[str, Outcomes]) -> pd.DataFrame:
-    """`paired_comparison` of each system over a large base with itself over a small one, as in `compare_systems`."""
-    return _compare({system: (large[system], small[system], system) for system in large if system in small})
-
-
-def _compare(pairs: Mapping[str, tuple[Outcomes, Outcomes, str]]) -> pd.DataFrame:
-    """name -> (first, second, first's system); pairs without a common question or a common seed are left out."""
-    rows = {}
-    for name, (first, second, system) in pairs.items():
+    Systems without a common question or a common seed are left out.
+    """
+    first, rows = outcomes[system], {}
+    for name, second in outcomes.items():
         several = len(first.seeds) > 1 < len(second.seeds) or (SYSTEMS[system].seeds and SYSTEMS[name].seeds)
         _, *seeds = np.intersect1d(first.seeds, second.seeds, return_indices=True)
         _, *places = np.intersect1d(first.rows, second.rows, return_indices=True)
-        if first.questions != second.questions or not len(places[0]) or (several and not len(seeds[0])):
+        no_seed = several and not len(seeds[0])
+        if name == system or first.questions != second.questions or no_seed or not len(places[0]):
             continue
         hits = [of.hit[seed] if several else of.hit for of, seed in zip((first, second), seeds, strict=True)]
         hits = [hit[..., place] for hit, place in zip(hits, places, strict=True)]
         rows[name] = paired_comparison(*hits, second.users[places[1]])
-    if not rows:
-        return pd.DataFrame(columns=COMPARISON, dtype=float)
-    table = pd.DataFrame.from_dict(rows, orient="index")
+    columns = None if rows else ["n", "value", "low", "high", "p", "p_holm"]
+    table = pd.DataFrame(list(rows.values()), list(rows), columns, dtype=None if rows else float)
     return table.assign(p_holm=holm(table["p"]))
 
 
@@ -147,53 +133,36 @@ def stack(tables: Mapping[str, pd.DataFrame], columns: Sequence[str]) -> pd.Data
 
 def formatted(means: Mapping[str, pd.DataFrame], printed: pd.Series | None = None) -> pd.DataFrame:
     """`system_means` of several data sets as text, with the paper's printed ratios if given."""
-    if not means:
-        return pd.DataFrame()
-    table = pd.concat(means)
-    text = pd.DataFrame({"HitRatio@1": [_unbroken(row) for row in table.to_dict("records")]}, table.index)
-    ratios = {name: table[name].map("{:.3f}".format) for name in ("valid_ratio", "hit_ratio_of_valid")}
-    text = text.assign(**ratios, **table[["n", "seeds", "draws"]].astype(int))
+    table = stack(means, ["value", "low", "high", "valid_ratio", "hit_ratio_of_valid", "n", "seeds", "draws"])
+    unbroken = [format_interval(row).replace(" ", "\N{NO-BREAK SPACE}") for row in table.to_dict("records")]
+    text = pd.DataFrame({"HitRatio@1": unbroken}, table.index)
+    text = text.join(table[["valid_ratio", "hit_ratio_of_valid"]].astype(float).map("{:.3f}".format))
+    text = text.join(table[["n", "seeds", "draws"]].astype(int))
     if printed is not None:
-        paper = printed.rename({"Llama2": "Language model"}).reindex(table.index)
-        text["paper"] = ["-" if np.isnan(ratio) else f"{ratio:.4f}" for ratio in paper]
-    return text
+        text["paper"] = printed.rename({"Llama2": "Language model"}).reindex(table.index).map("{:.4f}".format)
+    return text.replace("nan", "-")
 
 
-def _unbroken(interval: Mapping) -> str:
-    return format_interval(interval).replace(" ", "\N{NO-BREAK SPACE}")  # so that a page keeps it on one line
+def validation_curves(folder: str | Path, seed: int = 0) -> pd.DataFrame:
+    """The curves of the results in a folder and in its subfolders of other learning rates, for one seed.
+
+    Returns a row per dataset, system, learning_rate (NaN for recommenders) and epoch, with hit_ratio.
+    """
+    columns, rows = ["dataset", "system", "learning_rate", "epoch", "hit_ratio"], []
+    for path in [Path(folder), *sorted(Path(folder).glob("rate_*"))]:
+        for run in load_table(path):
+            cell = [run["parameters"].get(name) for name in columns[:3]]
+            if "error" not in run and run["parameters"]["seed"] == seed:
+                rows += [(*cell, *point) for point in enumerate(run["metrics"].get("validation", ()), 1)]
+    curves = pd.DataFrame(rows, columns=columns).replace({"dataset": PRINTED_NAMES})
+    return curves.astype({"learning_rate": float}).sort_values(columns[:4], ignore_index=True)
 
 
-def runs_by_system(results: Sequence[Mapping]) -> pd.DataFrame:
-    """For each data set and system: seeds, draws, settings, devices, commits, and median seconds of a run."""
-    columns = ["dataset", "system", "seeds", "draws", "settings", "device", "commit", "seconds"]
-    rows = []
-    for (dataset, system), runs in _cells(results).items():
-        parameters, seconds = runs[0]["parameters"], round(float(np.median([run["seconds"] for run in runs])))
-        settings = [f"{name} {parameters[name]}" for name in SYSTEMS[system].uses if name in parameters]
-        devices, commits = {run["device"]["name"] for run in runs}, {run["commit"][:7] for run in runs}
-        texts = (", ".join(values) for values in (settings, sorted(devices), sorted(commits)))
-        rows.append((dataset, system, len(runs), parameters["draws"], *texts, seconds))
-    return pd.DataFrame(rows, columns=columns).set_index(["dataset", "system"])
-
-
-def regularisation_searches(folder: str | Path) -> pd.DataFrame:
-    """How validation chose dropout and L2, a row per recommender: chosen; at_edge: whether one of them is the grid's
-    largest value; n; HitRatio@1 on validation with its interval for each trial of the grid. Results of 0.1 chose L2."""
-    rows = []
-    for search in (load_results(folder, "l2-*.json") | load_results(folder, "regularisation-*.json")).values():
-        chosen, grid = search["metrics"]["chosen"], search["metrics"]["grid"]
-        chosen = chosen if isinstance(chosen, Mapping) else {"l2": chosen}
-        row = {name: search["parameters"][name] for name in ("dataset", "system")}
-        at_edge = any(chosen[name] == max(trial[name] for trial in grid) > 0 for name in chosen)
-        row |= {"chosen": _trial(chosen, chosen), "at_edge": at_edge, "n": grid[0]["n"]}
-        rows.append(row | {_trial(trial, chosen): _unbroken(trial) for trial in grid})
-    table = pd.DataFrame(rows, columns=None if rows else ["dataset", "system", "chosen", "at_edge", "n"])
-    return table.sort_values(["dataset", "system"], key=lambda names: names.map(ORDER), ignore_index=True)
-
-
-def _trial(values: Mapping[str, float], names: Iterable[str]) -> str:
-    """The settings of one trial in words: "dropout 0.2, L2 1e-05"."""
-    return ", ".join(f"{name.replace('l2', 'L2')} {values[name]:g}" for name in names)
+def best_rates(curves: pd.DataFrame) -> pd.DataFrame:
+    """Best validation HitRatio@1 for each data set and rate, a column per adapter; the best `mean` chooses the rate."""
+    best = curves.groupby(["dataset", "learning_rate", "system"])["hit_ratio"].max().unstack()
+    complete = best[[system for system in ("LLaRA", "iLoRA") if system in best]].dropna()
+    return complete.assign(mean=complete.mean(axis=1))
 
 
 def failed_runs(results: Sequence[Mapping]) -> pd.DataFrame:
