@@ -305,14 +305,16 @@ def test_the_numbers_in_the_readme_are_those_of_the_results():
     gains = {row["conflict"]: row for row in ablations["gain"] if row["system"] == "iLoRA - LoRA"}
     assert {row["n"] for row in gains.values()} == {3}  # seeds
     rows = [("iLoRA - LoRA, 3 seeds", [gains[conflict] for conflict in (0, 0.5, 1)])]
-    datasets = [table["last"][dataset] for dataset in ("LastFM", "MovieLens", "Steam")]
-    rows += [(system, [systems[system] for systems in datasets]) for system in ("SASRec", "LLaRA", "iLoRA")]
+    datasets = [table["all"][dataset] for dataset in ("LastFM", "MovieLens", "Steam")]
+    rows += [(system, [systems[system] for systems in datasets]) for system in ("SASRec", "TALLRec", "LLaRA", "iLoRA")]
     for name, values in rows:
         cells = [f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]" for value in values]
         assert f"| {' | '.join([name, *cells])} |" in README
-    for differences in table["iLoRA - other"].values():
+    for differences in table["iLoRA - other, all"].values():
         assert differences["LLaRA"]["low"] < 0 < differences["LLaRA"]["high"]
-        assert differences["SASRec"]["high"] < 0
+        assert differences["TALLRec"]["low"] > 0 > differences["SASRec"]["value"]
+    for differences in table["LLaRA - other, all"].values():
+        assert differences["TALLRec"]["low"] > 0 > differences["SASRec"]["value"]
 
 
 def test_continuous_integration_runs_make_test():
