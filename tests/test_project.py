@@ -263,7 +263,7 @@ def test_the_sidebar_numbers_the_chapters_and_repeats_their_headings():
 def test_the_results_that_pages_show_are_whole():
     """Each was written by a run from a committed tree: those of chapters and the measurements that they read."""
     paths = [path for path in RESULTS.rglob("*.json") if "failed" not in path.name]
-    assert len(paths) > 200
+    assert len(paths) > 150
     for path in paths:
         result = json.loads(path.read_text(encoding="utf-8"))
         keys = {"name", "parameters", "metrics", "seconds", "device", "versions", "commit", "date"}
