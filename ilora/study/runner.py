@@ -28,8 +28,7 @@ Cell = Any  # see above
 def run_cells(cells: Sequence[Cell], jobs: int = 1, minutes: float = 0) -> Iterator[tuple[Cell, str]]:
     """Run the cells that have no result yet, `jobs` at a time; yield each with its reason to fail, "" if it succeeded.
 
-    minutes: when to stop, 0 for never. Cells that are running then are stopped; their training resumes from its last
-    checkpoint the next time.
+    minutes: when to stop, 0 for never. The next time, training resumes from its last checkpoint.
     """
     waiting = [cell for cell in cells if not cell.result.is_file()]
     with tqdm(total=len(cells), initial=len(cells) - len(waiting), unit="cell", smoothing=0) as bar:
@@ -68,9 +67,7 @@ def _in_processes(waiting: Sequence[Cell], jobs: int, minutes: float) -> Iterato
     except TimeoutError:
         return
     except BrokenProcessPool as error:
-        raise UserError(
-            "a process died, as it does when memory runs out: start again with fewer --jobs; finished cells are kept"
-        ) from error
+        raise UserError("a process died, as it does when memory runs out: start again with fewer --jobs") from error
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         for process in (processes := set(multiprocessing.active_children()) - others):
@@ -92,12 +89,10 @@ def gpu(number: int) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if len(gpus) > 1 else {}
 
 
-def publish(
-    paths: Iterable[Path], folder: Path, ignored: Sequence[str] = (), change: Callable[[dict], dict] = dict
-) -> None:
-    """Copy the results that exist to `folder`, changed by `change`, replacing those with the same name and parameters.
+def publish(paths: Iterable[Path], folder: Path, ignored: Sequence[str] = (), change: Callable = dict) -> None:
+    """Copy the results that exist to `folder`, changed by `change`, in place of those with the same parameters.
 
-    Results of older data, models or versions are removed in this way. ignored: parameters that are not compared.
+    ignored: parameters that are not compared.
     """
 
     def identity(result: Mapping[str, Any]) -> str:
