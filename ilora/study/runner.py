@@ -1,7 +1,6 @@
 """Run cells of a table or a sweep in several processes, each on its GPU, and publish their results.
 
-A cell is one run, which other processes get by pickle: `result` is the file that it writes, `run()` writes it or raises
-the reason why not (an attribute `reason` of the error is preferred to its text), and `str(cell)` names it.
+A cell is one run: `run()` writes the file `result` or raises an error, perhaps with a `reason`; `str(cell)` names it.
 """
 
 import json
