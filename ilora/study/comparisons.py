@@ -59,8 +59,7 @@ def crossed_interval(values: np.ndarray, users: np.ndarray) -> dict[str, float |
 
     The variance of the mean is the sum of those over seeds, draws, and users as clusters. Each contains part of their
     interaction, so the sum errs on the large side. The interval is Student's, with Satterthwaite's degrees of freedom.
-    error_seeds, error_draws, error_users: standard errors of the mean, None for a source with one value; sd_draws:
-    standard deviation of one run's result over draws.
+    error_*: standard errors of the mean, None for a source with one value; sd_draws: of one run's result over draws.
     """
     values = np.asarray(values, float)
     (seeds, draws, n), mean = values.shape, values.mean()

@@ -1,7 +1,4 @@
-"""Figures of results, in one style: means with intervals, trends and differences. Functions return their axes.
-
-Colours are Okabe and Ito's, which colour-blind readers can distinguish; markers, line styles or hatches show the same.
-"""
+"""Figures of results in one style, with Okabe and Ito's colours for colour-blind readers. Functions return axes."""
 
 import io
 import itertools

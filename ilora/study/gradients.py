@@ -66,9 +66,7 @@ def halves(labels: np.ndarray, users: np.ndarray, seed: int = 0) -> np.ndarray:
     return split
 
 
-def group_gradients(
-    model: LanguageRecommender, questions: Questions, labels: np.ndarray, batch_size: int = 32
-) -> dict[str, Tensor]:
+def group_gradients(model: LanguageRecommender, questions: Questions, labels: np.ndarray, batch_size: int = 32) -> dict:
     """Gradient of the loss summed over each group's sequences: kind (see `adapter_parameters`) -> (G, its parameters).
 
     labels: (n,) from 0 to G - 1, no group empty. The loss is that of hybrid prompts, without dropout.
@@ -125,10 +123,7 @@ def inner_products(gradients: dict[str, Tensor]) -> dict[str, np.ndarray]:
 def products_over_training(
     model: LanguageRecommender, snapshots: Sequence[Path], questions: Questions, labels: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """`inner_products` at each of S saved states of training: kind -> (S, G, G). The model is left unchanged.
-
-    Average cosines over states, not products: gradients shrink during training.
-    """
+    """`inner_products` at S saved states of training: kind -> (S, G, G). The model is left unchanged."""
     before = {name: value.detach().clone() for name, value in model.trainable_state().items()}
     products = []
     try:

@@ -73,9 +73,7 @@ def heat_maps(matrices: dict[str, np.ndarray], what: str, label: str, rows: int 
 
 
 @literal
-def relation(
-    distance: np.ndarray, similarity: dict[str, np.ndarray], tests: dict[str, dict[str, float]], x: str, y: str
-) -> np.ndarray:
+def relation(distance: np.ndarray, similarity: dict, tests: dict[str, dict], x: str, y: str) -> np.ndarray:
     """Similarity of pairs against their distance, one axes for each name, rank correlation and p in its title."""
     size = (3.4 * len(similarity), 3.3)
     figure, axes = plt.subplots(1, len(similarity), figsize=size, squeeze=False, sharex=True, sharey=True)

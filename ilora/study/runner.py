@@ -25,10 +25,7 @@ Cell = Any  # see above
 
 
 def run_cells(cells: Sequence[Cell], jobs: int = 1, minutes: float = 0) -> Iterator[tuple[Cell, str]]:
-    """Run the cells that have no result yet, `jobs` at a time; yield each with its reason to fail, "" if it succeeded.
-
-    minutes: when to stop, 0 for never. The next time, training resumes from its last checkpoint.
-    """
+    """Run cells without a result, `jobs` at a time, for `minutes` (0: no limit); yield each and its failure or ""."""
     waiting = [cell for cell in cells if not cell.result.is_file()]
     with tqdm(total=len(cells), initial=len(cells) - len(waiting), unit="cell", smoothing=0) as bar:
         if jobs == 1 and not minutes:
@@ -89,10 +86,7 @@ def gpu(number: int) -> dict[str, str]:
 
 
 def publish(paths: Iterable[Path], folder: Path, ignored: Sequence[str] = (), change: Callable = dict) -> None:
-    """Copy the results that exist to `folder`, changed by `change`, in place of those with the same parameters.
-
-    ignored: parameters that are not compared.
-    """
+    """Copy the results that exist to `folder`, in place of those with the same parameters (except `ignored` ones)."""
 
     def identity(result: Mapping[str, Any]) -> str:
         compared = {name: value for name, value in result.get("parameters", {}).items() if name not in ignored}

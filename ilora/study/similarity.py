@@ -36,7 +36,7 @@ def repeatability(half_cosines: np.ndarray) -> np.ndarray:
 
 
 def same_and_other_groups(products: dict[str, np.ndarray]) -> dict[str, float]:
-    """Mean similarity to the `same` group (`repeatability`), to `other` groups, and the difference, what they `lack`."""
+    """Mean similarity to the `same` group (`repeatability`) and to `other` groups, and what the others `lack`."""
     same = float(repeatability(cosines(products)["all"]).mean())
     other = float(off_diagonal(cosines(join_halves(products))["all"]).mean())
     return {"same": same, "other": other, "lack": same - other}
@@ -48,7 +48,7 @@ def off_diagonal(matrix: np.ndarray) -> np.ndarray:
 
 
 def mantel(similarity: np.ndarray, distance: np.ndarray, permutations: int = 9999, seed: int = 0) -> dict[str, float]:
-    """Spearman's rank correlation of two symmetric (G, G) over pairs, and p of Mantel's test, which permutes members."""
+    """Spearman's rank correlation of two symmetric (G, G) over pairs, and p of Mantel's test: it permutes members."""
     pairs = np.triu_indices(len(similarity), 1)
     ranks, distance_ranks = (stats.zscore(stats.rankdata(matrix[pairs])) for matrix in (similarity, distance))
     square = squareform(distance_ranks)

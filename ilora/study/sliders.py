@@ -5,16 +5,13 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from IPython.display import HTML
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ilora.errors import UserError
 from ilora.study import figures
 
 
-def slider(
-    pictures: Mapping[str, Axes | Figure], says: Sequence[str], label: str, name: str, alt: str, start: int = 0
-) -> HTML:
+def slider(pictures: Mapping, says: Sequence[str], label: str, name: str, alt: str, start: int = 0) -> HTML:
     """A slider over pictures, position ("K = 4") -> figure or its axes; closes the figures.
 
     says: a sentence for each picture; label: of the range input; name: an id, unique on the page; alt: what all

@@ -17,9 +17,8 @@ SETTINGS = {  # notebook parameters that `python -m ilora table` has, with their
     "conflict": 0.5, "users": 2000, "repeats": "keep", "window": 10,
     "base_model": "embedded", "rank": 8, "alpha": 32.0, "dropout": 0.0, "experts": 4,
     "epochs": 1, "learning_rate": 3e-3, "batch_size": 32, "train_limit": 20000, "test_limit": 1000,
-    "micro_batch_size": 32, "compile": "auto",
+    "micro_batch_size": 32, "compile": "auto", "device": "auto",
     "text_encoder": "sentence-transformers/all-MiniLM-L6-v2", "chat_url": "", "chat_model": "", "chat_limit": 100,
-    "device": "auto",
 }  # fmt: skip
 TUNING = ("base_model", "rank", "alpha", "dropout", "epochs", "learning_rate", "batch_size", "train_limit")
 ROUNDING_ONLY = ("device", "micro_batch_size", "compile")  # they change a result only by rounding
