@@ -88,7 +88,7 @@ def files(folder):
         ("-p experts 4.0", "parameter 'experts' must be a whole number, not 4.0 (float)"),
         ("-p experts 3", "experts = 3 does not divide rank = 8: choose experts among 1, 2, 4, 8"),
         ("-p window 5", "no notebook of this run has a parameter 'window': leave it out"),
-        ("--only 02 -p experts 2", "(02_two) has a parameter 'experts'"),
+        ("--only 02 -p experts 2", "no notebook of this run has a parameter 'experts'"),
         ("--only 7", "there is no notebook '7': choose among 01, 01_one, 02, 02_two"),
         ("--only 01", "the book would lack 02_two.ipynb: leave out --only, or add --no-book"),
         ("-p seed 1 --book repo/book", "book/ is for runs with default parameters: name another folder"),

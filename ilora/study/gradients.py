@@ -31,10 +31,9 @@ def representations(encoder: SequenceModel, history: np.ndarray, batch_size: int
 
 
 def clusters(z: np.ndarray, count: int = 8, seed: int = 0, users: np.ndarray | None = None) -> tuple[np.ndarray, ...]:
-    """k-means of z (n, dim): the cluster of each sequence (n,) and the centres (count, dim).
+    """k-means of z (n, dim): the cluster of each sequence (n,) and the centres (count, dim), in hierarchical order.
 
-    A hierarchical clustering of the centres orders the numbers. Raises UserError unless every cluster has two or more
-    users (n,), as `halves` needs; default: one for each sequence.
+    Raises UserError unless every cluster has two or more users (n,), as `halves` needs; default: one per sequence.
     """
     z, users, rng = np.asarray(z, float), np.arange(len(z)) if users is None else users, np.random.default_rng(seed)
     labels, smallest = None, np.inf

@@ -83,10 +83,7 @@ def student_interval(values: Iterable[float]) -> dict:
 
 
 def means_over_seeds(runs: pd.DataFrame, by: Sequence[str], columns: Mapping[str, str]) -> pd.DataFrame:
-    """`student_interval` of the runs with the same values of `by`, for each system -> column of `runs`.
-
-    Runs that lack a column are left out. Raises UserError for two runs of one seed.
-    """
+    """`student_interval` for each system -> column and values of `by`. Raises UserError for two runs of one seed."""
     rows = []
     for system, column in columns.items():
         for values, group in runs.reindex(columns=[*by, "seed", column]).dropna().groupby([*by]):
@@ -118,8 +115,7 @@ def conclusion(what: str, interval: Mapping, over: str = "") -> str:
 def differences_from_default(runs: pd.DataFrame, name: str, *others: str) -> pd.DataFrame:
     """HitRatio@1 of the runs that change `name`, minus that of the default run of the same seed and setting.
 
-    They may also change `others`. A row per setting and variant: `student_interval`, and p of Student's paired test.
-    LoRA is one more variant in each setting that has any.
+    They may also change `others`. LoRA is one more variant in each setting. p is that of Student's paired test.
     """
     default, changed = default_runs(runs, *SETTING), default_runs(runs, *SETTING, name, *others)
     changed = changed[changed["changed"].map(lambda names: name in names).astype(bool)]

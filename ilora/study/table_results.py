@@ -103,12 +103,9 @@ def compare_systems(outcomes: Mapping[str, Outcomes], system: str = "iLoRA") -> 
 
 
 def conclusions(comparisons: Mapping[str, pd.DataFrame], system: str = "iLoRA", level: float = 0.05) -> pd.Series:
-    """Which systems `system` is above, below, or not significantly different from, on each data set, as text.
-
-    Significant: Holm's p (for other users) is below `level`, and the interval (also for other runs) excludes zero.
-    """
+    """Which systems `system` is above, below, or not significantly different from, on each data set, as text."""
     texts = {}
-    for dataset, table in comparisons.items():
+    for dataset, table in comparisons.items():  # Holm's p is about other users, the interval also about other runs
         significant = (table["p_holm"] < level) & ((table["low"] > 0) | (table["high"] < 0))
         above, below = significant & (table["value"] > 0), significant & (table["value"] < 0)
         groups = {"above": above, "below": below, "not significantly different from": ~significant}
