@@ -1,7 +1,7 @@
 """Results of the benchmarks as tables: ratios of times, measured values, and whether they meet their goals.
 
-The `metrics` of a result are parts. A part times several ways of doing one thing; `to` names the way that its ratios
-are relative to. A goal, {"at_least": number} or {"at_most": number}, is for a median ratio or for a measured value.
+The `metrics` of a result are parts. A part times several ways of doing one thing; its ratios are relative to the way
+`to`. A goal is {"at_least": number} or {"at_most": number}.
 """
 
 import operator
@@ -57,10 +57,7 @@ def judge(value: float, goals: Mapping[str, float]) -> dict[str, Any]:
 
 
 def ratios(results: Results) -> pd.DataFrame:
-    """Median and quartiles of each way's time divided by that of the way `to`, median seconds of both, and the goal.
-
-    For training steps also tokens a second, share of the rate of matrix products, and memory in MiB.
-    """
+    """Median and quartiles of each way's time divided by that of the way `to`, median seconds of both, and the goal."""
     rows = {}
     for place, entry, content in _entries(results, "time_ratio"):
         ratio, reference = entry["time_ratio"], content[content["to"]]

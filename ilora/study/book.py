@@ -48,10 +48,7 @@ def refresh(book: Path, jobs: list[Job]) -> None:
 
 
 def normalised(executed: dict[str, Any], source: dict[str, Any]) -> dict[str, Any]:
-    """The executed notebook, the same for equal runs: no timings or folders of this machine.
-
-    Output to stderr (progress bars) and widgets, which a page without a kernel cannot show, are left out.
-    """
+    """The executed notebook without timings, folders of this machine, stderr and widgets: the same for equal runs."""
     metadata = {cell["id"]: cell["metadata"] for cell in source["cells"]}
     injected = {"id": "injected-parameters", "metadata": {"tags": ["injected-parameters"]}}  # papermill's cell
     cells = []
@@ -65,10 +62,7 @@ def normalised(executed: dict[str, Any], source: dict[str, Any]) -> dict[str, An
 
 
 def portable(value: Any) -> Any:
-    """JSON in which `artifacts`, `.` and `~` replace folders of this machine, and 0x0 addresses in memory.
-
-    Of an absolute data_dir only the last name is kept.
-    """
+    """JSON without this machine's folders (`artifacts`, `.`, `~`; data_dir's last name) and addresses (0x0)."""
     if isinstance(value, dict):
         absolute = {"data_dir"} if os.path.isabs(str(value.get("data_dir"))) else set()
         return {name: Path(item).name if name in absolute else portable(item) for name, item in value.items()}
@@ -83,10 +77,7 @@ def portable(value: Any) -> Any:
 
 
 def publish(jobs: Sequence[Job], folder: Path) -> None:
-    """Copy the results of a sweep to `folder`, without names of this machine's folders.
-
-    Outcomes of single users are published only for the world: other data may not be redistributed.
-    """
+    """Copy a sweep's results to `folder`, without outcomes of users of real data, which may not be redistributed."""
 
     def public(result: dict[str, Any]) -> dict[str, Any]:
         private = result["parameters"].get("dataset", "world") != "world"

@@ -34,11 +34,10 @@ URL = r"https?://([\w.-]+|\[[\da-fA-F:]+\])(:\d+)?(/[^\s@?#]*)?"
 
 
 class ChatRec:
-    """Recommends the next item by the replies of a chat endpoint.
+    """Recommends the next item by the replies of a chat endpoint, such as base_url="http://localhost:8000/v1".
 
-    base_url: of the endpoint, as http://localhost:8000/v1; model: its name there. The key comes from the environment
-    variable OPENAI_API_KEY and is written nowhere; your own server may need none. titles, noun, verb: as for Prompts.
-    Raises UserError for a URL or a key that cannot work.
+    The key comes from the environment variable OPENAI_API_KEY and is written nowhere. titles, noun, verb: as for
+    Prompts. Raises UserError for a URL or a key that cannot work.
     """
 
     timeout = 60.0  # seconds without a sign from the server
@@ -67,10 +66,7 @@ class ChatRec:
         return [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": question}]
 
     def generate(self, rows: list[tuple[np.ndarray, np.ndarray, int]]) -> list[int | None]:
-        """For each row the column of the candidate that the reply names; None if it is invalid.
-
-        Only missing replies are requested, one after the other. Raises UserError if the endpoint refuses or fails.
-        """
+        """For each row the column of the candidate that the reply names; None if it is invalid. Raises UserError."""
         columns = []
         with FileLock(self.folder / ".lock"):  # simultaneous runs do not pay twice either
             for history, candidates, _ in tqdm(rows, unit="reply", desc="chat", mininterval=1, delay=1):
@@ -100,9 +96,8 @@ class ChatRec:
             text = text.encode(errors="replace").decode()  # half a surrogate pair is no UTF-8
             return {"text": text, "finish_reason": choice.get("finish_reason"), "model": body.get("model")}
         except (ValueError, LookupError, TypeError, AttributeError):
-            raise UserError(
-                f"{self.base_url} sends what is no chat completion: check base_url, which ends in /v1 at most servers"
-            ) from None
+            hint = "check base_url, which ends in /v1 at most servers"
+            raise UserError(f"{self.base_url} sends what is no chat completion: {hint}") from None
 
     def _explain(self, error: Exception) -> str:
         text = " ".join(str(error).replace(self._client.api_key, "***").split())[:300]

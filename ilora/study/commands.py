@@ -17,8 +17,8 @@ BOOK = """\
 Runs notebooks/*.ipynb in order, each in a new kernel of this Python with the repository as working directory.
 The executed notebooks are written to $ILORA_HOME/notebooks (or artifacts/notebooks).
 
-With default parameters, and only if every notebook succeeded, they and their results then become the pages of
-book/, which is built. A run with -p leaves book/ unchanged; --book DIR makes a book of it in another folder.
+If every notebook succeeded, they and their results become the pages of book/, which is built. A run with -p leaves
+book/ unchanged; --book DIR makes a book of it in another folder.
 
 More help: `python -m ilora table --help` (the paper's Table 1), `python -m ilora sweep --help` (grids)."""
 SWEEP = """\
@@ -50,8 +50,7 @@ def _make_book(arguments: Sequence[str]) -> int:
     pages.add_argument("--no-book", action="store_true", help="run the notebooks and leave book/ unchanged")
     pages.add_argument("--book", type=Path, metavar="DIR", help="make the book in DIR instead of book/")
     options, given = _parse(parser, arguments)
-    given = notebooks.local_paths(given)
-    jobs = notebooks.plan(given, options.only)
+    jobs = notebooks.plan(notebooks.local_paths(given), options.only)
     if options.no_book or (given and not options.book):
         notebooks.run_all(jobs)
         print("executed notebooks:", *(job.executed for job in jobs), sep="\n  ")
@@ -71,8 +70,7 @@ def _make_table(arguments: Sequence[str]) -> int:
     add, default = parser.add_argument, [name for name in SYSTEMS if name != "ChatRec"]
     add("--datasets", nargs="+", default=["world"], metavar="NAME", help=f"{', '.join(data.WORDS)} (world)")
     add("--data-dir", default="", metavar="DIR", help="folder with their files")
-    add("--systems", nargs="+", default=default, metavar="NAME",
-        help=f"{', '.join(SYSTEMS)} (all but ChatRec, which sends chat_limit questions to an endpoint)")  # fmt: skip
+    add("--systems", nargs="+", default=default, metavar="NAME", help=f"{', '.join(SYSTEMS)} (all but ChatRec)")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="of training (0 1 2)")
     add("--draws", type=int, default=5, metavar="N", help="of candidates for the last windows (5)")
     options, given = _parse(parser, arguments)
@@ -94,8 +92,8 @@ def _make_table(arguments: Sequence[str]) -> int:
 def _make_sweep(arguments: Sequence[str]) -> int:
     parser = _parser("sweep", SWEEP, PARAMETERS, cells=True)
     parser.add_argument("notebook", metavar="NN", help="notebook to run, such as 04")
-    parser.add_argument("--over", nargs="+", action="append", required=True, metavar=("NAME", "VALUE"),
-                        help="a parameter and its values; several make a grid")  # fmt: skip
+    over = {"nargs": "+", "action": "append", "required": True, "metavar": ("NAME", "VALUE")}
+    parser.add_argument("--over", **over, help="a parameter and its values; several make a grid")
     options, given = _parse(parser, arguments)
     jobs = notebooks.points(options.notebook, notebooks.local_paths(given), options.over)
     list(runner.run_cells(jobs, options.jobs, options.minutes))
@@ -106,17 +104,14 @@ def _make_sweep(arguments: Sequence[str]) -> int:
 
 def _parser(command: str, description: str, known: Iterable[str], cells: bool = False) -> argparse.ArgumentParser:
     """The options that commands share: -p and, for those that run cells, --jobs, --minutes and --to."""
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        f"python -m ilora {command}".strip(), description=description, formatter_class=style
-    )
+    program, style = f"python -m ilora {command}".strip(), argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(program, description=description, formatter_class=style)
     add = parser.add_argument
-    about = f"set a parameter, of which the notebooks' first cells say the meaning: {', '.join(known)}"
+    about = f"set a parameter, which the notebooks' first cells explain: {', '.join(known)}"
     add("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="parameters", help=about)
     if cells:
         add("--jobs", type=int, default=1, metavar="N", help="cells at a time (1), distributed over the GPUs")
-        again = "started again, training resumes from its last checkpoints (no limit)"
-        add("--minutes", type=float, default=0, metavar="N", help=f"stop after N minutes; {again}")
+        add("--minutes", type=float, default=0, metavar="N", help="stop after N minutes; the next start resumes")
         add("--to", type=Path, metavar="DIR", help="copy the results to DIR, where the book's pages read them")
     return parser
 

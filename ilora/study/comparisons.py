@@ -1,7 +1,4 @@
-"""What pages say about several systems: tables and sentences, intervals over runs, and tests of paired differences.
-
-Shapes: values (seeds, draws, n), one for each training seed, sample of the candidates and question; users (n,).
-"""
+"""What pages say about several systems: tables and sentences, intervals over runs, and tests of paired differences."""
 
 import numpy as np
 import pandas as pd
@@ -45,9 +42,7 @@ def difference_sentence(systems: dict[str, pd.DataFrame], first: str, second: st
     return f"{first} is above {second} by {format_interval(change)}"
 
 
-def best_possible_outcomes(
-    dataset: Dataset, questions: Questions, conflict: float, users: int, seed: int
-) -> dict[str, pd.DataFrame]:
+def best_possible_outcomes(dataset: Dataset, questions: Questions, conflict: float, users: int, seed: int) -> dict:
     """Outcomes of the best possible predictors in the world, by what they know; empty for real data."""
     if dataset.name != "world":
         return {}
@@ -60,13 +55,11 @@ def best_possible_outcomes(
 
 
 def crossed_interval(values: np.ndarray, users: np.ndarray) -> dict[str, float | None]:
-    """Mean of values (seeds, draws, n) with a 95 % interval over seeds, draws and users, and the error due to each.
+    """Mean of values (seeds, draws, n) with a 95 % interval over training seeds, draws of candidates and users (n,).
 
     The variance of the mean is the sum of those over seeds, draws, and users as clusters. Each contains part of their
     interaction, so the sum errs on the large side. The interval is Student's, with Satterthwaite's degrees of freedom.
-
-    Returns value, low, high, n, users, seeds, draws; error_seeds, error_draws, error_users: standard errors of the
-    mean, None for a source with one value; sd_draws: standard deviation of one run's result over draws.
+    error_*: standard errors of the mean, None for a source with one value; sd_draws: of one run's result over draws.
     """
     values = np.asarray(values, float)
     (seeds, draws, n), mean = values.shape, values.mean()
@@ -89,7 +82,7 @@ def crossed_interval(values: np.ndarray, users: np.ndarray) -> dict[str, float |
 
 
 def _sum_by_user(values: np.ndarray, users: np.ndarray) -> np.ndarray:
-    """Sums of values (n,) over the questions of each user, (number of users,)."""
+    """Sums of values (n,) over the questions of each user."""
     return np.bincount(np.unique(users, return_inverse=True)[1], values)
 
 
@@ -120,9 +113,8 @@ def holm(p: pd.Series) -> pd.Series:
 def paired_comparison(first: np.ndarray, second: np.ndarray, users: np.ndarray, seed: int = 0) -> dict[str, float]:
     """Compare the right answers of two systems, (seeds, draws, n) each, to the same questions, paired run by run.
 
-    A single run is paired with every run of the other system. Returns `crossed_interval` of the difference; for its
-    mean over seeds and draws, `p` of `sign_flip_test` and bootstrap_low, bootstrap_high of a bootstrap over users; the
-    median, least and largest p of `mcnemar` over pairs of runs and draws.
+    A single run is paired with every run of the other system. Returns `crossed_interval` of the difference; `p` of
+    `sign_flip_test` and a bootstrap over users of its mean; p of `mcnemar` over pairs of runs and draws.
     """
     first, second = np.broadcast_arrays(first, second)
     differences = first.astype(float) - second

@@ -1,8 +1,4 @@
-"""Figures of results, in one style: means with intervals, trends and differences.
-
-Colours are Okabe and Ito's, which colour-blind readers can distinguish; markers, line styles, hatches or the order show
-the same. Every function returns its axes. Text is shown literally: a `$` does not start a formula.
-"""
+"""Figures of results in one style, with Okabe and Ito's colours for colour-blind readers. Functions return axes."""
 
 import io
 import itertools
@@ -44,11 +40,6 @@ def style() -> None:
 def one_line(names: list[str]) -> list[str]:
     """Names without line breaks and control characters, which would run into other rows."""
     return [re.sub(r"[\s\x00-\x1f\x7f-\x9f]+", " ", str(name)) for name in names]
-
-
-def bar_look(number: int) -> dict[str, str]:
-    """Colour and hatch of a kind of bars."""
-    return {"color": COLOURS[number % len(COLOURS)], "hatch": HATCHES[number % len(HATCHES)], "edgecolor": "white"}
 
 
 def errors(table: pd.DataFrame) -> list[pd.Series]:
@@ -135,8 +126,7 @@ def lines(table: pd.DataFrame, x: str, y: str) -> Axes:
 
 @literal
 def trend(table: pd.DataFrame, x: str, y: str, by: str | None = None, title: str = "") -> np.ndarray:
-    """Means of `sweep_results.means_over_seeds` with 95 % intervals against `x`: an axes for each value of the column
-    `by`, a line for each system, a small grey point for each seed."""
+    """`sweep_results.means_over_seeds` against `x`: axes by values of `by`, lines by system, points by seed."""
     if table.empty:
         return nothing()
     parts = dict(list(table.groupby(by, sort=False))) if by else {"": table}

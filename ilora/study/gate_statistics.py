@@ -11,9 +11,8 @@ LEAST_PERSONAL = 0.01  # a gate with a smaller personal share is called constant
 def gate_statistics(weights: np.ndarray, users: np.ndarray) -> dict:
     """Statistics of gate weights (n, K), or (layers, n, K) of a gate per layer; users: (n,).
 
-    entropy: mean in nats, with its interval by users; largest_entropy: ln K. use: each expert's mean weight, (K,) or
-    (layers, K); leads: the share of sequences in which its weight is largest. personal: the mean total variation
-    distance of a sequence's weights from the mean gate; constant: whether it is so small that iLoRA equals LoRA.
+    entropy: mean in nats; use: each expert's mean weight; leads: the share of sequences in which it is largest;
+    personal: the mean total variation distance from the mean gate; constant: so small that iLoRA equals LoRA.
     """
     experts = weights.shape[-1]
     entropy = stats.entropy(weights, axis=-1).reshape(-1, len(users)).mean(0)
@@ -29,9 +28,9 @@ def gate_statistics(weights: np.ndarray, users: np.ndarray) -> dict:
 
 
 def variance_between(weights: np.ndarray, labels: np.ndarray, permutations: int = 999, seed: int = 0) -> dict:
-    """The share of the variance of gate weights (n, K) that is between groups (n,), with a permutation test.
+    """The share of the variance of gate weights (n, K) that is between groups (n,), one sequence per user, and its p.
 
-    Pass one sequence per user: the test permutes them. For a constant gate value and p are None.
+    The test permutes sequences. For a constant gate value and p are None.
     """
     centred = weights - weights.mean(0)
     total = (centred**2).sum()

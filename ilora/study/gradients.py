@@ -1,7 +1,4 @@
-"""Clusters of sequences, and the gradient of the training loss summed over each cluster (the paper's Figs. 1 and 3).
-
-Shapes: n sequences, G groups, S snapshots of training, dim the width of a representation.
-"""
+"""Clusters of n sequences, and gradients of the training loss summed over each (the paper's Figs. 1 and 3)."""
 
 import contextlib
 import re
@@ -33,13 +30,10 @@ def representations(encoder: SequenceModel, history: np.ndarray, batch_size: int
     return torch.cat([encoder.encode(batch.to(device)).cpu() for batch in batches]).numpy()
 
 
-def clusters(
-    z: np.ndarray, count: int = 8, seed: int = 0, users: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """k-means of z (n, dim): the cluster of each sequence (n,) and the centres (count, dim).
+def clusters(z: np.ndarray, count: int = 8, seed: int = 0, users: np.ndarray | None = None) -> tuple[np.ndarray, ...]:
+    """k-means of z (n, dim): the cluster of each sequence (n,) and the centres (count, dim), in hierarchical order.
 
-    A hierarchical clustering of the centres orders the numbers, so that similar clusters have similar ones. Raises
-    UserError unless every cluster has two or more users (n,), as `halves` needs; default: one for each sequence.
+    Raises UserError unless every cluster has two or more users (n,), as `halves` needs; default: one per sequence.
     """
     z, users, rng = np.asarray(z, float), np.arange(len(z)) if users is None else users, np.random.default_rng(seed)
     labels, smallest = None, np.inf
@@ -58,29 +52,23 @@ def clusters(
 
 
 def halves(labels: np.ndarray, users: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Split each group in two: label g becomes 2g or 2g + 1. labels, users: (n,).
-
-    A user's sequences stay together: users come in random order, each to the half with fewer sequences so far.
-    """
+    """Split each group in two by users, with similar numbers of sequences: label g becomes 2g or 2g + 1, (n,) each."""
     rng, split = np.random.default_rng(seed), np.empty_like(labels)
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
         _, user, count = np.unique(users[members], return_inverse=True, return_counts=True)
         half, size = np.zeros(len(count), int), [0, 0]
-        for number in rng.permutation(len(count)):
+        for number in rng.permutation(len(count)):  # each user goes to the half with fewer sequences so far
             half[number] = size[1] < size[0]
             size[half[number]] += count[number]
         split[members] = 2 * label + half[user]
     return split
 
 
-def group_gradients(
-    model: LanguageRecommender, questions: Questions, labels: np.ndarray, batch_size: int = 32
-) -> dict[str, Tensor]:
-    """Gradient of the training loss summed over the sequences of each group: kind of module -> (G, its parameters).
+def group_gradients(model: LanguageRecommender, questions: Questions, labels: np.ndarray, batch_size: int = 32) -> dict:
+    """Gradient of the loss summed over each group's sequences: kind (see `adapter_parameters`) -> (G, its parameters).
 
-    labels: (n,) the group of each question, 0 to G - 1, none empty. The loss is that of hybrid prompts, without
-    dropout. For kinds see `adapter_parameters`. Memory: one float32 vector per group on the CPU, two on the device.
+    labels: (n,) from 0 to G - 1, no group empty. The loss is that of hybrid prompts, without dropout.
     """
     groups = int(labels.max()) + 1
     if labels.shape != (len(questions),) or len(np.unique(labels)) != groups or labels.min() < 0:
@@ -115,10 +103,7 @@ def summed_loss(model: LanguageRecommender, rows: list) -> Tensor:
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """The adapter's parameters by kind: A and B of all layers for each of q_proj, ..., down_proj; the gate last.
-
-    Raises UserError if there are none.
-    """
+    """A and B of all layers for each kind of module, such as q_proj; the gate last. Raises UserError without any."""
     kinds, gate = {}, []
     for name, parameter in model.named_parameters():
         if ".lora_gate." in name:
@@ -138,10 +123,7 @@ def inner_products(gradients: dict[str, Tensor]) -> dict[str, np.ndarray]:
 def products_over_training(
     model: LanguageRecommender, snapshots: Sequence[Path], questions: Questions, labels: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """`inner_products` at each saved state of training: kind -> (S, G, G). The model is left unchanged.
-
-    Average cosines over states, not products: gradients shrink during training.
-    """
+    """`inner_products` at S saved states of training: kind -> (S, G, G). The model is left unchanged."""
     before = {name: value.detach().clone() for name, value in model.trainable_state().items()}
     products = []
     try:

@@ -13,10 +13,7 @@ from ilora.language.recommender import LanguageRecommender
 
 
 class Player(widgets.VBox):
-    """Choose a history and a draw of candidates; prompt, gate and ranking of a tuned recommender follow every change.
-
-    history: item ids to begin with, oldest first; the last ones that fit into the encoder's window are used.
-    """
+    """Choose a history (item ids, oldest first) and candidates; prompt, gate and ranking follow every change."""
 
     def __init__(self, recommender: LanguageRecommender, history: Sequence[int]) -> None:
         self.recommender, self.titles = recommender, recommender.prompts.titles

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from ilora.study.figures import COLOURS, bar_look, errors, ink, literal, nothing, one_line
+from ilora.study.figures import COLOURS, HATCHES, errors, ink, literal, nothing, one_line
 
 
 @literal
@@ -45,8 +45,7 @@ def experts_at(trend: pd.DataFrame, experts: int, weights: np.ndarray | None, na
 def heat_maps(matrices: dict[str, np.ndarray], what: str, label: str, rows: int = 1) -> np.ndarray:
     """Symmetric matrices (G, G) with values from -1 to 1 under one colour scale, one axes for each (Fig. 3).
 
-    Brown is above 0, purple below, white is 0. More than three in a row are small: without numbers and with a grey
-    diagonal; the colours span the other values.
+    Brown is above 0, purple below. More than three in a row are small: without numbers, and with a grey diagonal.
     """
     if not matrices:
         return nothing()
@@ -74,9 +73,7 @@ def heat_maps(matrices: dict[str, np.ndarray], what: str, label: str, rows: int 
 
 
 @literal
-def relation(
-    distance: np.ndarray, similarity: dict[str, np.ndarray], tests: dict[str, dict[str, float]], x: str, y: str
-) -> np.ndarray:
+def relation(distance: np.ndarray, similarity: dict, tests: dict[str, dict], x: str, y: str) -> np.ndarray:
     """Similarity of pairs against their distance, one axes for each name, rank correlation and p in its title."""
     size = (3.4 * len(similarity), 3.3)
     figure, axes = plt.subplots(1, len(similarity), figsize=size, squeeze=False, sharex=True, sharey=True)
@@ -97,7 +94,8 @@ def scored(scores: dict[str, np.ndarray], titles: list[str], right: int) -> Axes
     ax = plt.subplots(figsize=(6.4, 0.9 + 0.26 * len(titles)))[1]
     y, height, drawn = np.arange(len(titles)), 0.8 / len(scores), []
     for index, share in enumerate(scores.values()):
-        drawn.append(ax.barh(y + (index - (len(scores) - 1) / 2) * height, share, height, **bar_look(index)))
+        look = {"color": COLOURS[index % len(COLOURS)], "hatch": HATCHES[index % len(HATCHES)], "edgecolor": "white"}
+        drawn.append(ax.barh(y + (index - (len(scores) - 1) / 2) * height, share, height, **look))
     names = [f"{title} (read next)" if index == right else title for index, title in enumerate(one_line(titles))]
     ax.set(xlim=(0, 1), xlabel="share of the probability of the twenty titles", yticks=y, yticklabels=names)
     ax.get_yticklabels()[right].set_fontweight("bold")

@@ -17,11 +17,8 @@ from ilora.errors import UserError
 from ilora.study.parameters import check_parameters, inputs, notebook_parameters, parse_parameters
 
 ROOT = Path(__file__).resolve().parents[2]
-KERNELS = {  # variables that the kernels inherit
-    "JUPYTER_PREFER_ENV_PATH": "1",  # the kernel python3 is this environment's
-    "PYTHONHASHSEED": "0",  # sets print in one order
-    "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # no warning of a debugger
-}
+# Variables of the kernels: python3 is this environment's, sets print in one order, and no warning of a debugger.
+KERNELS = {"JUPYTER_PREFER_ENV_PATH": "1", "PYTHONHASHSEED": "0", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
 
 
 @dataclass(frozen=True)
@@ -81,7 +78,6 @@ class Job:
         return " ".join([self.source.stem, *given])
 
 
-# ---------------------------------------------------------------- before any work
 def local_paths(given: dict[str, Any]) -> dict[str, Any]:
     """Parameters whose folders, relative to the shell's working directory, are made relative to the repository."""
     texts = {name: given[name] for name in ("data_dir", "base_model") if given.get(name)}
@@ -102,18 +98,18 @@ def sources() -> list[Path]:
 def plan(given: dict[str, Any], only: Sequence[str] | None) -> list[Job]:
     """A job with checked parameters for each notebook, or each in `only` ("04" or "04_ilora"). Raises UserError."""
     by_name = {name: path for path in sources() for name in (path.stem.split("_")[0], path.stem)}
-    if unknown := [name for name in only or () if name not in by_name]:
-        stems = ", ".join(path.stem for path in sources())
-        raise UserError(f"there is no notebook {unknown[0]!r}: choose among {stems}")
+    for name in only or ():
+        if name not in by_name:
+            raise UserError(f"there is no notebook {name!r}: choose among {', '.join(by_name)}")
     jobs = []
     for source in sorted({by_name[name] for name in only or by_name}):
         defaults = notebook_parameters(source)
         changed = {name: value for name, value in given.items() if name in defaults}
         with contextlib.chdir(ROOT):  # parameters name folders from here
             jobs.append(Job(source, changed, check_parameters(defaults | changed)))
-    if unused := [name for name in given if not any(name in job.given for job in jobs)]:
-        stems = ", ".join(job.source.stem for job in jobs)
-        raise UserError(f"none of the notebooks to run ({stems}) has a parameter {unused[0]!r}: leave it out")
+    for name in given:
+        if not any(name in job.given for job in jobs):
+            raise UserError(f"no notebook of this run has a parameter {name!r}: leave it out")
     return jobs
 
 

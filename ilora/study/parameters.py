@@ -1,7 +1,4 @@
-"""The parameters of the notebooks: one type and range each, checked before any work.
-
-A notebook's first cell has `name = value` lines, its second calls `start`.
-"""
+"""The parameters of the notebooks, from `name = value` lines in their first cells: checked before any work."""
 
 import ast
 import contextlib
@@ -14,7 +11,6 @@ from typing import Any, NamedTuple
 
 from ilora import data
 from ilora.artifacts import Run, content, model_content
-from ilora.data import REPEATS, WORDS
 from ilora.devices import pick_device
 from ilora.errors import UserError
 
@@ -38,16 +34,15 @@ def _one_of(*options: str) -> Parameter:
     return Parameter(str, f"one of {', '.join(options)}", lambda value: value in options)
 
 
-MODEL = "'embedded', 'smollm2' or the name or folder of a causal language model"
 PARAMETERS: dict[str, Parameter] = {  # the notebooks say what they mean
-    "dataset": _one_of(*WORDS),
+    "dataset": _one_of(*data.WORDS),
     "data_dir": Parameter(str, "empty or a folder that exists", lambda x: x == "" or Path(x).expanduser().is_dir()),
-    "repeats": _one_of(*REPEATS),
+    "repeats": _one_of(*data.REPEATS),
     "results": Parameter(str, "a folder that exists", lambda x: Path(x).is_dir()),
     "conflict": Parameter(float, "from 0 to 1", lambda x: 0 <= x <= 1),
     "users": _at_least(40),
     "window": _at_least(3),
-    "base_model": Parameter(str, MODEL, str.strip),
+    "base_model": Parameter(str, "'embedded', 'smollm2' or the name or folder of a causal language model", str.strip),
     "alpha": Parameter(float, "above 0", lambda x: 0 < x < float("inf")),
     "dropout": Parameter(float, "from 0 to below 1", lambda x: 0 <= x < 1),
     "gate": _one_of("linear", "convolutional"),
@@ -67,10 +62,7 @@ PARAMETERS |= dict.fromkeys(AT_LEAST_1, _at_least(1)) | dict.fromkeys(AT_LEAST_0
 
 
 def check_parameters(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `given`, with whole numbers as floats where a float is meant.
-
-    Raises UserError for the first unknown name, wrong type (4.0 is no whole number) or impossible value or pair.
-    """
+    """Return `given`, with floats where one is meant. Raises UserError for an unknown name or impossible value."""
     _refuse_unknown(given, PARAMETERS)
     values = {name: _check_value(name, value) for name, value in given.items()}
     rank, experts = values.get("rank", 0), values.get("experts", 1)
@@ -141,8 +133,7 @@ def notebook_parameters(path: Path) -> dict[str, Any]:
 def start(name: str, namespace: dict[str, Any]) -> Run:
     """Check a notebook's parameters and start its Run: `run = parameters.start("04_ilora", globals())`.
 
-    Call it in the cell after the one tagged `parameters` (papermill puts its values between the two): until then all
-    text and numbers are parameters. Raises UserError for a name that the notebook in the repository lacks.
+    Call it in the second cell: until then all text and numbers are parameters. Raises UserError.
     """
     source = NOTEBOOKS / f"{name}.ipynb"
     known = notebook_parameters(source) if source.is_file() else PARAMETERS

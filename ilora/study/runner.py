@@ -1,7 +1,6 @@
 """Run cells of a table or a sweep in several processes, each on its GPU, and publish their results.
 
-A cell is one run, which other processes get by pickle: `result` is the file that it writes, `run()` writes it or raises
-the reason why not (an attribute `reason` of the error is preferred to its text), and `str(cell)` names it.
+A cell is one run: `run()` writes the file `result` or raises an error, perhaps with a `reason`; `str(cell)` names it.
 """
 
 import json
@@ -26,11 +25,7 @@ Cell = Any  # see above
 
 
 def run_cells(cells: Sequence[Cell], jobs: int = 1, minutes: float = 0) -> Iterator[tuple[Cell, str]]:
-    """Run the cells that have no result yet, `jobs` at a time; yield each with its reason to fail, "" if it succeeded.
-
-    minutes: when to stop, 0 for never. Cells that are running then are stopped; their training resumes from its last
-    checkpoint the next time.
-    """
+    """Run cells without a result, `jobs` at a time, for `minutes` (0: no limit); yield each and its failure or ""."""
     waiting = [cell for cell in cells if not cell.result.is_file()]
     with tqdm(total=len(cells), initial=len(cells) - len(waiting), unit="cell", smoothing=0) as bar:
         if jobs == 1 and not minutes:
@@ -68,9 +63,7 @@ def _in_processes(waiting: Sequence[Cell], jobs: int, minutes: float) -> Iterato
     except TimeoutError:
         return
     except BrokenProcessPool as error:
-        raise UserError(
-            "a process died, as it does when memory runs out: start again with fewer --jobs; finished cells are kept"
-        ) from error
+        raise UserError("a process died, as it does when memory runs out: start again with fewer --jobs") from error
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         for process in (processes := set(multiprocessing.active_children()) - others):
@@ -92,13 +85,8 @@ def gpu(number: int) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if len(gpus) > 1 else {}
 
 
-def publish(
-    paths: Iterable[Path], folder: Path, ignored: Sequence[str] = (), change: Callable[[dict], dict] = dict
-) -> None:
-    """Copy the results that exist to `folder`, changed by `change`, replacing those with the same name and parameters.
-
-    Results of older data, models or versions are removed in this way. ignored: parameters that are not compared.
-    """
+def publish(paths: Iterable[Path], folder: Path, ignored: Sequence[str] = (), change: Callable = dict) -> None:
+    """Copy the results that exist to `folder`, in place of those with the same parameters (except `ignored` ones)."""
 
     def identity(result: Mapping[str, Any]) -> str:
         compared = {name: value for name, value in result.get("parameters", {}).items() if name not in ignored}

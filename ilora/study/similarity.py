@@ -1,7 +1,4 @@
-"""Similarity of groups' gradients: cosines (Figs. 1 and 3), their value without noise, and a test against distance.
-
-Shapes: G groups, ... states of training.
-"""
+"""Similarity of groups' gradients: cosines (Figs. 1 and 3), their value without noise, and a test against distance."""
 
 import numpy as np
 from scipy import stats
@@ -18,10 +15,7 @@ def join_halves(products: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def cosines(products: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Cosine similarity of the groups' gradients, for "all" of A and B and for each kind: (..., G, G) each.
-
-    "all" leaves out the gate's weights, which LoRA lacks. Raises UserError if a group's gradient is zero.
-    """
+    """Cosines of G groups' gradients, (..., G, G) for each kind and "all" but the gate. Raises UserError for zeros."""
     lora = sum(part for kind, part in products.items() if kind != GATE)
     products = {"all": lora, **products}
     norms = {kind: np.sqrt(np.diagonal(part, axis1=-2, axis2=-1)) for kind, part in products.items()}
@@ -33,8 +27,8 @@ def cosines(products: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def repeatability(half_cosines: np.ndarray) -> np.ndarray:
     """Mean similarity of a group with another sample of itself, from cosines of `halves`: (..., 2G, 2G) -> (...).
 
-    From the mean c of the cosines of each group's two halves: 2c / (1 + |c|), for c > 0 the Spearman-Brown formula, for
-    c < 0 (noise) its mirror image. The mean comes first: the formula is concave, so noise in single cosines is a bias.
+    For the mean c over groups, the Spearman-Brown formula 2c / (1 + |c|), mirrored for c < 0 (noise). The mean comes
+    first: the formula is concave, so noise in single cosines is a bias.
     """
     first = np.arange(0, half_cosines.shape[-1], 2)
     mean = half_cosines[..., first, first + 1].mean(-1)
@@ -42,8 +36,7 @@ def repeatability(half_cosines: np.ndarray) -> np.ndarray:
 
 
 def same_and_other_groups(products: dict[str, np.ndarray]) -> dict[str, float]:
-    """From inner products of `halves`, averaged over states: similarity to the `same` group (`repeatability`), to
-    `other` groups, and the difference, what other groups `lack`."""
+    """Mean similarity to the `same` group (`repeatability`) and to `other` groups, and what the others `lack`."""
     same = float(repeatability(cosines(products)["all"]).mean())
     other = float(off_diagonal(cosines(join_halves(products))["all"]).mean())
     return {"same": same, "other": other, "lack": same - other}
@@ -55,10 +48,7 @@ def off_diagonal(matrix: np.ndarray) -> np.ndarray:
 
 
 def mantel(similarity: np.ndarray, distance: np.ndarray, permutations: int = 9999, seed: int = 0) -> dict[str, float]:
-    """Spearman's rank correlation of two symmetric (G, G) over pairs, with a two-sided permutation test (Mantel 1967).
-
-    Pairs share members, so the test permutes the members: in all G! orders, or else in `permutations` random ones.
-    """
+    """Spearman's rank correlation of two symmetric (G, G) over pairs, and p of Mantel's test: it permutes members."""
     pairs = np.triu_indices(len(similarity), 1)
     ranks, distance_ranks = (stats.zscore(stats.rankdata(matrix[pairs])) for matrix in (similarity, distance))
     square = squareform(distance_ranks)

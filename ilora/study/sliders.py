@@ -1,28 +1,21 @@
-"""Sliders for pages without a kernel: a figure and a sentence for each position, drawn beforehand.
-
-The HTML is a list of figures. book/assets/slider.js adds a range input and shows one figure at a time.
-"""
+"""Sliders for pages without a kernel: a list of figures, of which book/assets/slider.js shows one at a time."""
 
 import re
 from collections.abc import Mapping, Sequence
 from html import escape
 
 from IPython.display import HTML
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ilora.errors import UserError
 from ilora.study import figures
 
 
-def slider(
-    pictures: Mapping[str, Axes | Figure], says: Sequence[str], label: str, name: str, alt: str, start: int = 0
-) -> HTML:
-    """A slider over pictures; closes their figures. Equal figures give equal HTML.
+def slider(pictures: Mapping, says: Sequence[str], label: str, name: str, alt: str, start: int = 0) -> HTML:
+    """A slider over pictures, position ("K = 4") -> figure or its axes; closes the figures.
 
-    pictures: name of a position ("K = 4") -> its figure, or axes of it; says: a sentence for each picture; label: of
-    the range input; name: an id, unique on the page; alt: what all pictures show, completed by the position; start:
-    the first position shown. Raises UserError for what does not fit.
+    says: a sentence for each picture; label: of the range input; name: an id, unique on the page; alt: what all
+    pictures show; start: the position shown first. Raises UserError for what does not fit.
     """
     if not re.fullmatch(r"[a-z][a-z-]*", name):
         raise UserError(f"a slider's name is letters a to z and hyphens, not {name!r}")
@@ -43,10 +36,7 @@ def slider(
 
 
 def _svg(figure: Figure, prefix: str, label: str) -> str:
-    """The figure as an SVG element whose ids begin with `prefix`, so that a page can have several.
-
-    Attributes of the element replace Matplotlib's style element, which would apply to the whole page.
-    """
+    """The figure as an SVG element whose ids begin with `prefix`, without Matplotlib's style of the whole page."""
     svg = re.sub(r"<metadata>.*?</metadata>|<style .*?</style>", "", figures.svg(figure), flags=re.S)
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", svg[svg.index("<svg") :])
     style = 'stroke-linejoin="round" stroke-linecap="butt"'

@@ -20,11 +20,10 @@ NO_GATE = "LoRA, no gate"
 
 
 def load_runs(folder: str | Path, notebook: str) -> pd.DataFrame:
-    """A row per result of a notebook: its parameters, and `<system>.<metric>` for each metric.
+    """A row per result of a notebook: parameters (or today's defaults), `<system>.<metric>`, device and commit.
 
-    Further columns: device, commit, `changed` (parameters that differ from the default) and `setting` (data set and
-    changes in SETTING, as text). Parameters that a result lacks have today's default. Runs of one expert are left out:
-    every run has LoRA. Raises UserError if a setting's results are on different data.
+    `changed`: parameters that differ from the default; `setting`: data set and changes in SETTING, as text. Runs of
+    one expert are left out: every run has LoRA. Raises UserError if a setting's results are on different data.
     """
     (job,) = plan({}, [notebook])
     results = load_results(folder, f"{job.source.stem}-*.json").values()
@@ -84,10 +83,7 @@ def student_interval(values: Iterable[float]) -> dict:
 
 
 def means_over_seeds(runs: pd.DataFrame, by: Sequence[str], columns: Mapping[str, str]) -> pd.DataFrame:
-    """`student_interval` of the runs that share the values of `by`: system, *by, value, low, high, n, runs.
-
-    columns: system -> column of `runs`; runs that lack it are left out. Raises UserError for two runs of one seed.
-    """
+    """`student_interval` for each system -> column and values of `by`. Raises UserError for two runs of one seed."""
     rows = []
     for system, column in columns.items():
         for values, group in runs.reindex(columns=[*by, "seed", column]).dropna().groupby([*by]):
@@ -119,8 +115,7 @@ def conclusion(what: str, interval: Mapping, over: str = "") -> str:
 def differences_from_default(runs: pd.DataFrame, name: str, *others: str) -> pd.DataFrame:
     """HitRatio@1 of the runs that change `name`, minus that of the default run of the same seed and setting.
 
-    They may also change `others`. Columns: setting, variant, value, low, high, n, runs (see `student_interval`) and p
-    of Student's paired test. LoRA is one more variant in each setting that has any.
+    They may also change `others`. LoRA is one more variant in each setting. p is that of Student's paired test.
     """
     default, changed = default_runs(runs, *SETTING), default_runs(runs, *SETTING, name, *others)
     changed = changed[changed["changed"].map(lambda names: name in names).astype(bool)]
@@ -150,8 +145,7 @@ def count_without_zero(differences: pd.DataFrame) -> str:
 
 
 def with_adjusted_p(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
-    """Tables of `differences_from_default` as one, each variant of a setting once, with p adjusted for the number of
-    tests by the false discovery rate (Benjamini, Hochberg)."""
+    """Tables of `differences_from_default` as one, with p adjusted by Benjamini and Hochberg's method."""
     table = pd.concat(tables).drop_duplicates(["setting", "variant"], ignore_index=True)
     p = table["p"].dropna().astype(float)
     return table.assign(**{"p, adjusted": pd.Series(stats.false_discovery_control(p), p.index, float)})

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ilora import data, evaluation
@@ -16,9 +17,8 @@ SETTINGS = {  # notebook parameters that `python -m ilora table` has, with their
     "conflict": 0.5, "users": 2000, "repeats": "keep", "window": 10,
     "base_model": "embedded", "rank": 8, "alpha": 32.0, "dropout": 0.0, "experts": 4,
     "epochs": 1, "learning_rate": 3e-3, "batch_size": 32, "train_limit": 20000, "test_limit": 1000,
-    "micro_batch_size": 32, "compile": "auto",
+    "micro_batch_size": 32, "compile": "auto", "device": "auto",
     "text_encoder": "sentence-transformers/all-MiniLM-L6-v2", "chat_url": "", "chat_model": "", "chat_limit": 100,
-    "device": "auto",
 }  # fmt: skip
 TUNING = ("base_model", "rank", "alpha", "dropout", "epochs", "learning_rate", "batch_size", "train_limit")
 ROUNDING_ONLY = ("device", "micro_batch_size", "compile")  # they change a result only by rounding
@@ -35,7 +35,7 @@ class System:
     recommender: str = ""  # its recommender whose dropout and L2 are chosen on validation
 
 
-def trained(dataset: data.Dataset, kind: str, seed: int, settings: Mapping[str, Any]) -> Recommender:
+def trained(dataset: data.Dataset, seed: int, settings: Mapping[str, Any], kind: str) -> Recommender:
     """A recommender without language, with dropout and L2 chosen on validation with seed 0."""
     options = _chosen(settings, "window", "device")
     if kind == "MoRec":  # its text encoder is too large for a grid of trainings
@@ -52,9 +52,7 @@ def _chosen(settings: Mapping[str, Any], *names: str) -> dict[str, Any]:
 
 
 def _recommender(kind: str) -> System:
-    def make(dataset: data.Dataset, seed: int, settings: Mapping[str, Any]) -> evaluation.System:
-        return trained(dataset, kind, seed, settings)
-
+    make = partial(trained, kind=kind)
     return System(make, ("text_encoder",)) if kind == "MoRec" else System(make, recommender=kind)
 
 
@@ -62,7 +60,7 @@ def _tuned(encoder: str = "", *gate: str) -> System:
     """A language model with an adapter: on hybrid prompts with an encoder's item embeddings, or on text alone."""
 
     def make(dataset: data.Dataset, seed: int, settings: Mapping[str, Any]) -> evaluation.System:
-        items = trained(dataset, encoder, seed, settings) if encoder else None
+        items = trained(dataset, seed, settings, encoder) if encoder else None
         adapter = tuning.AdapterSettings(**_chosen(settings, "rank", "alpha", "dropout", *gate))
         training = _chosen(settings, "epochs", "batch_size", "learning_rate", *ROUNDING_ONLY)
         arguments = tuning.tuning_arguments(**training, seed=seed)

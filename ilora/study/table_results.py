@@ -48,10 +48,7 @@ def datasets_in(results: Sequence[Mapping]) -> list[str]:
 
 
 def outcomes_by_system(results: Sequence[Mapping], dataset: str, windows: str = "last") -> dict[str, Outcomes]:
-    """system -> its outcomes on a data set, in the table's order.
-
-    Raises UserError if runs of one system share a seed, or differ in their questions or settings.
-    """
+    """system -> its outcomes. Raises UserError if its runs share a seed, or differ in their questions or settings."""
     systems = {system: runs for (name, system), runs in _cells(results).items() if name == dataset}
     return {system: _outcomes(runs, f"{system} on {dataset}", windows) for system, runs in systems.items()}
 
@@ -76,14 +73,11 @@ def _outcomes(runs: Sequence[Mapping], what: str, windows: str) -> Outcomes:
 
 
 def system_means(outcomes: Mapping[str, Outcomes]) -> pd.DataFrame:
-    """A row per system: `crossed_interval` of HitRatio@1 within [0, 1], valid_ratio, hit_ratio_of_valid.
-
-    Outcomes without any variance get the interval of `evaluation.interval`.
-    """
+    """A row per system: `crossed_interval` of HitRatio@1 within [0, 1], valid_ratio, hit_ratio_of_valid."""
     rows = {}
     for system, of in outcomes.items():
         row = crossed_interval(of.hit, of.users)
-        if row["low"] == row["high"]:
+        if row["low"] == row["high"]:  # no variance
             row |= {end: evaluation.interval(of.hit.mean((0, 1)), of.users)[end] for end in ("low", "high")}
         row |= {"low": max(row["low"], 0.0), "high": min(row["high"], 1.0), "valid_ratio": of.valid.mean()}
         rows[system] = row | {"hit_ratio_of_valid": of.hit.sum() / max(of.valid.sum(), 1)}
@@ -91,10 +85,7 @@ def system_means(outcomes: Mapping[str, Outcomes]) -> pd.DataFrame:
 
 
 def compare_systems(outcomes: Mapping[str, Outcomes], system: str = "iLoRA") -> pd.DataFrame:
-    """`paired_comparison` of one system with each other one on their common questions, with Holm's p over the rows.
-
-    Systems without a common question or a common seed are left out.
-    """
+    """`paired_comparison` of one system with each that has common questions and seeds, with Holm's p over the rows."""
     first, rows = outcomes[system], {}
     for name, second in outcomes.items():
         several = len(first.seeds) > 1 < len(second.seeds) or (SYSTEMS[system].seeds and SYSTEMS[name].seeds)
@@ -112,12 +103,9 @@ def compare_systems(outcomes: Mapping[str, Outcomes], system: str = "iLoRA") -> 
 
 
 def conclusions(comparisons: Mapping[str, pd.DataFrame], system: str = "iLoRA", level: float = 0.05) -> pd.Series:
-    """Which systems `system` is above, below, or not significantly different from, on each data set, as text.
-
-    Significant: Holm's p (for other users) is below `level`, and the interval (also for other runs) excludes zero.
-    """
+    """Which systems `system` is above, below, or not significantly different from, on each data set, as text."""
     texts = {}
-    for dataset, table in comparisons.items():
+    for dataset, table in comparisons.items():  # Holm's p is about other users, the interval also about other runs
         significant = (table["p_holm"] < level) & ((table["low"] > 0) | (table["high"] < 0))
         above, below = significant & (table["value"] > 0), significant & (table["value"] < 0)
         groups = {"above": above, "below": below, "not significantly different from": ~significant}
@@ -144,10 +132,7 @@ def formatted(means: Mapping[str, pd.DataFrame], printed: pd.Series | None = Non
 
 
 def validation_curves(folder: str | Path, seed: int = 0) -> pd.DataFrame:
-    """The curves of the results in a folder and in its subfolders of other learning rates, for one seed.
-
-    Returns a row per dataset, system, learning_rate (NaN for recommenders) and epoch, with hit_ratio.
-    """
+    """Validation HitRatio@1 after each epoch, from the results in a folder and its `rate_*` of other learning rates."""
     columns, rows = ["dataset", "system", "learning_rate", "epoch", "hit_ratio"], []
     for path in [Path(folder), *sorted(Path(folder).glob("rate_*"))]:
         for run in load_table(path):

@@ -3,8 +3,8 @@
     python -m ilora table --datasets movielens lastfm --data-dir DIR --seeds 0 1 2 --jobs 2 --to book/results/table
 
 All systems have the same questions: each test user's last window, as in the paper, with several draws of candidates,
-and windows of all test users' histories with one draw; ChatRec has a random sample of them. A cell with a result is not
-run again; a failed one is recorded with its reason and tried again the next time.
+and windows of all test users' histories with one draw; ChatRec, which sends them to an endpoint, has a random sample.
+A cell with a result is not run again; a failed one is recorded with its reason and tried again the next time.
 """
 
 from collections.abc import Mapping, Sequence
@@ -46,8 +46,7 @@ class Cell:
         uses = {"window", "test_limit", *SYSTEMS[self.system].uses}
         uses |= {"repeats"} if self.settings["repeats"] != "keep" else set()
         cell = {"system": self.system, "dataset": self.dataset, "seed": self.seed, "draws": self.draws} | self.world
-        if SYSTEMS[self.system].sample:  # older results, without this entry, have questions of their own
-            cell["sample"] = "of the others' questions"
+        cell |= {"sample": "of the others' questions"} if SYSTEMS[self.system].sample else {}
         return cell | {name: self.settings[name] for name in sorted(uses)}
 
     @property
@@ -114,8 +113,7 @@ def outcome_strings(
 ) -> dict[str, list]:
     """Outcomes of a system: for each draw of the candidates strings of 0 and 1 (hit, valid) and a digest (questions).
 
-    windows: number of each user's questions, in order. With `sample` the system is evaluated on that many questions,
-    the same in each draw, whose numbers are `rows`; digests and windows are those of all questions.
+    windows: number of each user's questions. With `sample` the system is evaluated on that many of them, `rows`.
     """
     rows = np.sort(np.random.default_rng(0).permutation(len(questions))[:sample]) if sample else slice(None)
     columns = {"hit": [], "valid": [], "questions": []}
@@ -130,10 +128,7 @@ def outcome_strings(
     return columns | {"windows": np.unique(questions.sequences.user, return_counts=True)[1].tolist()}
 
 
-# ---------------------------------------------------------------- running them
-def cells(
-    datasets: Sequence[str], systems: Sequence[str], seeds: Sequence[int], draws: int, data_dir: str, settings: Mapping
-) -> list[Cell]:
+def cells(datasets: list, systems: list, seeds: list, draws: int, data_dir: str, settings: Mapping) -> list[Cell]:
     """The table's cells, those without language first; a system that is not trained has one seed. Raises UserError."""
     for names, known in ((systems, SYSTEMS), (datasets, data.WORDS)):
         if unknown := [name for name in names if name not in known]:
@@ -150,7 +145,7 @@ def cells(
 
 
 def run_all(cells: Sequence[Cell], jobs: int = 1, minutes: float = 0) -> list[tuple[Cell, str]]:
-    """`runner.run_cells`, recording failures next to the results; returns the failed cells with their reasons."""
+    """Run the cells and record failures next to the results; returns the failed cells with their reasons."""
     failed = []
     for cell, reason in runner.run_cells(cells, jobs, minutes):
         cell.failure.unlink(missing_ok=True)
@@ -161,10 +156,7 @@ def run_all(cells: Sequence[Cell], jobs: int = 1, minutes: float = 0) -> list[tu
 
 
 def search(cell: Cell) -> None:
-    """Write how validation chose dropout and L2 for the recommender of a finished cell, whose models exist.
-
-    metrics: chosen; grid: for each dropout and L2 the epoch and HitRatio@1 on validation with its interval over users.
-    """
+    """Write how HitRatio@1 on validation chose dropout and L2 for the recommender of a finished cell."""
     if not SYSTEMS[cell.system].recommender or cell.search_result.is_file():
         return
     about, device = cell.search_parameters, cell.settings["device"]
