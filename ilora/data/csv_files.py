@@ -84,9 +84,8 @@ def _read_columns(file: Path, *columns: str) -> pd.DataFrame:
     message = f'{{}} fields, the first line has {len(header)}; a field with a comma needs quotes, "Good, the Bad"'
     refuse_rows(file, width != len(header), message, width)
     table = pd.DataFrame(rows.tolist(), rows.index, header, dtype=str).apply(lambda each: each.str.strip())
-    if "" in header:  # as a comma at the end of each line gives
-        unnamed = (table.loc[:, [not name for name in header]] != "").any(axis=1)
-        refuse_rows(file, unnamed, "a field without a column name; name it in line 1")
+    unnamed = (table.loc[:, [not name for name in header]] != "").any(axis=1)  # a comma may end each line
+    refuse_rows(file, unnamed, "a field without a column name; name it in line 1")
     return table[[*columns]]
 
 
