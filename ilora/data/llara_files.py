@@ -28,7 +28,7 @@ def read_splits(files: list[Path], items: pd.DataFrame) -> Dataset:
     events = pd.DataFrame({"user": events.index, "item": events.to_numpy(np.int64)})
     events["time"] = events.groupby("user").cumcount()  # the files have no times
     note = f"train_data.df is missing, so train users are the {len(parts[0])} of {files[0].name}"
-    notes = (note,) * (files[0].name != "train_data.df")
+    notes = () if files[0].name == "train_data.df" else (note,)
     return Dataset(items, events, user_table(split, range(len(split))), notes=notes)
 
 

@@ -58,7 +58,7 @@ def splitmix64(state: np.ndarray) -> np.ndarray:
 
 
 def candidates(sequences: Sequences, n_items: int, seed: int) -> np.ndarray:
-    """(n, CANDIDATES) random items outside the history, the target among them, by seed, history and target alone."""
+    """(n, CANDIDATES) the target and random items outside the history; only seed, history and target decide."""
     longest = int(sequences.length.max(initial=0))
     if n_items < (need := CANDIDATES + longest):
         problem = f"{CANDIDATES} candidates outside a history of {longest} items need {need} items, there are {n_items}"

@@ -43,8 +43,8 @@ def expected_hit_ratio(
     """The probability, for each row, that the target has the highest score of `size` candidates, (rows,).
 
     scores (rows, n_items), history (rows, window), target (rows,). With m items to sample from, `better` of them above
-    the target and `ties` equal to it, it is the mean over j = 0..ties of C(m - better - j, size - 1) / C(m, size - 1), a
-    sum of two terms by the hockey-stick identity.  Raises UserError as `check_scores` does.
+    the target and `ties` equal to it, it is the mean over j = 0..ties of C(m - better - j, size - 1) / C(m, size - 1),
+    by the hockey-stick identity a sum of two terms.  Raises UserError as `check_scores` does.
     """
     scores = check_scores(scores, (len(history), scores.shape[-1]), system)
     row = np.arange(len(scores))

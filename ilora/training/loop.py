@@ -77,7 +77,7 @@ def fit(
         which a batch is sorted before it is split; `trainable_state()`, see `trained_tensors`; `compile_layers()`.
     train: has `len(train)`, `train[i]` and optionally `set_epoch(epoch)`.
     folder: receives checkpoints/, from which an interrupted run resumes, and snapshots/, see `load_snapshot`.
-    validate: returns HitRatio@1; called after each epoch in every process. The model ends in the best epoch's state.
+    validate: returns HitRatio@1 after each epoch, in eval mode and in every process; the best epoch's state is kept.
     """
     run = _Run(model, train, arguments, folder)
     for epoch in range(len(run.history) // run.steps_per_epoch, arguments.epochs):
