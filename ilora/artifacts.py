@@ -50,10 +50,7 @@ def _ingredients(settings: Mapping[str, Any], inputs: Mapping[str, str]) -> dict
 
 
 def key(settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
-    """The key of a stored result: 12 hex digits, from the package version, all settings that change it, and its inputs.
-
-    inputs: name -> the key of a data set, `content` of files, or `model_content` of a model.
-    """
+    """The key of a stored result: 12 hex digits.  inputs: name -> the key of data, or `content` or `model_content`."""
     return digest(_ingredients(settings, inputs))
 
 
@@ -137,14 +134,11 @@ def write_json(path: str | Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, default=methodcaller("tolist"), **options) + "\n")
 
 
-def cached(
-    kind: str, settings: Mapping[str, Any], inputs: Mapping[str, str], make: Callable[[Path], None], note: str = ""
-) -> Path:
+def cached(kind: str, settings: Mapping, inputs: Mapping, make: Callable[[Path], None], note: str = "") -> Path:
     """The folder `home()/kind/key(settings, inputs)`; `make(folder)` fills it unless it exists.
 
-    The folder appears complete or not at all; its parameters.json records what the key depends on. Of several runs at
-    the same time one calls `make` and the others wait. All processes of a distributed run call `make`; the main
-    process's folder is kept. Checkpoints, which must survive an interrupted `make`, belong elsewhere under `home()`.
+    The folder appears complete or not at all; its parameters.json records what the key depends on. Other runs wait for
+    the one that calls `make`. All processes of a distributed run call it; the main process's folder is kept.
     """
     from accelerate import PartialState  # takes seconds, which `python -m ilora --help` does not need
     from accelerate.utils import broadcast_object_list
@@ -179,13 +173,8 @@ class Run:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
-    def save(
-        self, metrics: Mapping[str, Any], outcomes: Mapping[str, Any] | None = None, path: Path | None = None
-    ) -> Path:
-        """Write the result to `path`, by default `result_path` of this run, and return the path.
-
-        metrics: values with counts and intervals. outcomes: a DataFrame or name -> one value per question.
-        """
+    def save(self, metrics: Mapping[str, Any], outcomes: Mapping | None = None, path: Path | None = None) -> Path:
+        """Write metrics and outcomes (a DataFrame, or name -> a value per question) to `path` or `result_path`."""
         path = path or result_path(self.name, self.parameters, self.inputs)
         versions = {"python": platform.python_version(), "ilora": ilora.__version__}
         result = {

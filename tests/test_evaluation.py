@@ -50,8 +50,9 @@ def make_outcomes(hit, valid=None, rank=None, user=None):
 def test_the_rank_counts_higher_scores_and_earlier_equal_scores():
     scores = np.array([[3.0, 1, 2, 1], [1, 1, 1, 1], [1, 1, 1, 1], [0, 5, 5, 4]])
     target = np.array([3, 0, 3, 2])
-    is_target = np.arange(4)[None] == target[:, None]
-    rank = outcomes._target_rank(scores, is_target)
+    four = questions(rows=4)
+    four.candidates = np.where(np.arange(4) == target[:, None], four.sequences.target[:, None], -2)
+    rank = outcomes_from_scores(four, scores)["rank"].to_numpy()
     assert rank.tolist() == [4, 1, 4, 2]
     np.testing.assert_array_equal(rank == 1, scores.argmax(1) == target)
 

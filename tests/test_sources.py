@@ -83,8 +83,8 @@ EVENTS = "user,item,time\n" + "".join(f"u{u},i{n},{n}\n" for u in range(12) for 
 @pytest.mark.parametrize(
     ("items", "events", "says"),
     [
-        ("id,name\n1,A\n", None, r"items.csv has no column 'title' but id, name"),
-        (None, "user,item\nu1,i1\n", r"events.csv has no column 'time' but user, item"),
+        ("id,name\n1,A\n", None, r"items.csv needs one column 'title' but has id, name"),
+        (None, "user,item\nu1,i1\n", r"events.csv needs one column 'time' but has user, item"),
         (HEAD + "i3,Another\n", None, r"items.csv, line 32: id 'i3' is on line 5 too"),
         (HEAD + ",Another\n", None, r"items.csv, line 32: the id is empty"),
         (HEAD + "i99, \n", None, r"items.csv, line 32: the title of item 'i99' is empty; give it one"),
@@ -107,7 +107,7 @@ EVENTS = "user,item,time\n" + "".join(f"u{u},i{n},{n}\n" for u in range(12) for 
             EVENTS.replace(",0\n", ",2024-01-01\n"),
             r"events.csv, line 3: time '1' is not written like '2024-01-01'",
         ),
-        ("", None, r"items.csv has no column 'id' but no text: name its columns in line 1"),
+        ("", None, r"items.csv needs one column 'id' but has no text: name each once in line 1"),
         (None, "user,item,time\n", r"csv has 0 users, 0 of them .* none of these in its train split"),
         (
             None,
@@ -168,11 +168,11 @@ def test_bad_csv_is_refused_with_line_and_remedy(tmp_path, home, items, events, 
             r"items.csv, line 5: .*a quoted field goes on over lines that look like rows\); close and double",
         ),
         (None, EVENTS + "u1,i7\0,5\n", r"events.csv, line 74: a byte that no text file in UTF-8 has"),
-        (HEAD.replace("id,title", "id,title,title").replace("\n", ",x\n"), None, r"two columns are named 'title'"),
+        (HEAD.replace("id,title", "id,title,title").replace("\n", ",x\n"), None, r"'title' but has id, title, title"),
         (
             HEAD.replace(",", ";"),
             None,
-            r"items.csv has no column 'id' but id;title: .* separate them by commas",
+            r"items.csv needs one column 'id' but has id;title: .* separate them by commas",
         ),
         (None, EVENTS.replace(",", "\t"), "separate them by commas"),
         (None, EVENTS.replace(",", "::"), "separate them by commas"),
@@ -305,9 +305,12 @@ def test_a_missing_file_names_a_similar_one(tmp_path, name):
     ("arguments", "says"),
     [
         (("mvielens",), "there is no data set 'mvielens': choose among world, movielens, lastfm"),
-        (("movielens", "nowhere/at/all"), "data_dir 'nowhere/at/all' is not a folder"),
+        (
+            ("movielens", "nowhere/at/all"),
+            "needs data_dir, the folder with its files, not 'nowhere/at/all'",
+        ),
         (("csv",), "data set 'csv' needs data_dir"),
-        (("steam",), "needs data_dir, the folder with its files; LLaRA's are at https"),
+        (("steam",), "needs data_dir, the folder with its files, not ''; LLaRA's are at https"),
         (("lastfm",), "data set 'lastfm' needs data_dir, .* LLaRA's are at https://huggingface.co/datasets/.*/LLaRA"),
     ],
 )

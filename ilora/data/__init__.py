@@ -1,11 +1,7 @@
 """Data sets in one form, their sources, and windows, candidates and questions made from them."""
+# ruff: noqa: F401
 
 from ilora.data.dataset import CANDIDATES, MIN_HISTORY, SPLITS, Dataset, load_dataset
 from ilora.data.loading import REPEATS, WORDS, load, source_key
 from ilora.data.windows import Questions, Sequences, candidates, questions, sequences
 from ilora.data.world import World, make_world
-
-__all__ = [
-    "CANDIDATES", "MIN_HISTORY", "REPEATS", "SPLITS", "WORDS", "Dataset", "Questions", "Sequences", "World",
-    "candidates", "load", "load_dataset", "make_world", "questions", "sequences", "source_key",
-]  # fmt: skip

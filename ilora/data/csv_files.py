@@ -75,19 +75,17 @@ def _read_columns(file: Path, *columns: str) -> pd.DataFrame:
     header = [name.strip() for name in rows.iloc[0]] if len(rows) else []
     columns += ("text",) * ("text" in header)
     for column in columns:
-        if column not in header:
-            remedy = "name its columns in line 1 and separate them by commas"
-            raise UserError(f"{file} has no column {column!r} but {', '.join(header) or 'no text'}: {remedy}")
-        if header.count(column) > 1:
-            raise UserError(f"{file}, line {rows.index[0]}: two columns are named {column!r}; rename or drop one")
+        if header.count(column) != 1:
+            has = ", ".join(header) or "no text"
+            remedy = "name each once in line 1 and separate them by commas"
+            raise UserError(f"{file} needs one column {column!r} but has {has}: {remedy}")
     rows = rows.iloc[1:]
     width = rows.map(len)
     message = f'{{}} fields, the first line has {len(header)}; a field with a comma needs quotes, "Good, the Bad"'
     refuse_rows(file, width != len(header), message, width)
     table = pd.DataFrame(rows.tolist(), rows.index, header, dtype=str).apply(lambda each: each.str.strip())
-    if "" in header:  # as a comma at the end of each line gives
-        unnamed = (table.loc[:, [not name for name in header]] != "").any(axis=1)
-        refuse_rows(file, unnamed, "a field without a column name; name it in line 1")
+    unnamed = (table.loc[:, [not name for name in header]] != "").any(axis=1)  # a comma may end each line
+    refuse_rows(file, unnamed, "a field without a column name; name it in line 1")
     return table[[*columns]]
 
 

@@ -1,8 +1,7 @@
 """The one form of every data set: items, histories in time order and users in three splits, kept as CSV and JSON.
 
-- A prediction is matched to an item by its title, so titles are one line in Unicode NFC, as a tokenizer writes them,
-  and unique, ignoring case: years and numbers are added in published data; in a user's CSV equal titles are refused.
-- Users are split in order of their first event: 80 % train, 10 % validation, 10 % test, as in LLaRA.
+A prediction is matched to an item by its title, so titles are one line in Unicode NFC, as a tokenizer writes them, and
+unique, ignoring case: years and numbers are added in published data; in a user's CSV equal titles are refused.
 """
 
 import json
@@ -71,16 +70,14 @@ def user_table(split: Sequence[str], source_id: Sequence) -> pd.DataFrame:
     return pd.DataFrame(table).astype({"split": str, "source_id": str})
 
 
-def assemble(
-    items: pd.DataFrame, user: np.ndarray, item: np.ndarray, time: np.ndarray, source_users: Sequence
-) -> Dataset:
-    """Sort events and split users by first event; `user` and `item` index source_users and items."""
+def assemble(items: pd.DataFrame, user: np.ndarray, item: np.ndarray, time: np.ndarray, source_id: Sequence) -> Dataset:
+    """Sort events; split users by first event, 80:10:10 as in LLaRA.  user, item: rows of source_id and items."""
     events = pd.DataFrame({"user": user, "item": item, "time": time}, dtype=np.int64)
     events = events.iloc[np.lexsort((time, user))].reset_index(drop=True)  # equal times keep the order of the source
-    n = len(source_users)
+    n = len(source_id)
     rank = events.groupby("user")["time"].min().rank(method="first").to_numpy() - 1
     split = np.array(SPLITS)[(rank >= int(0.8 * n)).astype(int) + (rank >= int(0.9 * n))]
-    return Dataset(items, events, user_table(split, source_users))
+    return Dataset(items, events, user_table(split, source_id))
 
 
 def one_line(text: str) -> str:

@@ -1,8 +1,4 @@
-"""LLaRA's rows: pickled tables of windows and targets, read without running what a pickle may call, any program.
-
-Names of pandas and NumPy, as pandas 1.3 to 3 writes them, give a stand-in that only stores its arguments; the few
-others that a table of numbers, lists and text needs have harmless replacements here; all else is refused.
-"""
+"""LLaRA's rows: pickled tables of windows and targets, as pandas 1.3 to 3 writes them, read without running code."""
 
 import io
 import itertools
@@ -31,8 +27,8 @@ def read_splits(files: list[Path], items: pd.DataFrame) -> Dataset:
     events = pd.Series([history for part in parts for history in part]).explode()
     events = pd.DataFrame({"user": events.index, "item": events.to_numpy(np.int64)})
     events["time"] = events.groupby("user").cumcount()  # the files have no times
-    name, note = files[0].name, "train_data.df is missing, so train users are the {} of {}"
-    notes = () if name == "train_data.df" else (note.format(len(parts[0]), name),)
+    note = f"train_data.df is missing, so train users are the {len(parts[0])} of {files[0].name}"
+    notes = () if files[0].name == "train_data.df" else (note,)
     return Dataset(items, events, user_table(split, range(len(split))), notes=notes)
 
 
@@ -144,7 +140,7 @@ _REPLACEMENTS = {  # nothing here runs anything that a file chooses
 
 
 class _TableUnpickler(Unpickler):
-    """Gives stand-ins and replacements, and refuses any other name before anything is called."""
+    """Gives stand-ins for names of pandas and NumPy, and replacements; refuses all else before it is called."""
 
     def find_class(self, module: str, name: str) -> object:
         name = f"{module}.{name}".replace("__builtin__.", "builtins.").replace("numpy._core.", "numpy.core.")

@@ -15,7 +15,6 @@ from ilora.data.world import make_world
 from ilora.errors import UserError
 
 log = logging.getLogger(__name__)
-
 REPEATS = ("keep", "drop")
 WORDS = {  # noun and verb of a data set, for prompts
     "world": ("story", "read"),
@@ -31,14 +30,11 @@ def load(
     dataset: str = "world", data_dir: str = "", conflict: float = 0.5, users: int = 2000, seed: int = 0,
     repeats: str = "keep",
 ) -> Dataset:  # fmt: skip
-    """The data set of that name; read once, then kept in `artifacts.home()/data/<key>`.
+    """The data set of that name; read once, then kept in `artifacts.home()/data/<key>`.  Raises UserError.
 
-    dataset: world, movielens, lastfm, steam, llara (a folder of LLaRA's files) or csv (a folder with
-        events.csv: user, item, time, and items.csv: id, title, and optionally text).
+    dataset: one of WORDS; llara is a folder of LLaRA's files, csv one with events.csv and items.csv, see `read_csv`.
     data_dir: the folder with the files or its parent; the world needs none, and without one MovieLens is downloaded.
-    conflict, users, seed: of the world.
-    repeats: "drop" leaves out each event of an item that the user chose before, so that no target is in its history.
-    Raises UserError: one sentence with file, line or row, and remedy.
+    conflict, users, seed: of the world. repeats: "drop" leaves out events of items that the user chose before.
     """
     settings, inputs, read_source = _source(dataset, data_dir, conflict, users, seed, repeats)
 
@@ -79,7 +75,7 @@ def _source(
     if dataset == "world":
         generated = make_world(users, conflict, seed)
         items = item_table(generated.items["title"], generated.items["text"])
-        world = assemble(items, *generated.events[["user", "item", "time"]].to_numpy().T, range(users))
+        world = assemble(items, *generated.events.to_numpy().T, range(users))
         content = hashlib.sha256(world.items.to_csv(index=False).encode() + world.events.to_numpy().tobytes())
         return settings, {"world": content.hexdigest()}, lambda: world
     reader, files = readers.find_source(dataset, data_dir)

@@ -24,11 +24,9 @@ _LLARA = "LLaRA's are at https://huggingface.co/datasets/joyliao7777/LLaRA"
 def find_source(name: str, data_dir: str) -> tuple[Callable[[list[Path]], Dataset], list[Path]]:
     """The reader for data set `name`, and its files in `data_dir`, its subfolders or a download.  Raises UserError."""
     folder = Path(data_dir).expanduser()
-    if not folder.is_dir():
-        raise UserError(f"data_dir {data_dir!r} is not a folder: name the one with the files of {name}")
-    if not data_dir and name != "movielens":
-        hint = "" if name == "csv" else f"; {_LLARA}"
-        raise UserError(f"data set {name!r} needs data_dir, the folder with its files{hint}")
+    if not folder.is_dir() or not (data_dir or name == "movielens"):
+        hint = "" if name in ("csv", "movielens") else f"; {_LLARA}"
+        raise UserError(f"data set {name!r} needs data_dir, the folder with its files, not {data_dir!r}{hint}")
     if name == "csv":
         return read_csv, _require(folder, "events.csv", "items.csv")
     folder = folder if data_dir else _download()
@@ -57,8 +55,7 @@ def _require(folder: Path, *names: str) -> list[Path]:
 
 
 _ARCHIVE = "https://files.grouplens.org/datasets/movielens/ml-100k.zip", "md5:0e33842e24a9c977be4e0107933c0723"
-_LICENCE = """for research; acknowledge it in publications; no redistribution and no commercial use without permission
-(full text: README in the archive)"""
+_LICENCE = "for research, with acknowledgement; no redistribution or commercial use without permission (see its README)"
 
 
 def _download() -> Path:

@@ -31,10 +31,7 @@ class Sequences:
 def sequences(
     dataset: Dataset, split: str, window: int = 10, windows: str = "all", min_history: int = MIN_HISTORY
 ) -> Sequences:
-    """One row for each event of the split's users that has at least `min_history` events before it.
-
-    windows: "all", or "last" for each user's last event only, as in LLaRA's validation and test rows. Raises UserError.
-    """
+    """The split's events with `min_history` before them; windows="last": each user's last only, as in LLaRA's rows."""
     if split not in SPLITS or windows not in ("all", "last"):
         raise UserError(f"choose split among {SPLITS} and windows 'all' or 'last', not {split!r}, {windows!r}")
     user, item = dataset.events["user"].to_numpy(), dataset.events["item"].to_numpy()  # sorted by user and time
@@ -61,18 +58,12 @@ def splitmix64(state: np.ndarray) -> np.ndarray:
 
 
 def candidates(sequences: Sequences, n_items: int, seed: int) -> np.ndarray:
-    """(n, CANDIDATES) item ids: the target in a random column, the others random, distinct and not in the history.
-
-    A row depends only on the seed and its history and target. Raises UserError if there are too few items.
-    """
+    """(n, CANDIDATES) the target and random items outside the history; only seed, history and target decide."""
     longest = int(sequences.length.max(initial=0))
     if n_items < (need := CANDIDATES + longest):
         problem = f"{CANDIDATES} candidates outside a history of {longest} items need {need} items, there are {n_items}"
         raise UserError(f"{problem}: add items or choose a window of at most {max(n_items - CANDIDATES, 0)}")
-    return _draw_candidates(sequences.history, sequences.target, n_items, seed).astype(np.int64)
-
-
-def _draw_candidates(history: np.ndarray, target: np.ndarray, n_items: int, seed: int) -> np.ndarray:
+    history, target = sequences.history, sequences.target
     state = splitmix64(np.full(len(target), seed, dtype=np.uint64))
     for column in history.T:  # padding does not change the state, so the width of the window does not matter
         state = np.where(column < n_items, splitmix64(state ^ column.astype(np.uint64)), state)
@@ -89,7 +80,7 @@ def _draw_candidates(history: np.ndarray, target: np.ndarray, n_items: int, seed
     offered = np.column_stack([*taken[first:], target])
     place = (splitmix64(state) % np.uint64(CANDIDATES)).astype(np.int64)
     offered[:, -1], offered[row, place] = offered[row, place], target
-    return offered
+    return offered.astype(np.int64)
 
 
 Row = tuple[np.ndarray, np.ndarray, int]  # of Questions: history without padding, candidates, target

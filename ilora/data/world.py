@@ -1,8 +1,7 @@
 """The embedded world: a small library, readers with tastes, and the true process that generates their histories.
 
-A reader's next story follows from the last one. What *everybody* reads after a story is public knowledge (fixed by
-`PUBLIC_SEED`, so the embedded language model can have learned it); after a contested story, each taste group reads
-others. `conflict` is the share of contested stories. `World.best_choice` gives the best attainable HitRatio@1.
+A reader's next story follows from the last one. What *everybody* reads after a story is public (fixed by `PUBLIC_SEED`,
+so that the embedded language model knows it); after a contested story, each taste group reads other stories.
 """
 
 from dataclasses import dataclass
@@ -40,10 +39,7 @@ class World:
         return probability / probability.sum(-1, keepdims=True)
 
     def group_posterior(self, history: np.ndarray) -> np.ndarray:
-        """(n, GROUPS) probability of each group after a history (n, window): Bayes' rule from equal priors.
-
-        Exact for a whole history; in a window of a longer one, the first story counts as the reader's first.
-        """
+        """(n, GROUPS) probability of each group, for histories (n, window) from the reader's first story on."""
         n_items = len(self.items)
         history = np.pad(history, ((0, 0), (1, 0)), constant_values=n_items)
         log_posterior = np.zeros((len(history), GROUPS))
@@ -56,13 +52,8 @@ class World:
         posterior = np.exp(log_posterior - log_posterior.max(1, keepdims=True))
         return posterior / posterior.sum(1, keepdims=True)
 
-    def best_choice(
-        self, history: np.ndarray, candidates: np.ndarray, knows: str, group: np.ndarray | None = None
-    ) -> np.ndarray:
-        """(n,) column of the candidate that the best predictor picks; no model can beat it on average.
-
-        `knows`: "group" of each reader (n,); "history", to infer the group; or "nothing": all are equally likely.
-        """
+    def best_choice(self, history: np.ndarray, candidates: np.ndarray, knows: str, group: np.ndarray) -> np.ndarray:
+        """(n,) column that the best predictor chooses if it knows the "group" (n,), the "history" or "nothing"."""
         weights = {
             "group": lambda: np.eye(GROUPS)[group],
             "history": lambda: self.group_posterior(history),
@@ -78,10 +69,7 @@ def titles() -> pd.DataFrame:
 
 
 def make_world(users: int = 2000, conflict: float = 0.5, seed: int = 0, events_per_user: int = 20) -> World:
-    """Generate a world; `conflict` in [0, 1] is the share of stories whose followers differ between groups.
-
-    With the same seed, a larger conflict only adds contested stories, so a sweep over `conflict` changes one thing.
-    """
+    """Generate a world; with the same seed, a larger share of contested stories, `conflict`, only adds some."""
     items = titles()
     public, rng = np.random.default_rng(PUBLIC_SEED), np.random.default_rng([PUBLIC_SEED, seed])
     shared = _draw_followers(public, len(items))

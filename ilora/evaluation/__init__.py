@@ -3,10 +3,4 @@
 
 from ilora.evaluation.intervals import difference, interval, resampled_means
 from ilora.evaluation.metrics import check_scores, compute_metrics, expected_hit_ratio, hit_ratios
-from ilora.evaluation.outcomes import (
-    NO_ANSWER,
-    System,
-    evaluate,
-    outcomes_from_scores,
-    question_ids,
-)
+from ilora.evaluation.outcomes import NO_ANSWER, System, evaluate, outcomes_from_scores, question_ids

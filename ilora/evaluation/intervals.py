@@ -11,14 +11,10 @@ RESAMPLES = 2000
 
 
 def interval(values: np.ndarray, users: np.ndarray, seed: int = 0) -> dict[str, float]:
-    """Mean of `values` (n,) with a 95 % interval: value, low, high, n, users.
-
-    One right or wrong answer per user: Wilson's interval. Otherwise a bootstrap that samples users with replacement,
-    because values of one user are not independent. If all values are 0, or all are 1, a bootstrap has no width:
-    Wilson's interval with each user counted once.
-    """
+    """Mean of values (n,) with a 95 % interval: Wilson's for one right or wrong answer per user, else a bootstrap."""
     values, users = np.asarray(values, float), np.asarray(users)
     mean, n, clusters = float(values.mean()), len(values), len(np.unique(users))
+    # A bootstrap has no width if all values are 0, or all are 1: then Wilson's interval counts each user once.
     if mean in (0, 1) or (clusters == n and np.isin(values, (0, 1)).all()):
         low, high = stats.binomtest(round(mean * clusters), clusters).proportion_ci(method="wilson")
     else:
@@ -27,10 +23,7 @@ def interval(values: np.ndarray, users: np.ndarray, seed: int = 0) -> dict[str, 
 
 
 def difference(first: pd.DataFrame, second: pd.DataFrame, column: str = "hit") -> dict[str, float]:
-    """Mean difference `first` - `second` of a column of outcomes, with a 95 % interval from resampled users.
-
-    Raises ValueError if the questions differ in user, position, target or, where both have them, candidates.
-    """
+    """Mean difference `first` - `second` with a 95 % interval from resampled users; ValueError for other questions."""
     ids = [outcomes.filter(QUESTION_COLUMNS).reset_index(drop=True) for outcomes in (first, second)]
     if not ids[0].equals(ids[1]):
         raise ValueError("the outcomes are of different questions: evaluate both systems on the same Questions")
@@ -40,10 +33,7 @@ def difference(first: pd.DataFrame, second: pd.DataFrame, column: str = "hit") -
 
 
 def resampled_means(values: np.ndarray, users: np.ndarray, seed: int) -> np.ndarray:
-    """(RESAMPLES,) means of values (n,) over users sampled with replacement, each with all its values.
-
-    Raises UserError if there are no values, or some are NaN or infinite.
-    """
+    """(RESAMPLES,) means of values (n,) over users sampled with replacement; UserError for no or infinite values."""
     if not len(values) or (wrong := np.sum(~np.isfinite(values))):
         reason = f"{wrong} of {len(values)} values are NaN or infinite" if len(values) else "there is no value"
         raise UserError(f"these values have no mean ({reason}): check the system that they come from")

@@ -12,12 +12,8 @@ from ilora.evaluation.intervals import interval
 
 
 def compute_metrics(outcomes: pd.DataFrame) -> dict[str, dict[str, float]]:
-    """Metrics of `evaluate`'s outcomes with 95 % intervals: name -> {value, low, high, n, users}.
-
-    valid_ratio; hit_ratio: right answers among all, the paper's HitRatio@1; hit_ratio_of_valid: among valid answers, as
-    in the released code. For a system that ranks: rank_hit_ratio@k for k = 1, 5, 10 and rank_ndcg@k for k = 5, 10.
-    """
-    values = {"valid_ratio": outcomes["valid"], "hit_ratio": outcomes["hit"]}
+    """Metrics of `evaluate`'s outcomes with 95 % intervals: name -> {value, low, high, n, users}."""
+    values = {"valid_ratio": outcomes["valid"], "hit_ratio": outcomes["hit"]}  # the paper's HitRatio@1
     for k in (1, 5, 10) if "rank" in outcomes else ():
         rank = outcomes["rank"].to_numpy()
         values[f"rank_hit_ratio@{k}"] = rank <= k
@@ -26,23 +22,18 @@ def compute_metrics(outcomes: pd.DataFrame) -> dict[str, dict[str, float]]:
     metrics = {name: interval(value, outcomes["user"]) for name, value in values.items()}
     valid = outcomes[outcomes["valid"]]
     if len(valid):
-        metrics["hit_ratio_of_valid"] = interval(valid["hit"], valid["user"])
+        metrics["hit_ratio_of_valid"] = interval(valid["hit"], valid["user"])  # as in the released code
     return metrics
 
 
 def check_scores(scores: np.ndarray, shape: tuple[int, int], system: str) -> np.ndarray:
-    """Return the scores (questions, items) unchanged; -inf is allowed and ranks an item last.
-
-    Raises UserError for another shape, for inf, and for NaN, which would rank the target first.
-    """
+    """Return the scores unchanged; UserError for another shape, for inf, and for NaN, which would rank first."""
     scores = np.asarray(scores)
     if scores.shape != shape:
         raise UserError(f"{system} gives scores of shape {scores.shape}, not {shape}: one for each item offered")
     if wrong := int((np.isnan(scores) | np.isposinf(scores)).sum()):
-        raise UserError(
-            f"{system} gives {wrong} of {scores.size} scores that are NaN or infinite: train it again, "
-            "if necessary at a lower learning rate"
-        )
+        remedy = "train it again, if necessary at a lower learning rate"
+        raise UserError(f"{system} gives {wrong} of {scores.size} scores that are NaN or infinite: {remedy}")
     return scores
 
 
@@ -51,16 +42,14 @@ def expected_hit_ratio(
 ) -> np.ndarray:
     """The probability, for each row, that the target has the highest score of `size` candidates, (rows,).
 
-    scores (rows, n_items), history (rows, window), target (rows,). The other candidates are sampled as in
-    `data.candidates`; a tie is broken at random. With m items to sample from, `better` of them above the target and
-    `ties` equal to it, the probability is the mean over j = 0..ties of C(m - better - j, size - 1) / C(m, size - 1);
-    by the hockey-stick identity the sum has two terms.  Raises UserError as `check_scores` does.
+    scores (rows, n_items), history (rows, window), target (rows,). With m items to sample from, `better` of them above
+    the target and `ties` equal to it, it is the mean over j = 0..ties of C(m - better - j, size - 1) / C(m, size - 1),
+    by the hockey-stick identity a sum of two terms.  Raises UserError as `check_scores` does.
     """
     scores = check_scores(scores, (len(history), scores.shape[-1]), system)
     row = np.arange(len(scores))
     free = np.ones((len(scores), scores.shape[1] + 1), dtype=bool)  # the last column is padding
-    free[row[:, None], history] = False
-    free[row, target] = False
+    free[row[:, None], np.column_stack([history, target])] = False
     free = free[:, :-1]
     target_score = scores[row, target][:, None]
     m = free.sum(1)

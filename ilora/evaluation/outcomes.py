@@ -34,12 +34,11 @@ class System(Protocol):
 
 
 def evaluate(system: System, questions: Questions, batch_size: int = 0, generate: bool = True) -> pd.DataFrame:
-    """Outcomes of a system, one row per question in the order of `questions`.
+    """Outcomes of a system, one row per question in the same order.  Raises UserError for impossible predictions.
 
     Columns: those of `question_ids`; answer: the item that `generate` names, or NO_ANSWER if invalid; valid; hit; rank:
     the target's place among the candidates, from 1. Without `generate`, or with `generate=False`, the answer is the
     top-ranked candidate; without `rank` there is no column rank. batch_size 0: 64 on a GPU, else 32.
-    Raises UserError for scores or answers that are not possible.
     """
     generates, ranks = generate and hasattr(system, "generate"), hasattr(system, "rank")
     if not generates and not ranks:
@@ -48,8 +47,7 @@ def evaluate(system: System, questions: Questions, batch_size: int = 0, generate
         system.eval()
     if hasattr(system, "check"):
         system.check(questions)
-    if not batch_size:
-        batch_size = 64 if getattr(system, "device", torch.device("cpu")).type == "cuda" else 32
+    batch_size = batch_size or (64 if getattr(system, "device", torch.device("cpu")).type == "cuda" else 32)
     scores, columns = np.zeros(questions.candidates.shape), np.zeros(len(questions), int)
     with tqdm(total=len(questions), unit="question", desc="evaluating", mininterval=1, delay=1) as bar:
         for numbers, rows in batches_by_length(system, questions, batch_size):
@@ -78,11 +76,10 @@ def _predict(system: System, rows: list[Row], ranks: bool, generates: bool) -> t
 
 def batches_by_length(system: System, questions: Questions, batch_size: int) -> Iterator[tuple[np.ndarray, list[Row]]]:
     """Numbers and rows of questions, in batches of similar length if the system has `length`."""
+    length = getattr(system, "length", lambda row: 0)
     for first in range(0, len(questions), SORT_WINDOW):
         rows = [questions[i] for i in range(first, min(first + SORT_WINDOW, len(questions)))]
-        order = np.arange(len(rows))
-        if hasattr(system, "length"):
-            order = np.argsort([system.length(row) for row in rows], kind="stable")
+        order = np.argsort([length(row) for row in rows], kind="stable")
         for batch in np.split(order, range(batch_size, len(order), batch_size)):
             yield first + batch, [rows[i] for i in batch]
 
@@ -108,11 +105,7 @@ def _outcomes(questions: Questions, columns: np.ndarray, scores: np.ndarray | No
     outcomes = question_ids(questions).assign(answer=answer, valid=valid, hit=answer == target)
     if scores is None:
         return outcomes
-    return outcomes.assign(rank=_target_rank(scores, questions.candidates == target[:, None]))
-
-
-def _target_rank(scores: np.ndarray, is_target: np.ndarray) -> np.ndarray:
-    """(n,) place of the target from 1; among equal scores earlier columns, which are random, come first."""
+    is_target = questions.candidates == target[:, None]
     target_score = scores[is_target][:, None]
-    earlier = np.arange(scores.shape[1]) < is_target.argmax(1)[:, None]
-    return 1 + ((scores > target_score) | (scores == target_score) & earlier).sum(1)
+    earlier = np.arange(scores.shape[1]) < is_target.argmax(1)[:, None]  # columns are in random order
+    return outcomes.assign(rank=1 + ((scores > target_score) | (scores == target_score) & earlier).sum(1))

@@ -1,4 +1,5 @@
 """Recommenders on item ids, and their training."""
+# ruff: noqa: F401
 
 from ilora.recommenders.base import Recommender, SequenceModel
 from ilora.recommenders.caser import Caser
@@ -7,6 +8,3 @@ from ilora.recommenders.morec import MoRec
 from ilora.recommenders.popularity import Popularity
 from ilora.recommenders.sasrec import SASRec
 from ilora.recommenders.training import EPOCHS, GRID, choose_regularisation, fit_recommender
-
-__all__ = ["EPOCHS", "GRID", "Caser", "GRU4Rec", "MoRec", "Popularity", "Recommender", "SASRec", "SequenceModel",
-           "choose_regularisation", "fit_recommender"]  # fmt: skip

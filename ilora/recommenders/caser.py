@@ -10,10 +10,8 @@ from ilora.recommenders.base import SequenceModel
 class Caser(SequenceModel):
     """Convolutions over the (window, dim) matrix of item embeddings (Tang and Wang 2018, Eqs. 3 to 9).
 
-    `filters` horizontal filters of each height up to `heights` cover that many consecutive items and are
-    max-pooled; `vertical` filters are weighted sums of the window's items. z is a linear map of both.
-    The paper also has user embeddings (test users are new here), separate output embeddings, further targets,
-    and a ReLU before the output, without which z can be opposite to an embedding.
+    Horizontal filters of each height up to `heights` are max-pooled, vertical ones are weighted sums of the items.
+    The paper also has user embeddings, separate output embeddings, further targets, and a ReLU before the output.
     """
 
     def __init__(self, n_items: int, dim: int = 64, window: int = 10, filters: int = 16, heights: int = 4,

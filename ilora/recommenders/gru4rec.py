@@ -7,11 +7,7 @@ from ilora.recommenders.base import SequenceModel
 
 
 class GRU4Rec(SequenceModel):
-    """A gated recurrent unit: h_t = GRU(e_{i_t}, h_{t-1}), z = W h_T + b (Hidasi et al. 2016, Eqs. 2 to 5).
-
-    The paper has separate output embeddings and ranking losses over sampled items, for large catalogues; here
-    the embeddings are shared and the loss is the cross entropy over all items.
-    """
+    """A gated recurrent unit: h_t = GRU(e_{i_t}, h_{t-1}), z = W h_T + b (Hidasi et al. 2016, Eqs. 2 to 5)."""
 
     def __init__(self, n_items: int, dim: int = 64, window: int = 10, hidden: int = 128, dropout: float = 0.3) -> None:
         super().__init__(n_items, dim, window, dropout, hidden=hidden)

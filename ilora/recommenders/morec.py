@@ -23,10 +23,9 @@ TEXT_LEARNING_RATE = 0.05  # of the pretrained text encoder, relative to the lea
 class MoRec(SASRec):
     """SASRec whose item embeddings come from titles; the text encoder is trained end to end (Yuan et al. 2023).
 
-    A step encodes only the m distinct items of its batch. The loss is the cross entropy over them after each
-    state, with the score of item i corrected by -log Q(i) (Yi et al. 2019). Q(i) = 1 - (1 - p(i))^n is the
-    probability that i is among the n items of a batch sampled by popularity p. If the batch contains all items,
-    this is the full cross entropy. Yuan et al. use binary cross entropy with one random item.
+    A step encodes only the m distinct items of its batch. The loss is the cross entropy over them after each state,
+    with the score of item i corrected by -log Q(i) (Yi et al. 2019); Q(i) = 1 - (1 - p(i))^n is the probability that
+    i is among the n items of a batch sampled by popularity p.
     """
 
     def __init__(self, n_items: int, text: dict, title_tokens: int, **config: int | float) -> None:
@@ -68,10 +67,7 @@ class MoRec(SASRec):
 
 
 class TitleVectors(nn.Module):
-    """Replaces the embedding table: text encoder, mean over tokens, LayerNorm, linear map; zeros for padding.
-
-    In eval mode all vectors are computed once and kept in the buffer `vectors`. It is NaN before, as after each step.
-    """
+    """Text encoder, mean over tokens, LayerNorm, linear map; `vectors` keeps the results in eval mode, NaN before."""
 
     def __init__(self, n_items: int, text: dict, title_tokens: int, dim: int) -> None:
         super().__init__()
@@ -120,10 +116,9 @@ def _load(text_encoder: str, titles: list[str]) -> tuple[nn.Module, Tensor]:
         tokenizer = AutoTokenizer.from_pretrained(text_encoder, **options)
         encoder = AutoModel.from_pretrained(text_encoder, use_safetensors=True, dtype=torch.float32, **options)
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"text_encoder {text_encoder!r} could not be loaded ({str(error).splitlines()[0]}): name a folder or a "
-            "model of the Hugging Face hub with safetensors weights"
-        ) from error
+        remedy = "name a folder or a model of the Hugging Face hub with safetensors weights"
+        reason = str(error).splitlines()[0]
+        raise UserError(f"text_encoder {text_encoder!r} could not be loaded ({reason}): {remedy}") from error
     if encoder.config.is_encoder_decoder:
         raise UserError(f"text_encoder {text_encoder!r} has a decoder: choose a model that only encodes, as BERT")
     ids = [torch.tensor(row) for row in tokenizer(titles, truncation=True).input_ids]

@@ -31,8 +31,7 @@ class SASRec(SequenceModel):
         h   = Block(... Block(x))                   position t attends to positions 1 to t (Eqs. 2 to 5)
         z   = h_T,   score of item i = e_i . z      the last state; embeddings are shared with the input
 
-    As in BERT4Rec, blocks normalise after each sublayer and use GELU, and the loss is the cross entropy over
-    all items; the paper normalises before, uses ReLU and compares the target with one random item.
+    As in BERT4Rec, blocks normalise after each sublayer and use GELU; the paper normalises before and uses ReLU.
     """
 
     def __init__(self, n_items: int, dim: int = 64, window: int = 10, layers: int = 2, heads: int = 2,

@@ -41,12 +41,7 @@ def fit_recommender(
     kind: str = "SASRec", text_encoder: str = "", dropout: float = 0.2, l2: float = 0.0,
     learning_rate: float = 1e-3, batch_size: int = 256,
 ) -> tuple[SequenceModel, pd.DataFrame]:  # fmt: skip
-    """Train a recommender, or load it if it was trained before; returns it and its training history.
-
-    Adam with a constant learning rate. home()/recommenders keeps the epoch with the highest validation HitRatio@1
-    (column `hit_ratio`, the expectation over all sets of candidates).
-    kind: GRU4Rec, Caser, SASRec or MoRec. text_encoder: only for MoRec, see `MoRec.from_dataset`.
-    """
+    """Train a recommender, or load it if trained before, in its best epoch on validation; also returns the history."""
     if kind not in EPOCHS:
         raise UserError(f"there is no recommender {kind!r} to train: choose among {', '.join(EPOCHS)}")
     if (kind == "MoRec") != bool(text_encoder):
@@ -66,8 +61,7 @@ def fit_recommender(
             model = MoRec.from_dataset(dataset, text_encoder, **config)
         else:
             model = SequenceModel.kinds[kind](len(dataset.items), **config)
-        history = _fit(model, dataset, arguments, work)
-        history.to_csv(folder / "history.csv", index=False)
+        _fit(model, dataset, arguments, work).to_csv(folder / "history.csv", index=False)
         model.save_pretrained(folder)
 
     folder = artifacts.cached("recommenders", settings, inputs, train, note=f"{kind} on {dataset.name}")
@@ -94,10 +88,7 @@ def _fit(model: SequenceModel, dataset: Dataset, arguments: TrainingArguments, w
 def choose_regularisation(
     dataset: Dataset, kind: str, grid: Sequence[Mapping[str, float]] = GRID, seed: int = 0, **settings: int | str
 ) -> tuple[dict[str, float], pd.DataFrame]:
-    """Choose dropout and L2 by validation HitRatio@1; returns them and a table: dropout, l2, hit_ratio, epoch.
-
-    settings: other arguments of `fit_recommender`; the default of epochs is EPOCHS[kind].
-    """
+    """Choose dropout and L2 by validation HitRatio@1; returns them and a table.  settings: of `fit_recommender`."""
     rows = []
     for values in tqdm(grid, desc=f"dropout and L2 of {kind}", delay=1):
         _, history = fit_recommender(dataset, seed, kind=kind, **{"epochs": EPOCHS[kind], **settings, **values})

@@ -1,6 +1,5 @@
 """One training loop for recommenders and language models, with checkpoints."""
+# ruff: noqa: F401
 
 from ilora.training.checkpoints import load_snapshot
 from ilora.training.loop import TrainingArguments, fit
-
-__all__ = ["TrainingArguments", "fit", "load_snapshot"]

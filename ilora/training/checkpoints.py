@@ -58,10 +58,7 @@ def save_checkpoint(folder: Path, identity: dict, state: dict, history: list[dic
 
 
 def load_checkpoint(folder: Path, identity: dict, state: dict) -> tuple[list[dict], tuple | None]:
-    """Restore `state` from the newest checkpoint; return its history and best state, or ([], None) without one.
-
-    Damaged checkpoints are skipped with a warning. Raises UserError for a checkpoint of a run with another identity.
-    """
+    """Restore `state` from the newest undamaged checkpoint; return its history and best state, or ([], None)."""
     for path in sorted(folder.glob("step-*.pt"), reverse=True):
         content = path.read_bytes()
         if sha256(content).hexdigest() not in path.name:

@@ -1,7 +1,6 @@
 """Training: one `fit` for recommenders and language models, built on accelerate.
 
-Each step splits a batch into micro-batches, which the processes share. All randomness of a step is derived from (seed,
-step, micro-batch), so a resumed run repeats an uninterrupted one bit for bit on the CPU, and two processes equal one.
+All randomness of a step is derived from (seed, step, micro-batch), so a resumed run repeats an uninterrupted one.
 """
 
 import math
@@ -68,13 +67,9 @@ class TrainingArguments:
 
 
 def fit(
-    model: nn.Module,
-    train: Sized,
-    arguments: TrainingArguments,
-    folder: Path,
-    validate: Callable[[], float] | None = None,
+    model: nn.Module, train: Sized, arguments: TrainingArguments, folder: Path, validate: Callable | None = None
 ) -> pd.DataFrame:
-    """Train `model` in place and return its history, one row per step.
+    """Train `model` in place and return its history, one row per step.  Raises UserError.
 
     model: `collate([train[i], ...])` makes a batch; `model(batch, progress=, step_seed=)` returns its mean loss, where
         `progress` is step / all steps and `step_seed` is the same for all micro-batches of a step;
@@ -82,12 +77,7 @@ def fit(
         which a batch is sorted before it is split; `trainable_state()`, see `trained_tensors`; `compile_layers()`.
     train: has `len(train)`, `train[i]` and optionally `set_epoch(epoch)`.
     folder: receives checkpoints/, from which an interrupted run resumes, and snapshots/, see `load_snapshot`.
-    validate: returns HitRatio@1; called after each epoch in every process, in eval mode, without gradients. The model
-        ends in the state with the largest value; without `validate`, in the last state.
-
-    Columns of the history: step and epoch (from 1), loss, learning_rate, gradient_norm, seconds (over all sessions),
-    examples (so far), and at the end of an epoch hit_ratio. Raises UserError if a loss or gradient is not finite, if
-    a checkpoint cannot be written, or if the folder belongs to another run.
+    validate: returns HitRatio@1 after each epoch, in eval mode and in every process; the best epoch's state is kept.
     """
     run = _Run(model, train, arguments, folder)
     for epoch in range(len(run.history) // run.steps_per_epoch, arguments.epochs):
