@@ -3,7 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from ilora.adapter.gates import Gate, check_representations
+from ilora.adapter.gates import Gate
 from ilora.errors import UserError
 
 
@@ -85,18 +85,11 @@ class Conditioning:
         finally:
             del conditions[conditions.index(condition) :]
 
-    def context(self, z: Tensor) -> AbstractContextManager[None]:
-        """What `model.sequence_embeds(z)` returns."""
-        check_representations(z)
-        if not z.isfinite().all():
-            raise UserError("sequence_embeds has values that are not finite: correct the encoder that computes them.")
-        return self.under(Condition(self.representations(z), task=_task()))
-
     def representations(self, z: Tensor | None) -> Tensor | None:
         """The z given to a starting call, else the context's.  Raises UserError if the model is merged."""
         self._end_forward()  # one that was interrupted
         context = self.running
-        if context is not None and not torch.compiler.is_compiling() and context.task is not _task():
+        if context is not None and not torch.compiler.is_compiling() and context.task is not current_task():
             raise UserError("another asyncio task is inside `with model.sequence_embeds(z):`: do not await inside it.")
         if z is None and context is not None:
             z = context.z
@@ -126,10 +119,8 @@ class Conditioning:
     def weights_of(self, layer: LoraLayer, adapter: str) -> Tensor:
         """w (b, K) of an adapted layer."""
         if (condition := self.running) is None:
-            raise UserError(
-                "iLoRA got no sequence representations: pass sequence_embeds=z of shape (batch, gate_dim) or call "
-                "inside `with model.sequence_embeds(z):` (transformers.Trainer also needs remove_unused_columns=False)."
-            )
+            remedy = "call inside `with model.sequence_embeds(z):` (in a Trainer, also set remove_unused_columns=False)"
+            raise UserError(f"iLoRA got no representations: pass sequence_embeds=z (batch, gate_dim), or {remedy}.")
         if adapter in condition.weights:
             return condition.weights[adapter]
         return self.gate_of(layer, adapter)(condition.z)
@@ -156,7 +147,7 @@ class Conditioning:
         return slices.pop()
 
 
-def _task() -> asyncio.Task | None:
+def current_task() -> asyncio.Task | None:
     with suppress(RuntimeError):  # no event loop runs
         return asyncio.current_task()
 
