@@ -126,16 +126,13 @@ class Conditioning:
         return self.gate_of(layer, adapter)(condition.z)
 
     def factor(self, layer: LoraLayer, adapter: str, middle: Tensor) -> Tensor:
-        """What the middle (b, .., r) of a layer is multiplied by: K alpha/r w, each repeated r/K times, (b, 1.., r).
-
-        Layers with a shared gate take slices of one tensor, which saves several small GPU kernels in every layer.
-        """
+        """What the middle (b, .., r) of a layer is multiplied by: K alpha/r w, each repeated r/K times, (b, 1.., r)."""
         w, shape, scale = self.weights_of(layer, adapter), middle.shape, layer.scaling[adapter]
         if shape[0] != w.shape[0] or len(shape) < self.least_dim:
-            raise UserError(
-                f"sequence_embeds has {w.shape[0]} rows but an adapted layer got {(*shape[:-1], layer.in_features)}: "
-                "pass one per row (neither adapter_names nor layers that see loose tokens, as OPT's fc1, work)."
-            )
+            problem = f"sequence_embeds has {len(w)} rows but an adapted layer got {(*shape[:-1], layer.in_features)}"
+            unfit = "adapter_names and layers that see loose tokens, as OPT's fc1, do not work"
+            raise UserError(f"{problem}: pass one per row ({unfit}).")
+        # layers with a shared gate take slices of one tensor, which saves small GPU kernels in every layer
         shared = None if torch.compiler.is_compiling() or adapter not in self.running.weights else self.running.factors
         key = adapter, scale, shape, middle.dtype, middle.device, torch.is_grad_enabled()
         slices = [] if shared is None else shared.setdefault(key, [])

@@ -65,10 +65,7 @@ class _ResidualBlock(nn.Module):
 
 
 class ConvolutionalGate(Gate):
-    """The released code's gate: a 1-D ResNet of three stages with batch norm along z, linear, softmax.
-
-    The widths are ours. In training mode, batch norm makes a user's weights depend on the other rows of the batch.
-    """
+    """The released code's gate, a 1-D ResNet along z; in training, its batch norm makes rows depend on each other."""
 
     def __init__(self, config: ILoraConfig) -> None:
         super().__init__(config)

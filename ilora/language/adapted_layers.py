@@ -45,10 +45,9 @@ def adapted(model: nn.Module, adapter: LoraConfig) -> PeftModel:
         adapter.target_modules = fits
     chosen = {layer for layer in layers if check_target_module_exists(adapter, layer)}
     if not chosen or chosen - fits:
-        raise UserError(
-            f"target_modules={wanted!r} means {_last_names(chosen - fits) or 'nothing'} in {name}, which no adapter "
-            f"can be put on: choose among {_last_names(fits) or 'the layers of another base model'}"
-        )
+        problem = f"target_modules={wanted!r} means {_last_names(chosen - fits) or 'nothing'} in {name}"
+        choice = _last_names(fits) or "the layers of another base model"
+        raise UserError(f"{problem}, which no adapter can be put on: choose among {choice}")
     adapter.fan_in_fan_out = any(isinstance(layers[layer], Conv1D) for layer in chosen)
     try:
         wrapped = get_peft_model(model, adapter)

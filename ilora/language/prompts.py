@@ -42,10 +42,7 @@ def _normalised(text: str) -> str:
 
 
 class Prompts:
-    """Writes the prompts of one data set, with unique titles by item id, for one tokenizer.
-
-    Raises UserError for a tokenizer without an end token, and for titles that it cannot write and read back.
-    """
+    """Writes prompts of items by their unique titles.  Raises UserError if the tokenizer cannot write and end a title."""
 
     pad_to_multiple_of = 1  # tokens, on the right; multiples give `forward` fewer different shapes
 
@@ -79,10 +76,9 @@ class Prompts:
         wrong = [title for title, text, tokens in triples
                  if not text or count[text] > 1 or _normalised(_first_line(self.read(tokens))) != text]  # fmt: skip
         if wrong:
-            problem = (
-                f"{len(wrong)} of {len(self.titles)} titles do not read back as this tokenizer writes them, such as"
-            )
-            raise UserError(f"{problem} {', '.join(map(repr, wrong[:3]))}: change them, or choose another base model")
+            problem = f"{len(wrong)} of {len(self.titles)} titles do not read back when this tokenizer writes them"
+            examples = ", ".join(map(repr, wrong[:3]))
+            raise UserError(f"{problem}, such as {examples}: change these titles, or choose another base model")
 
     def read(self, tokens: Sequence[int] | Tensor) -> str:  # an answer
         return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
