@@ -65,7 +65,7 @@ class _ResidualBlock(nn.Module):
 
 
 class ConvolutionalGate(Gate):
-    """The released code's gate, a 1-D ResNet along z; in training, its batch norm makes rows depend on each other."""
+    """The released code's gate, a 1-D ResNet of our widths; in training, its batch norm makes rows depend on others."""
 
     def __init__(self, config: ILoraConfig) -> None:
         super().__init__(config)

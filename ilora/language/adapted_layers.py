@@ -14,7 +14,6 @@ from ilora.errors import UserError
 from ilora.language.base_models import forward
 
 log = logging.getLogger(__name__)
-MAMBA = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}  # PEFT adapts no out_proj in these
 
 
 def adapter_config(
@@ -39,7 +38,7 @@ def adapted(model: nn.Module, adapter: LoraConfig) -> PeftModel:
         raise UserError(f"PEFT passes no embeddings to {name}: choose another base model")
     layers, called = _layers(model), _called_with_tokens(model)
     fits = {layer for layer, module in layers.items() if module in called and _is_linear(module)}
-    if model.config.model_type in MAMBA:
+    if model.config.model_type in ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"):  # PEFT refuses them
         fits = {layer for layer in fits if not layer.endswith("out_proj")}
     if isinstance(wanted, str) and wanted.lower() == "all-linear":
         adapter.target_modules = fits

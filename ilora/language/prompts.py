@@ -42,7 +42,7 @@ def _normalised(text: str) -> str:
 
 
 class Prompts:
-    """Writes prompts of items by their unique titles.  Raises UserError if the tokenizer cannot write and end a title."""
+    """Writes prompts of items with unique titles.  Raises UserError for a tokenizer that cannot write or end a title."""
 
     pad_to_multiple_of = 1  # tokens, on the right; multiples give `forward` fewer different shapes
 
@@ -77,8 +77,7 @@ class Prompts:
                  if not text or count[text] > 1 or _normalised(_first_line(self.read(tokens))) != text]  # fmt: skip
         if wrong:
             problem = f"{len(wrong)} of {len(self.titles)} titles do not read back when this tokenizer writes them"
-            examples = ", ".join(map(repr, wrong[:3]))
-            raise UserError(f"{problem}, such as {examples}: change these titles, or choose another base model")
+            raise UserError(f"{problem}, such as {', '.join(map(repr, wrong[:3]))}: change them, or the base model")
 
     def read(self, tokens: Sequence[int] | Tensor) -> str:  # an answer
         return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)

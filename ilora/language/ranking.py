@@ -75,8 +75,7 @@ def long_question(model: nn.Module) -> Row:
 def mask_and_positions(part: Tensor, config: object, dtype: torch.dtype) -> dict[str, Tensor | dict[str, Tensor]]:
     """The language model's attention_mask and position_ids (rows, tokens), for `part` of a batch of `Prompts`.
 
-    The mask (rows, 1, query, key) is added to attention scores: 0 where a query may attend to a key, else the least
-    number. Models whose layers differ, some with a sliding window, get a mask for each type of layer.
+    The mask (rows, 1, query, key) is 0 where a query may attend to a key, else the least number; for each type of layer.
     """
     before = torch.ones(2 * part.shape[1:], dtype=torch.bool, device=part.device).tril()
     sees = before & ((part[:, None] == PROMPT) | (part[:, None] == part[:, :, None]))  # (rows, query, key)

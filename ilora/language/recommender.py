@@ -52,8 +52,7 @@ class LanguageRecommender(nn.Module):
             raise UserError("iLoRA's gate reads the recommender's representation: give an encoder")
         self.encoder, self.projector, self.compiled = encoder, None, False
         base_models.check_causal(language_model, prompts)
-        config = language_model.config.get_text_config()
-        self.positions = getattr(config, "max_position_embeddings", None)  # tokens that it can read, if limited
+        self.positions = getattr(language_model.config.get_text_config(), "max_position_embeddings", None)  # if limited
         self.register_buffer("placeholder", self._placeholder(language_model.get_input_embeddings()), persistent=False)
         torch.manual_seed(seed)  # the projector first, so that LoRA and iLoRA start from the same one
         if encoder is not None:
@@ -122,7 +121,7 @@ class LanguageRecommender(nn.Module):
         """z (batch, gate_dim), what the gate gets, by the setting `guidance`; a row of z depends only on that row.
 
         sequence: the encoder's state after the history (Eq. 10). random, token (the paper's Fig. 5): standard normal
-        numbers for each history; the mean of the prompt's token embeddings, projected at random (our choice).
+        numbers for each history; the mean of the prompt's token embeddings, randomly projected, scaled as in SASRec.
         """
         history = batch["history"]
         if self.guidance == "sequence":
@@ -134,8 +133,7 @@ class LanguageRecommender(nn.Module):
         in_prompt = (batch["part"] == PROMPT)[..., None].float()  # (batch, tokens, 1)
         mean = (self.embeds(batch, hybrid=False).float() * in_prompt).sum(1) / in_prompt.sum(1)  # (batch, hidden)
         projection = torch.randn(mean.shape[1], width, generator=torch.Generator().manual_seed(self.seed))
-        z = mean @ projection.to(mean.device)
-        return functional.layer_norm(z, (width,), eps=1e-12)  # the scale of SASRec's states
+        return functional.layer_norm(mean @ projection.to(mean.device), (width,), eps=1e-12)
 
     def logits(self, batch: dict[str, Tensor], hybrid: bool = True, **inputs: Tensor | dict) -> Tensor:
         """(batch, labels, vocabulary): what the model predicts for the batch's labels."""

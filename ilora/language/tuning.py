@@ -21,8 +21,6 @@ from ilora.language.recommender import LanguageRecommender
 from ilora.recommenders.base import SequenceModel
 from ilora.training.loop import TrainingArguments, fit
 
-VALIDATION_LIMIT = 1000  # validation questions after each epoch
-
 
 @dataclass(frozen=True)
 class AdapterSettings:
@@ -79,7 +77,7 @@ def tune(
         raise UserError("without an encoder give a window, and one expert: there is nothing for a gate to read")
     window, seed = window or encoder.window, arguments.seed
     train = questions(dataset, "train", window, train_limit, seed=seed)
-    validation = questions(dataset, "validation", window, VALIDATION_LIMIT, seed=seed)
+    validation = questions(dataset, "validation", window, limit=1000, seed=seed)  # after each epoch
     sizes = {"window": window, "train": len(train), "validation": len(validation)}
     settings = adapter.identity() | sizes | arguments.identity()
     inputs = {"data": dataset.key, "base_model": base_content(base_model)}
