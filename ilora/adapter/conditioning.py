@@ -130,9 +130,7 @@ class Conditioning:
         w, shape, scale = self.weights_of(layer, adapter), middle.shape, layer.scaling[adapter]
         if shape[0] != w.shape[0] or len(shape) < self.least_dim:
             problem = f"sequence_embeds has {len(w)} rows but an adapted layer got {(*shape[:-1], layer.in_features)}"
-            raise UserError(
-                f"{problem}: pass one per row (adapter_names and OPT's fc1, which gets loose tokens, fail)."
-            )
+            raise UserError(f"{problem}: pass one per row (adapter_names and loose tokens, as in OPT's fc1, fail).")
         # layers with a shared gate take slices of one tensor, which saves small GPU kernels in every layer
         shared = None if torch.compiler.is_compiling() or adapter not in self.running.weights else self.running.factors
         key = adapter, scale, shape, middle.dtype, middle.device, torch.is_grad_enabled()

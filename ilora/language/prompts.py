@@ -42,7 +42,7 @@ def _normalised(text: str) -> str:
 
 
 class Prompts:
-    """Writes prompts of items with unique titles.  Raises UserError for a tokenizer that cannot write or end a title."""
+    """Writes prompts of items with unique titles.  Raises UserError if the tokenizer cannot write or end a title."""
 
     pad_to_multiple_of = 1  # tokens, on the right; multiples give `forward` fewer different shapes
 

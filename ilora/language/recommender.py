@@ -193,8 +193,6 @@ class LanguageRecommender(nn.Module):
     @torch.no_grad()
     def generate(self, rows: list[Row]) -> list[int | None]:
         """For each row the column of the candidate that the greedily written answer names; None if invalid."""
-        if not rows:
-            return []
         batch = self.batch(rows)
         limits = [1 + max(len(self.prompts.answers[item]) for item in candidates) for _, candidates, _ in rows]
         with self._eager_unless_training(), base_models.greedy(self.language_model, self.prompts.end):
@@ -211,7 +209,8 @@ class LanguageRecommender(nn.Module):
         scores, written = ranking.scores(self, rows, self.packs)
         columns = dict(reversed(written.nonzero().tolist()))  # row number -> the first candidate that it writes
         rest = [number for number in range(len(rows)) if number not in columns]
-        columns |= zip(rest, self.generate([rows[number] for number in rest]), strict=True)
+        if rest:
+            columns |= zip(rest, self.generate([rows[number] for number in rest]), strict=True)
         return scores, [columns[number] for number in range(len(rows))]
 
     @torch.no_grad()
