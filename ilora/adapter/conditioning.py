@@ -73,8 +73,7 @@ class Conditioning:
 
     @property
     def running(self) -> Condition | None:
-        """The condition that this thread runs under."""
-        return self._per_thread.conditions[-1]
+        return self._per_thread.conditions[-1]  # of this thread
 
     @contextmanager
     def under(self, condition: Condition) -> Iterator[None]:
