@@ -120,8 +120,8 @@ class LanguageRecommender(nn.Module):
     def guide(self, batch: dict[str, Tensor]) -> Tensor:
         """z (batch, gate_dim), what the gate gets, by the setting `guidance`; a row of z depends only on that row.
 
-        sequence: the encoder's state after the history (Eq. 10). random, token (the paper's Fig. 5): standard normal
-        numbers for each history; the mean of the prompt's token embeddings, randomly projected, scaled as in SASRec.
+        sequence: the encoder's state (Eq. 10). As in Fig. 5, random: normal numbers, fixed by seed and history; token:
+        the mean of the prompt's token embeddings, projected at random (our choice), on the scale of SASRec's states.
         """
         history = batch["history"]
         if self.guidance == "sequence":
