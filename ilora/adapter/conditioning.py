@@ -35,20 +35,18 @@ class _PerThread(threading.local):
 
 
 class Conditioning:
-    """Carries the representations z from the caller to the adapted layers of one base model.
+    """Carries z from the callers of all wrappers of a base model to its layers; refers to neither: they can be freed.
 
-        model(ids, sequence_embeds=z)        with model.sequence_embeds(z): model(ids)
-                    |                                              |
-                    +-------> hook of the base model <-------------+
-                                        |
-                     Condition: z (b, d), w = gate(z) (b, K)         one for each thread
-                                        |
-              +-------------------------+-------------------------+
-              v                         v                         v
-        adapted layer             adapted layer      ...    adapted layer
-        middle * factor           middle * factor           middle * factor
-
-    All wrappers of the base share this object. It refers to neither base nor layers, so a dropped model is freed.
+    model(ids, sequence_embeds=z)        with model.sequence_embeds(z): model(ids)
+                |                                              |
+                +-------> hook of the base model <-------------+
+                                    |
+                 Condition: z (b, d), w = gate(z) (b, K)         one for each thread
+                                    |
+          +-------------------------+-------------------------+
+          v                         v                         v
+    adapted layer             adapted layer      ...    adapted layer
+    middle * factor           middle * factor           middle * factor
     """
 
     def __init__(self, model: nn.Module) -> None:

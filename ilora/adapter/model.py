@@ -94,8 +94,7 @@ class ILoraModel(LoraModel):
         elif name in getattr(layer, "lora_gate", ()):  # of an earlier wrapper
             del layer.lora_gate[name]
 
-    # ---- PEFT handles the layers; a shared gate has its adapter's type, is trainable as it is, and goes with it
-
+    # PEFT handles the layers; below, a shared gate gets its adapter's type, is trainable as it is, and goes with it
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         for layer in self.adapted_layers():
