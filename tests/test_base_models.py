@@ -88,7 +88,7 @@ def test_it_knows_what_everybody_reads_next(base):
             continue
         scores = []
         for item in pair:
-            listed = prompts.join([prompts.answers[i] for i in [*items, item]], hybrid=False)
+            listed = prompts.join([*items, item], hybrid=False)
             tokens, answer = prompts.opening + listed, prompts.answers[item]
             with torch.no_grad():
                 logits = model(torch.tensor([tokens])).logits[0].log_softmax(-1)

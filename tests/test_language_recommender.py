@@ -361,7 +361,7 @@ def test_a_history_beyond_the_window_is_cut_at_its_old_end():
 
 
 def representations(model, rows, answers=False):
-    return model.sequence_embeds(model.batch(rows, [[row[2]] for row in rows] if answers else None))["sequence_embeds"]
+    return model.sequence_embeds(model.batch(rows, [[row[2]] for row in rows] if answers else ()))["sequence_embeds"]
 
 
 def test_random_guidance_is_fixed_by_seed_and_history():

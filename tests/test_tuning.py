@@ -108,7 +108,13 @@ def test_the_trained_model_is_the_reloaded_one_and_is_alone_in_memory(world, exp
 def test_a_prompt_longer_than_the_base_model_is_refused_before_training(world, monkeypatch):
     monkeypatch.setattr(tuning, "fit", lambda *_: pytest.fail("trained"))
     encoder, _ = fit_recommender(world, epochs=1, window=6, device="cpu")
-    monkeypatch.setattr("ilora.language.base_models.position_limit", lambda model: 60)
+
+    def load_short(*arguments):
+        model, tokenizer = language.load_language_model(*arguments)
+        model.config.max_position_embeddings = 60
+        return model, tokenizer
+
+    monkeypatch.setattr(tuning, "load_language_model", load_short)
     with pytest.raises(UserError, match="tokens, but the base model reads 60"):
         tuned(world, encoder)
     with pytest.raises(UserError, match="tokens, but the base model reads 60"):

@@ -2,13 +2,11 @@
 
 Letters, as in the paper's section 3.2:
 
-    b  rows of the batch      K  num_experts               z  (b, d) sequence representations
-    s  tokens of a row        r  rank of the LoRA pair     w  (b, K) gate weights, each row sums to 1
+    b  rows of the batch      K  num_experts               z  (b, d) `sequence_embeds`, Eq. 10
+    s  tokens of a row        r  rank of the LoRA pair     w  (b, K) gate weights softmax(W_g z), Eq. 11
     d  gate_dim, width of z   p  r / K, rank of one expert (the paper's r*)
 
     Eq. 9    A = [A_1 .. A_K] (r, d_in), B = [B_1 .. B_K] (d_out, r): LoRA's matrices, cut into K blocks
-    Eq. 10   z: what a sequential recommender makes of the row's history; passed as `sequence_embeds`
-    Eq. 11   w = softmax(W_g z)
     Eq. 12   dW = sum_k w_k B_k A_k = B diag(w, each repeated p times) A
 
 The layers multiply the r-wide middle of LoRA by one factor per row; no expert's output is ever formed. The scale is

@@ -3,7 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from ilora.adapter.gates import Gate, check_representations
+from ilora.adapter.gates import Gate
 from ilora.errors import UserError
 
 
@@ -35,20 +35,18 @@ class _PerThread(threading.local):
 
 
 class Conditioning:
-    """Carries the representations z from the caller to the adapted layers of one base model.
+    """Carries z from the callers of all wrappers of a base model to its layers; refers to neither: they can be freed.
 
-        model(ids, sequence_embeds=z)        with model.sequence_embeds(z): model(ids)
-                    |                                              |
-                    +-------> hook of the base model <-------------+
-                                        |
-                     Condition: z (b, d), w = gate(z) (b, K)         one for each thread
-                                        |
-              +-------------------------+-------------------------+
-              v                         v                         v
-        adapted layer             adapted layer      ...    adapted layer
-        middle * factor           middle * factor           middle * factor
-
-    All wrappers of the base share this object. It refers to neither base nor layers, so a dropped model is freed.
+    model(ids, sequence_embeds=z)        with model.sequence_embeds(z): model(ids)
+                |                                              |
+                +-------> hook of the base model <-------------+
+                                    |
+                 Condition: z (b, d), w = gate(z) (b, K)         one for each thread
+                                    |
+          +-------------------------+-------------------------+
+          v                         v                         v
+    adapted layer             adapted layer      ...    adapted layer
+    middle * factor           middle * factor           middle * factor
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -73,8 +71,7 @@ class Conditioning:
 
     @property
     def running(self) -> Condition | None:
-        """The condition that this thread runs under."""
-        return self._per_thread.conditions[-1]
+        return self._per_thread.conditions[-1]  # of this thread
 
     @contextmanager
     def under(self, condition: Condition) -> Iterator[None]:
@@ -85,18 +82,11 @@ class Conditioning:
         finally:
             del conditions[conditions.index(condition) :]
 
-    def context(self, z: Tensor) -> AbstractContextManager[None]:
-        """What `model.sequence_embeds(z)` returns."""
-        check_representations(z)
-        if not z.isfinite().all():
-            raise UserError("sequence_embeds has values that are not finite: correct the encoder that computes them.")
-        return self.under(Condition(self.representations(z), task=_task()))
-
     def representations(self, z: Tensor | None) -> Tensor | None:
         """The z given to a starting call, else the context's.  Raises UserError if the model is merged."""
         self._end_forward()  # one that was interrupted
         context = self.running
-        if context is not None and not torch.compiler.is_compiling() and context.task is not _task():
+        if context is not None and not torch.compiler.is_compiling() and context.task is not current_task():
             raise UserError("another asyncio task is inside `with model.sequence_embeds(z):`: do not await inside it.")
         if z is None and context is not None:
             z = context.z
@@ -126,25 +116,19 @@ class Conditioning:
     def weights_of(self, layer: LoraLayer, adapter: str) -> Tensor:
         """w (b, K) of an adapted layer."""
         if (condition := self.running) is None:
-            raise UserError(
-                "iLoRA got no sequence representations: pass sequence_embeds=z of shape (batch, gate_dim) or call "
-                "inside `with model.sequence_embeds(z):` (transformers.Trainer also needs remove_unused_columns=False)."
-            )
+            remedy = "call inside `with model.sequence_embeds(z):` (in a Trainer, also set remove_unused_columns=False)"
+            raise UserError(f"iLoRA got no representations: pass sequence_embeds=z (batch, gate_dim), or {remedy}.")
         if adapter in condition.weights:
             return condition.weights[adapter]
         return self.gate_of(layer, adapter)(condition.z)
 
     def factor(self, layer: LoraLayer, adapter: str, middle: Tensor) -> Tensor:
-        """What the middle (b, .., r) of a layer is multiplied by: K alpha/r w, each repeated r/K times, (b, 1.., r).
-
-        Layers with a shared gate take slices of one tensor, which saves several small GPU kernels in every layer.
-        """
+        """What the middle (b, .., r) of a layer is multiplied by: K alpha/r w, each repeated r/K times, (b, 1.., r)."""
         w, shape, scale = self.weights_of(layer, adapter), middle.shape, layer.scaling[adapter]
         if shape[0] != w.shape[0] or len(shape) < self.least_dim:
-            raise UserError(
-                f"sequence_embeds has {w.shape[0]} rows but an adapted layer got {(*shape[:-1], layer.in_features)}: "
-                "pass one per row (neither adapter_names nor layers that see loose tokens, as OPT's fc1, work)."
-            )
+            problem = f"sequence_embeds has {len(w)} rows but an adapted layer got {(*shape[:-1], layer.in_features)}"
+            raise UserError(f"{problem}: pass one per row (adapter_names and loose tokens, as in OPT's fc1, fail).")
+        # layers with a shared gate take slices of one tensor, which saves small GPU kernels in every layer
         shared = None if torch.compiler.is_compiling() or adapter not in self.running.weights else self.running.factors
         key = adapter, scale, shape, middle.dtype, middle.device, torch.is_grad_enabled()
         slices = [] if shared is None else shared.setdefault(key, [])
@@ -156,7 +140,7 @@ class Conditioning:
         return slices.pop()
 
 
-def _task() -> asyncio.Task | None:
+def current_task() -> asyncio.Task | None:
     with suppress(RuntimeError):  # no event loop runs
         return asyncio.current_task()
 

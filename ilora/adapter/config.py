@@ -15,10 +15,7 @@ PeftType.ILORA = PeftType._value2member_map_["ILORA"] = ILORA
 
 @dataclass
 class ILoraConfig(LoraConfig):
-    """LoRA's configuration plus the gate's.
-
-    Raises UserError for an impossible gate, or an option of LoRA that does not work with one (DoRA, a bias, ...).
-    """
+    """LoRA's configuration plus the gate's.  Raises UserError for options that are impossible or do not combine."""
 
     task_type: str | None = "CAUSAL_LM"  # PEFT's, such as SEQ_CLS; None for a module outside transformers
     num_experts: int = 4  # K, the experts that the rank is split into; divides r
@@ -30,17 +27,7 @@ class ILoraConfig(LoraConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = ILORA
-        self._check_gate()
-        variants = [f.name for f in dataclasses.fields(self) if f.metadata.get("is_lora_variant")]
-        others = ["use_qalora", "lora_bias", "target_parameters", "layer_replication", "megatron_config"]
-        for name in variants + others:
-            if getattr(self, name):
-                raise UserError(f"iLoRA does not combine with LoRA's {name}: leave it out of ILoraConfig.")
-        if (start := self.init_lora_weights) not in (True, False, "gaussian"):
-            raise UserError(f"init_lora_weights={start!r} does not work in iLoRA: use True or 'gaussian'.")
-
-    def _check_gate(self) -> None:
-        K, top_k = self.num_experts, self.gate_top_k
+        K, top_k, start = self.num_experts, self.gate_top_k, self.init_lora_weights
         if K < 1 or self.gate_dim < 1:
             raise UserError("num_experts and gate_dim must be at least 1: correct them in ILoraConfig.")
         for rank in (self.r, *self.rank_pattern.values()):
@@ -50,3 +37,10 @@ class ILoraConfig(LoraConfig):
             raise UserError(f"unknown gate {self.gate!r}: choose one of linear, convolutional.")
         if top_k is not None and not 2 <= top_k <= K:
             raise UserError(f"gate_top_k={top_k}: keep 2 to num_experts={K} (one weight would be the constant 1).")
+        variants = [f.name for f in dataclasses.fields(self) if f.metadata.get("is_lora_variant")]
+        others = ["use_qalora", "lora_bias", "target_parameters", "layer_replication", "megatron_config"]
+        for name in variants + others:
+            if getattr(self, name):
+                raise UserError(f"iLoRA does not combine with LoRA's {name}: leave it out of ILoraConfig.")
+        if start not in (True, False, "gaussian"):
+            raise UserError(f"init_lora_weights={start!r} does not work in iLoRA: use True or 'gaussian'.")

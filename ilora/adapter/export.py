@@ -35,10 +35,7 @@ def gate_weights(model: PeftModel, z: Tensor, adapter_name: str | None = None) -
 
 
 def export_lora(model: PeftModel, z: Tensor, folder: str | Path, adapter_name: str | None = None) -> Path:
-    """Write the active or named adapter for one z (1, d), B diag(w) A, as a plain PEFT LoRA checkpoint.
-
-    z is one user's representation or, for a group, the mean of its rows. Loading needs none of this package.
-    """
+    """Write the adapter of one user, or a group's mean z (1, d), as a plain PEFT LoRA checkpoint, B diag(w) A."""
     tuner, name = _tuner_and_name(model, adapter_name)
     tensors = {}
     with torch.no_grad(), tuner.sequence_embeds(z):

@@ -19,10 +19,7 @@ def check_representations(z: Tensor, width: int | None = None) -> None:
 
 
 class Gate(nn.Module):
-    """softmax(logits(z)): logits in the type of the gate's parameters, the softmax in float32 or better.
-
-    Subclasses have `logits`: z (b, d) -> (b, K). With gate_top_k, all but the k largest are masked.
-    """
+    """softmax(logits(z)) of the gate_top_k largest logits; subclasses define `logits`: z (b, d) -> (b, K)."""
 
     def __init__(self, config: ILoraConfig) -> None:
         super().__init__()
@@ -42,10 +39,7 @@ class Gate(nn.Module):
 
 
 class LinearGate(Gate):
-    """The paper's gate, softmax(W_g z) with W_g (K, d) and no bias (Eq. 11).
-
-    W_g starts uniform in +-1/sqrt(d), as in the paper's code: with |z| = 50 and d = 64 the softmax is nearly one-hot.
-    """
+    """Eq. 11: softmax(W_g z) with W_g (K, d), at the start uniform in +-1/sqrt(d) as in the paper's code."""
 
     def __init__(self, config: ILoraConfig) -> None:
         super().__init__(config)
@@ -71,10 +65,7 @@ class _ResidualBlock(nn.Module):
 
 
 class ConvolutionalGate(Gate):
-    """The released code's gate: a 1-D ResNet of three stages with batch norm along z, linear, softmax.
-
-    The widths are ours. In training mode, batch norm makes a user's weights depend on the other rows of the batch.
-    """
+    """The released code's gate, a 1-D ResNet of our widths; in training, its batch norm makes rows depend on others."""
 
     def __init__(self, config: ILoraConfig) -> None:
         super().__init__(config)

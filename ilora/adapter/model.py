@@ -9,7 +9,7 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from ilora.adapter.conditioning import Conditioning
+from ilora.adapter.conditioning import Condition, Conditioning, current_task
 from ilora.adapter.config import ILoraConfig
 from ilora.adapter.gates import GATE_CLASSES, check_representations
 from ilora.adapter.layer import ILoraVariant, InputCasts
@@ -26,7 +26,10 @@ class ILoraModel(LoraModel):
 
     def sequence_embeds(self, z: Tensor) -> AbstractContextManager[None]:
         """Condition every forward in the context on z (b, d), for callers that cannot pass the keyword."""
-        return self.conditioning.context(z)
+        check_representations(z)
+        if not z.isfinite().all():
+            raise UserError("sequence_embeds has values that are not finite: correct the encoder that computes them.")
+        return self.conditioning.under(Condition(self.conditioning.representations(z), task=current_task()))
 
     def generate(self, *args: Any, sequence_embeds: Tensor | None = None, **kwargs: Any) -> Any:
         """The model's `generate`; a row of sequence_embeds serves all beams or samples of its prompt."""
@@ -91,8 +94,7 @@ class ILoraModel(LoraModel):
         elif name in getattr(layer, "lora_gate", ()):  # of an earlier wrapper
             del layer.lora_gate[name]
 
-    # ---- PEFT handles the layers; a shared gate has its adapter's type, is trainable as it is, and goes with it
-
+    # PEFT handles the layers; below, a shared gate gets its adapter's type, is trainable as it is, and goes with it
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         for layer in self.adapted_layers():

@@ -14,7 +14,6 @@ from ilora.errors import UserError
 from ilora.language.base_models import forward
 
 log = logging.getLogger(__name__)
-MAMBA = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}  # PEFT adapts no out_proj in these
 
 
 def adapter_config(
@@ -39,16 +38,15 @@ def adapted(model: nn.Module, adapter: LoraConfig) -> PeftModel:
         raise UserError(f"PEFT passes no embeddings to {name}: choose another base model")
     layers, called = _layers(model), _called_with_tokens(model)
     fits = {layer for layer, module in layers.items() if module in called and _is_linear(module)}
-    if model.config.model_type in MAMBA:
+    if model.config.model_type in ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"):  # PEFT refuses them
         fits = {layer for layer in fits if not layer.endswith("out_proj")}
     if isinstance(wanted, str) and wanted.lower() == "all-linear":
         adapter.target_modules = fits
     chosen = {layer for layer in layers if check_target_module_exists(adapter, layer)}
     if not chosen or chosen - fits:
-        raise UserError(
-            f"target_modules={wanted!r} means {_last_names(chosen - fits) or 'nothing'} in {name}, which no adapter "
-            f"can be put on: choose among {_last_names(fits) or 'the layers of another base model'}"
-        )
+        problem = f"target_modules={wanted!r} means {_last_names(chosen - fits) or 'nothing'} in {name}"
+        choice = _last_names(fits) or "the layers of another base model"
+        raise UserError(f"{problem}, which no adapter can be put on: choose among {choice}")
     adapter.fan_in_fan_out = any(isinstance(layers[layer], Conv1D) for layer in chosen)
     try:
         wrapped = get_peft_model(model, adapter)

@@ -47,16 +47,9 @@ def load_language_model(
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if "trust_remote_code" in str(error):
             reason = "it needs code from its repository, which is never run here"
-        raise UserError(
-            f"base_model {base_model!r} could not be loaded ({reason}): name a causal language model with safetensors "
-            "weights, on the Hugging Face hub or in a folder"
-        ) from error
+        remedy = "name a causal language model with safetensors weights, on the Hugging Face hub or in a folder"
+        raise UserError(f"base_model {base_model!r} could not be loaded ({reason}): {remedy}") from error
     return model.to(place).eval().requires_grad_(False), tokenizer
-
-
-def position_limit(model: nn.Module) -> int | None:
-    """The largest number of tokens that a model can read; None if it has no limit."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)  # transformers' name for all models
 
 
 def check_causal(model: nn.Module, prompts: Prompts) -> None:

@@ -3,9 +3,8 @@
     Each film this person watched, in order: A; B; C. The next film is one of: X; B; Y. The next film is: B</s>
 
 Each document is a question about a training user, with an answer; the base learns to write the history and the answer.
-Most answers are the one offered title of the history, so that the base learns to compare both lists. No real question
-offers such a title, so this gives no answer away. Other answers are random. Tokens may be whole titles: a model of this
-size learns to choose among many titles, but not to spell them.
+Most answers are the one offered title of the history, which no real question offers, so that the base learns to compare
+both lists; the others are random.
 """
 
 import shutil
@@ -69,8 +68,7 @@ def pretrain(dataset: Dataset, folder: Path, work: Path, recipe: Recipe, seed: i
     documents = Documents(dataset, Prompts(tokenizer, titles, dataset.noun, dataset.verb), recipe, seed)
     precision = "bf16" if devices.pick_device(device).type == "cuda" else "no"
     settings = {"seed": seed, "device": device, "precision": precision}
-    arguments = TrainingArguments(1, recipe.batch_size, recipe.learning_rate, **settings)
-    fit(Pretraining(model), documents, arguments, work)
+    fit(Pretraining(model), documents, TrainingArguments(1, recipe.batch_size, recipe.learning_rate, **settings), work)
     model.to(torch.bfloat16).cpu().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -113,7 +111,7 @@ class Documents:
             offered = np.where(offered == target, answer, offered)
         prompts, hybrid = self.prompts, rng.random() < 0.5
         prompt = prompts.write(history, offered, hybrid)
-        listed = prompts.join([prompts.answers[item] for item in history], hybrid)
+        listed = prompts.join(history, hybrid)
         labels = [NO_LABEL] * len(prompts.opening) + listed
         labels += [NO_LABEL] * (len(prompt) - len(labels)) + [*prompts.answers[answer], prompts.end]
         return [*prompt, *prompts.answers[answer], prompts.end], labels
@@ -125,6 +123,9 @@ class Pretraining(nn.Module):
     def __init__(self, model: LlamaForCausalLM):
         super().__init__()
         self.model = model
+
+    def parameter_groups(self, weight_decay: float) -> list[dict]:
+        return [{"params": list(self.parameters()), "weight_decay": weight_decay}]
 
     def collate(self, rows: list[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
         """input_ids and labels, (batch, longest), padded on the right, where a causal model needs no mask."""

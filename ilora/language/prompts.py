@@ -42,11 +42,7 @@ def _normalised(text: str) -> str:
 
 
 class Prompts:
-    """Writes the prompts of one data set for one tokenizer.
-
-    titles: unique titles by item id; noun, verb: what the items are and what people do with them.
-    Raises UserError for a tokenizer without an end token, and for titles that it cannot write and read back.
-    """
+    """Writes prompts of items with unique titles.  Raises UserError if the tokenizer cannot write or end a title."""
 
     pad_to_multiple_of = 1  # tokens, on the right; multiples give `forward` fewer different shapes
 
@@ -80,27 +76,21 @@ class Prompts:
         wrong = [title for title, text, tokens in triples
                  if not text or count[text] > 1 or _normalised(_first_line(self.read(tokens))) != text]  # fmt: skip
         if wrong:
-            raise UserError(
-                f"{len(wrong)} of {len(self.titles)} titles do not read back as themselves when this tokenizer writes "
-                f"them, such as {', '.join(map(repr, wrong[:3]))}: change these titles, or choose another base model"
-            )
+            problem = f"{len(wrong)} of {len(self.titles)} titles do not read back when this tokenizer writes them"
+            raise UserError(f"{problem}, such as {', '.join(map(repr, wrong[:3]))}: change them, or the base model")
 
     def read(self, tokens: Sequence[int] | Tensor) -> str:  # an answer
         return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def join(self, titles: Sequence[list[int]], hybrid: bool) -> list[int]:
-        """Token ids of "A; B; C", in a hybrid prompt with the item token after each title."""
-        tokens = []
-        for title in titles:
-            tokens += [*(self.separator if tokens else []), *title, *([self.item_token] if hybrid else [])]
+    def join(self, items: Sequence[int], hybrid: bool) -> list[int]:
+        """Token ids of the titles "A; B; C", in a hybrid prompt with the item token after each."""
+        tokens, mark = [], [self.item_token] if hybrid else []
+        for item in items:
+            tokens += [*(self.separator if tokens else []), *self.answers[item], *mark]
         return tokens
 
     def write(self, history: Sequence[int], candidates: Sequence[int], hybrid: bool) -> list[int]:
         """Token ids of one prompt, up to the question."""
-        return self.write_titles(*([self.answers[item] for item in items] for items in (history, candidates)), hybrid)
-
-    def write_titles(self, history: list[list[int]], candidates: list[list[int]], hybrid: bool) -> list[int]:
-        """The same for titles that are given as token ids."""
         return [*self.opening, *self.join(history, hybrid), *self.offer, *self.join(candidates, hybrid), *self.question]
 
     def batch(

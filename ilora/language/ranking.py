@@ -1,9 +1,7 @@
 """How a language model scores all candidates of a question: in one forward pass where it can, else in one for each.
 
-    prompt            title A     title B     title C       one row of the batch
-    0 1 2 ... n-1     n n+1 ...   n n+1 ...   n n+1 ...     positions: each title stands directly after the prompt
-
-A token attends to the prompt and to its own title, never to another candidate.
+prompt            title A     title B     title C       one row of the batch
+0 1 2 ... n-1     n n+1 ...   n n+1 ...   n n+1 ...     positions; a title attends to the prompt and to itself
 """
 
 import logging
@@ -75,8 +73,7 @@ def long_question(model: nn.Module) -> Row:
 def mask_and_positions(part: Tensor, config: object, dtype: torch.dtype) -> dict[str, Tensor | dict[str, Tensor]]:
     """The language model's attention_mask and position_ids (rows, tokens), for `part` of a batch of `Prompts`.
 
-    The mask (rows, 1, query, key) is added to attention scores: 0 where a query may attend to a key, else the least
-    number. Models whose layers differ, some with a sliding window, get a mask for each type of layer.
+    A mask (rows, 1, query, key) is 0 where a query may attend to a key, else the least number; one for each layer type.
     """
     before = torch.ones(2 * part.shape[1:], dtype=torch.bool, device=part.device).tril()
     sees = before & ((part[:, None] == PROMPT) | (part[:, None] == part[:, :, None]))  # (rows, query, key)

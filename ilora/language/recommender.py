@@ -1,17 +1,15 @@
 """A language model as a recommender: prompt, projector and adapter around a frozen causal language model.
 
-    text-only prompt, no adapter             the paper's Llama2 row
-    hybrid prompt, LoRA, curriculum          LLaRA
-    the same with a gate over K experts      iLoRA: the gate gets the recommender's `encode(history)`
-
-`generate` writes a title greedily, `rank` scores each candidate by its likelihood; `answer` does both at once.
+text-only prompt, no adapter             the paper's Llama2 row
+hybrid prompt, LoRA, curriculum          LLaRA
+the same with a gate over K experts      iLoRA: the gate gets the recommender's `encode(history)`
 """
 
 import json
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +17,7 @@ import safetensors.torch
 import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ilora import artifacts
 from ilora.adapter import ILoraConfig, gate_weights
@@ -27,9 +26,10 @@ from ilora.data.windows import Row
 from ilora.errors import UserError
 from ilora.language import base_models, ranking
 from ilora.language.adapted_layers import adapted
-from ilora.language.guidance import GUIDANCE, guide
 from ilora.language.prompts import PROMPT, Prompts, read_answer
 from ilora.recommenders.base import SequenceModel
+
+GUIDANCE = ("sequence", "random", "token")  # what the gate may get, see `LanguageRecommender.guide`
 
 
 class LanguageRecommender(nn.Module):
@@ -52,7 +52,7 @@ class LanguageRecommender(nn.Module):
             raise UserError("iLoRA's gate reads the recommender's representation: give an encoder")
         self.encoder, self.projector, self.compiled = encoder, None, False
         base_models.check_causal(language_model, prompts)
-        self.positions = base_models.position_limit(language_model)
+        self.positions = getattr(language_model.config.get_text_config(), "max_position_embeddings", None)  # if limited
         self.register_buffer("placeholder", self._placeholder(language_model.get_input_embeddings()), persistent=False)
         torch.manual_seed(seed)  # the projector first, so that LoRA and iLoRA start from the same one
         if encoder is not None:
@@ -77,16 +77,14 @@ class LanguageRecommender(nn.Module):
     def device(self) -> torch.device:
         return next(self.language_model.parameters()).device
 
-    def collate(self, rows: list[Row]) -> dict[str, Tensor]:
-        """Prompts, each followed by its target, see `batch`, on the CPU."""
-        return self._padded(rows, [[target] for *_, target in rows])
-
     def batch(self, rows: list[Row], answers: Sequence[Sequence[int]] = ()) -> dict[str, Tensor]:
-        """`Prompts.batch` with these `answers`, and the padded histories for the gate, on the model's device."""
-        return {name: value.to(self.device) for name, value in self._padded(rows, answers).items()}
+        """`collate` with these `answers`, on the model's device."""
+        return {name: value.to(self.device) for name, value in self.collate(rows, answers).items()}
 
-    def _padded(self, rows: list[Row], answers: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-        histories, candidates, _ = zip(*rows, strict=True)
+    def collate(self, rows: list[Row], answers: Sequence[Sequence[int]] | None = None) -> dict[str, Tensor]:
+        """`Prompts.batch` with these `answers`, by default the targets, and padded histories, on the CPU."""
+        histories, candidates, targets = zip(*rows, strict=True)
+        answers = [[target] for target in targets] if answers is None else answers
         batch = self.prompts.batch(histories, candidates, answers, self.encoder is not None)
         self._check_length(int((batch["part"] == PROMPT).sum(1).max()))
         if self.encoder is not None:
@@ -104,10 +102,8 @@ class LanguageRecommender(nn.Module):
     def _check_length(self, prompt: int) -> None:
         tokens = prompt + self.prompts.longest
         if tokens > (self.positions or math.inf):
-            raise UserError(
-                f"a prompt with its answer has up to {tokens} tokens, but the base model reads {self.positions}: "
-                "choose a smaller window, or another base model"
-            )
+            problem = f"a prompt with its answer has up to {tokens} tokens, but the base model reads {self.positions}"
+            raise UserError(f"{problem}: choose a smaller window, or another base model")
 
     def embeds(self, batch: dict[str, Tensor], hybrid: bool) -> Tensor:
         """(batch, tokens, hidden): token embeddings; those of item tokens are an item's in a hybrid prompt (Eq. 6)."""
@@ -118,11 +114,26 @@ class LanguageRecommender(nn.Module):
         return embeds.flatten(0, 1).index_copy(0, batch["places"], items.to(embeds.dtype)).view_as(embeds)
 
     def sequence_embeds(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The gate's input z (batch, gate_dim) as an argument of the language model, see guidance.py; {} for LoRA."""
-        if not self.gated:
-            return {}
-        width, embed = self.language_model.active_peft_config.gate_dim, partial(self.embeds, hybrid=False)
-        return {"sequence_embeds": guide(self.guidance, batch, self.encoder, embed, width, self.seed)}
+        """The gate's input as an argument of the language model; {} for LoRA."""
+        return {"sequence_embeds": self.guide(batch)} if self.gated else {}
+
+    def guide(self, batch: dict[str, Tensor]) -> Tensor:
+        """z (batch, gate_dim), what the gate gets, by the setting `guidance`; a row of z depends only on that row.
+
+        sequence: the encoder's state (Eq. 10). As in Fig. 5, random: normal numbers, fixed by seed and history; token:
+        the mean of the prompt's token embeddings, projected at random (our choice), on the scale of SASRec's states.
+        """
+        history = batch["history"]
+        if self.guidance == "sequence":
+            return self.encoder.encode(history)
+        width = self.language_model.active_peft_config.gate_dim
+        if self.guidance == "random":
+            rows = [np.random.default_rng([self.seed, *items]).standard_normal(width) for items in history.tolist()]
+            return torch.tensor(np.array(rows), dtype=torch.float32, device=history.device)
+        in_prompt = (batch["part"] == PROMPT)[..., None].float()  # (batch, tokens, 1)
+        mean = (self.embeds(batch, hybrid=False).float() * in_prompt).sum(1) / in_prompt.sum(1)  # (batch, hidden)
+        projection = torch.randn(mean.shape[1], width, generator=torch.Generator().manual_seed(self.seed))
+        return functional.layer_norm(mean @ projection.to(mean.device), (width,), eps=1e-12)
 
     def logits(self, batch: dict[str, Tensor], hybrid: bool = True, **inputs: Tensor | dict) -> Tensor:
         """(batch, labels, vocabulary): what the model predicts for the batch's labels."""
@@ -173,20 +184,15 @@ class LanguageRecommender(nn.Module):
         eager = self.compiled and not self.training
         return torch.compiler.set_stance("force_eager") if eager else nullcontext()
 
+    packs = cached_property(ranking.fits_one_pass)  # whether all candidates are scored in one pass
+
     def rank(self, rows: list[Row]) -> Tensor:
         """(rows, candidates) log P(title and end | prompt)."""
         return ranking.scores(self, rows, self.packs)[0]
 
-    @cached_property
-    def packs(self) -> bool:
-        """Whether the language model scores all candidates in one pass, tried once."""
-        return ranking.fits_one_pass(self)
-
     @torch.no_grad()
     def generate(self, rows: list[Row]) -> list[int | None]:
         """For each row the column of the candidate that the greedily written answer names; None if invalid."""
-        if not rows:
-            return []
         batch = self.batch(rows)
         limits = [1 + max(len(self.prompts.answers[item]) for item in candidates) for _, candidates, _ in rows]
         with self._eager_unless_training(), base_models.greedy(self.language_model, self.prompts.end):
@@ -203,7 +209,8 @@ class LanguageRecommender(nn.Module):
         scores, written = ranking.scores(self, rows, self.packs)
         columns = dict(reversed(written.nonzero().tolist()))  # row number -> the first candidate that it writes
         rest = [number for number in range(len(rows)) if number not in columns]
-        columns |= zip(rest, self.generate([rows[number] for number in rest]), strict=True)
+        if rest:
+            columns |= zip(rest, self.generate([rows[number] for number in rest]), strict=True)
         return scores, [columns[number] for number in range(len(rows))]
 
     @torch.no_grad()
@@ -245,8 +252,6 @@ class LanguageRecommender(nn.Module):
                 model.language_model = PeftModel.from_pretrained(language_model, folder / "adapter", is_trainable=True)
                 model.gated = isinstance(model.language_model.active_peft_config, ILoraConfig)
         except (RuntimeError, ValueError) as error:
-            raise UserError(
-                f"what {folder} holds does not fit {base_model!r}: name the base model that it was trained on, "
-                f"{about['base_model']!r}"
-            ) from error
+            remedy = f"name the base model that it was trained on, {about['base_model']!r}"
+            raise UserError(f"what {folder} holds does not fit {base_model!r}: {remedy}") from error
         return model.to(model.device).eval()

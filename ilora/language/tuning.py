@@ -21,8 +21,6 @@ from ilora.language.recommender import LanguageRecommender
 from ilora.recommenders.base import SequenceModel
 from ilora.training.loop import TrainingArguments, fit
 
-VALIDATION_LIMIT = 1000  # validation questions after each epoch
-
 
 @dataclass(frozen=True)
 class AdapterSettings:
@@ -35,7 +33,7 @@ class AdapterSettings:
     gate: str = "linear"  # or "convolutional"
     gate_per_layer: bool = False
     gate_top_k: int = 0  # experts with weight for one history; 0: all
-    guidance: str = "sequence"  # what the gate gets, one of guidance.GUIDANCE
+    guidance: str = "sequence"  # what the gate gets, one of recommender.GUIDANCE
     target_modules: str | list[str] = "all-linear"  # see `adapted_layers.adapted`
 
     def identity(self) -> dict[str, Any]:
@@ -71,16 +69,15 @@ def tune(
 ) -> tuple[LanguageRecommender, pd.DataFrame, list[Path]]:  # fmt: skip
     """Tune a language model as LLaRA or, with several experts, iLoRA; trained once and kept.
 
-    encoder: without one, prompts are text-only, as in TALLRec. arguments: see `tuning_arguments`. window: items of a
-    history, 0 for the encoder's; train_limit: training questions, 0 for all. Returns the model of the epoch with the
-    highest HitRatio@1 on validation; the history of training; and the files for `training.load_snapshot`.
-    Raises UserError if a gate or the window needs an encoder.
+    encoder: None for text-only prompts, as in TALLRec. window: items of a history, 0 for the encoder's. train_limit:
+    training questions, 0 for all. Returns the model of the epoch with the highest HitRatio@1 on validation, the history
+    of training and the files for `training.load_snapshot`. Raises UserError if a gate or the window needs an encoder.
     """
     if encoder is None and (adapter.experts > 1 or not window):
         raise UserError("without an encoder give a window, and one expert: there is nothing for a gate to read")
     window, seed = window or encoder.window, arguments.seed
     train = questions(dataset, "train", window, train_limit, seed=seed)
-    validation = questions(dataset, "validation", window, VALIDATION_LIMIT, seed=seed)
+    validation = questions(dataset, "validation", window, limit=1000, seed=seed)  # after each epoch
     sizes = {"window": window, "train": len(train), "validation": len(validation)}
     settings = adapter.identity() | sizes | arguments.identity()
     inputs = {"data": dataset.key, "base_model": base_content(base_model)}
@@ -95,11 +92,8 @@ def tune(
             train.set_epoch(epoch)
             model.check(train)
         model.check(validation)
-
-        def validate() -> float:
-            return evaluate(model, validation, generate=False)["hit"].mean()
-
-        fit(model, train, arguments, work, validate).to_csv(folder / "history.csv", index=False)
+        history = fit(model, train, arguments, work, lambda: evaluate(model, validation, generate=False)["hit"].mean())
+        history.to_csv(folder / "history.csv", index=False)
         model.save_pretrained(folder / "recommender", base_model)
         shutil.copytree(work / "snapshots", folder / "snapshots")
         trained.append(model)
@@ -107,9 +101,9 @@ def tune(
     kind = "LoRA" if adapter.experts == 1 else f"iLoRA with {adapter.experts} experts"
     folder = artifacts.cached("adapters", settings, inputs, make, note=f"{kind} on {dataset.name}")
     shutil.rmtree(work, ignore_errors=True)
-    kept = folder / "recommender", base_model, arguments.device, dataset
-    model = trained[0] if trained else LanguageRecommender.from_pretrained(*kept)
-    return model, pd.read_csv(folder / "history.csv"), sorted((folder / "snapshots").iterdir())
+    if not trained:
+        trained = [LanguageRecommender.from_pretrained(folder / "recommender", base_model, arguments.device, dataset)]
+    return trained[0], pd.read_csv(folder / "history.csv"), sorted((folder / "snapshots").iterdir())
 
 
 def _content(encoder: SequenceModel) -> str:
