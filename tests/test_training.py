@@ -352,6 +352,7 @@ def train_slowly(folder, started):
     fit(model, ROWS, LONG, folder, model.score)
 
 
+@pytest.mark.slow
 def test_a_run_killed_ten_times_gives_the_same_bits(tmp_path, server):
     chance, killed = random.Random(0), 0
     while killed < 10:
