@@ -237,7 +237,7 @@ def test_a_base_that_carries_an_adapter_is_refused_until_it_is_unloaded(family, 
     [
         ("OPT", ["q_proj", "fc1"], "means fc1 in OPTForCausalLM"),
         ("Mamba", ["in_proj", "out_proj"], "means out_proj in MambaForCausalLM"),
-        ("Phi3", ["q_proj", "k_proj"], "means nothing in Phi3ForCausalLM.*qkv_proj"),
+        ("Phi3", ["q_proj", "k_proj"], "no layer of Phi3ForCausalLM is called 'k_proj'.*qkv_proj"),
         ("Mixtral", ["gate_up_proj"], "means gate_up_proj in MixtralForCausalLM.*q_proj"),
     ],
 )

@@ -157,6 +157,8 @@ def test_bad_csv_is_refused_with_line_and_remedy(tmp_path, home, items, events, 
         (None, EVENTS + 'u1,"i7,5\n', r"events.csv, line 74: not a record of CSV \(unexpected end of data\)"),
         (HEAD + 'i98,"Good\ni99,Bad\n', None, r"items.csv, line 32: not a record of CSV"),
         (HEAD + 'i98,"Good" Bad\n', None, r"items.csv, line 32: not a record of CSV .*double its quotes"),
+        (HEAD + 'i98,"The Good, the Bad\ni99,Ugly"\n', None, r"items.csv, line 32: .*look like rows"),
+        (HEAD + 'i98,"A title\ni99,has, two, commas"\n', None, r"items.csv, line 32: .*look like rows"),
         (
             HEAD.replace("Title 3\n", '"Title 3\n').replace("Title 5\n", 'Title 5"\n'),
             None,

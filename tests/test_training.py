@@ -409,3 +409,9 @@ def test_two_launched_processes_equal_one(tmp_path):
                 two[name][0], weight, rtol=1e-5, atol=tolerance, msg=lambda text, name=name: name + text
             )
             assert len(loss.unique()) == len(loss)  # every step had other weights or rows
+
+
+@pytest.mark.parametrize("wrong", [{"epochs": 1.5}, {"batch_size": 2.5}, {"seed": 0.5}, {"micro_batch_size": 0.5}])
+def test_a_fraction_of_a_row_or_an_epoch_is_refused(wrong):
+    with pytest.raises(UserError, match=f"{next(iter(wrong))} must be a whole number"):
+        TrainingArguments(**{"epochs": 1, "batch_size": 2, "learning_rate": 0.1} | wrong)

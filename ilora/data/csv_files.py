@@ -54,8 +54,8 @@ def _records(file: Path) -> pd.Series:
         for fields in reader:
             if len(fields) > 1 or any(map(str.strip, fields)):
                 rows[line] = fields
-                commas = [part.count(",") for part in lines[line - 1 : reader.line_num] if part.strip()]
-                if len(commas) > 1 and {*commas} == {len(next(iter(rows.values()))) - 1}:
+                separators = len(next(iter(rows.values()))) - 1  # in a row: an open quote would take the next rows in
+                if any(part.count(",") >= max(separators, 1) for part in lines[line : reader.line_num]):
                     raise csv.Error("a quoted field goes on over lines that look like rows")
             line = reader.line_num + 1
     except csv.Error as error:

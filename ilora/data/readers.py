@@ -145,5 +145,6 @@ def read_llara(files: list[Path]) -> Dataset:
     lines = _lines(names)
     number, parts = pd.Series(range(len(lines)), lines.index).astype(str), lines.str.extract(r"(.*?)::(.*\S)")
     refuse_rows(names, parts[0] != number, "not '{}::title' but {!r}; give each id one title", number, lines)
-    titles = unique_titles(parts[1].str.strip().map(html.unescape))  # &amp; and the like
-    return llara_files.read_splits(rows, item_table(titles))
+    titles = parts[1].map(html.unescape).str.strip()  # &amp; and the like
+    refuse_rows(names, titles == "", "the title is empty; give the item one")
+    return llara_files.read_splits(rows, item_table(unique_titles(titles)))

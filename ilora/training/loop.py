@@ -53,6 +53,9 @@ class TrainingArguments:
         for name in POSITIVE:
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"training argument {name} must be above 0, not {getattr(self, name)!r}")
+        for name in ("epochs", "batch_size", "micro_batch_size", "save_every", "seed", "snapshots"):
+            if not isinstance(getattr(self, name), int | None):
+                raise UserError(f"training argument {name} must be a whole number, not {getattr(self, name)!r}")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise UserError(f"training argument {name} must be one of {choices}")
