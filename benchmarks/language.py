@@ -64,8 +64,8 @@ class Bench:
                     parameter += 1e-3 * torch.randn_like(parameter)
         self.batch_size = options.batch_size
         self.train = data.questions(source, "train", limit=options.examples)
-        self.asked = data.questions(source, "test", limit=options.questions)
-        self.rows = [self.asked[row] for row in range(len(self.asked))]
+        self.questions = data.questions(source, "test", limit=options.questions)
+        self.rows = [self.questions[row] for row in range(len(self.questions))]
         self.clients = self.rows[: options.clients]
         self.together = 64 if self.model.device.type == "cuda" else 32  # as `evaluate` has it
 
@@ -97,7 +97,7 @@ class Bench:
 
     def answers(self) -> tuple[Ways, Callable]:
         ways = {
-            "like length": lambda: answer_by_length(self.model, self.asked, self.together),
+            "like length": lambda: answer_by_length(self.model, self.questions, self.together),
             "one at a time": lambda: [self.model.generate([row])[0] for row in self.rows],
             "as they come": lambda: [c for part in cut(self.rows, TOGETHER) for c in self.model.generate(part)],
         }
@@ -113,8 +113,8 @@ class Bench:
 
     def evaluation(self) -> tuple[Ways, Callable]:
         ways = {
-            "one pass": lambda: evaluation.evaluate(self.model, self.asked, self.together),
-            "rank, then generate": lambda: evaluation.evaluate(Apart(self.model), self.asked, TOGETHER),
+            "one pass": lambda: evaluation.evaluate(self.model, self.questions, self.together),
+            "rank, then generate": lambda: evaluation.evaluate(Apart(self.model), self.questions, TOGETHER),
         }
 
         def agreement(results: dict[str, pd.DataFrame]) -> dict[str, float]:
@@ -233,10 +233,10 @@ def train_by_fit(model: LanguageRecommender, train: Questions, batch_size: int, 
         fit(model, train, arguments, Path(folder))
 
 
-def answer_by_length(model: LanguageRecommender, asked: Questions, together: int) -> list[int | None]:
+def answer_by_length(model: LanguageRecommender, questions: Questions, together: int) -> list[int | None]:
     """Greedy predictions in the batches of evaluation."""
-    answers: list[int | None] = [None] * len(asked)
-    for index, rows in batches_by_length(model, asked, together):
+    answers: list[int | None] = [None] * len(questions)
+    for index, rows in batches_by_length(model, questions, together):
         for place, column in zip(index, model.generate(rows), strict=True):
             answers[place] = column
     return answers

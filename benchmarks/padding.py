@@ -46,8 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     prompts = Prompts(
         AutoTokenizer.from_pretrained(options.base_model), source.items["title"], source.noun, source.verb
     )
-    asked = data.questions(source, "train", limit=options.examples)
-    rows = (asked[row] for row in np.random.default_rng(0).permutation(len(asked)))
+    questions = data.questions(source, "train", limit=options.examples)
+    rows = (questions[row] for row in np.random.default_rng(0).permutation(len(questions)))
     length = np.array([len(prompts.write(row[0], row[1], hybrid=True)) + len(prompts.answers[row[2]]) for row in rows])
     shares = {
         "as they come": share(length, options.micro_batch_size, options.micro_batch_size),

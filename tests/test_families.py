@@ -371,7 +371,7 @@ def test_a_model_that_is_no_causal_language_model_is_refused(model, message, tok
         LanguageRecommender(model(tokenizer), Prompts(tokenizer, TITLES, "story", "read"))
 
 
-@pytest.mark.parametrize("kind", ["no head", "T5", "BART", "own code", "pickled", "damaged"])
+@pytest.mark.parametrize("kind", ["no head", "T5", "BART", "remote code", "pickled", "damaged"])
 def test_a_folder_that_cannot_be_used_is_refused_in_one_sentence(kind, tokenizer, tmp_path):
     if kind == "no head":
         small("Llama", tokenizer, **LLAMA).save_pretrained(tmp_path)
@@ -382,9 +382,9 @@ def test_a_folder_that_cannot_be_used_is_refused_in_one_sentence(kind, tokenizer
             "Bart", tokenizer, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
             decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48,
         ).save_pretrained(tmp_path)  # fmt: skip
-    elif kind == "own code":
+    elif kind == "remote code":
         names = {"AutoConfig": "configuration.Own", "AutoModelForCausalLM": "modeling.OwnForCausalLM"}
-        (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": names}))
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "remote", "auto_map": names}))
     else:
         base("Llama", tokenizer).save_pretrained(tmp_path)
         weights = tmp_path / "model.safetensors"
@@ -393,7 +393,7 @@ def test_a_folder_that_cannot_be_used_is_refused_in_one_sentence(kind, tokenizer
             weights.rename(tmp_path / "pytorch_model.bin")
     tokenizer.save_pretrained(tmp_path)
     reason = {"no head": "no trained lm_head.weight", "T5": "encoder-decoder", "BART": "encoder-decoder"}
-    reason |= {"own code": "code from its repository", "pickled": "safetensors", "damaged": ""}
+    reason |= {"remote code": "code from its repository", "pickled": "safetensors", "damaged": ""}
     with pytest.raises(UserError, match=rf"could not be loaded \(.*{reason[kind]}.*\): name a causal") as caught:
         load_language_model(str(tmp_path), device="cpu")
     assert "\n" not in str(caught.value)

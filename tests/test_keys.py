@@ -1,4 +1,4 @@
-"""What is kept is found again only by the same version, data, models and settings; each ingredient counts."""
+"""What is kept is loaded only by the same version, data, models and settings; each ingredient counts."""
 
 import dataclasses
 import json
@@ -83,8 +83,8 @@ def kept(monkeypatch):
         monkeypatch.setattr(artifacts, "cached", place)
         try:
             return str(make(*arguments, **settings))
-        except Kept as found:
-            return str(found)
+        except Kept as kept:
+            return str(kept)
 
     return find
 
@@ -345,12 +345,12 @@ def test_a_table_of_other_data_reads_and_publishes_it(tmp_path, to):
     for folder, target in zip(folders, ("a", to), strict=True):
         command = ["table", "--datasets", "csv", "--data-dir", str(folder), "--systems", "Popularity"]
         assert commands.main([*command, "--to", str(tmp_path / "to" / target)]) == 0
-    (found,) = published(tmp_path / "to" / to)
+    (result,) = published(tmp_path / "to" / to)
     right = data.load("csv", str(folders[1]))
-    assert found["inputs"] == {"data": right.key}
-    asked = data.questions(right, "test", table_runner.SETTINGS["window"], windows="last")
-    outcomes = table_runner.outcome_strings(recommenders.Popularity.from_dataset(right), asked, 5, 32)
-    assert {name: found["outcomes"][f"last {name}"] for name in outcomes} == outcomes
+    assert result["inputs"] == {"data": right.key}
+    questions = data.questions(right, "test", table_runner.SETTINGS["window"], windows="last")
+    outcomes = table_runner.outcome_strings(recommenders.Popularity.from_dataset(right), questions, 5, 32)
+    assert {name: result["outcomes"][f"last {name}"] for name in outcomes} == outcomes
 
 
 def test_a_table_whose_data_change_on_the_way_stops(tmp_path):
@@ -382,8 +382,8 @@ def test_a_sweep_over_changed_data_runs_again(tmp_path, monkeypatch):
     csv_files(folder, seed=1)
     assert commands.main(command) == 0
     assert len(set(ran)) == 2
-    (found,) = published(tmp_path / "to")  # in place of the result of the old data
-    assert found["inputs"]["data"] == ran[-1]
+    (result,) = published(tmp_path / "to")  # in place of the result of the old data
+    assert result["inputs"]["data"] == ran[-1]
 
 
 @pytest.mark.slow
