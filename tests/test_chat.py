@@ -490,7 +490,7 @@ def test_the_example_of_the_page_gives_what_the_model_itself_says(served):
     titles = source.items["title"]
     offered = [list(titles[candidates]) for _, candidates, _ in rows]
     questions = [
-        f"Each story this person read, in order: {'; '.join(titles[history])}. "
+        f"Each story this person read, in order: {'; '.join(titles[history[history < len(titles)]])}. "
         f"The next story is one of: {'; '.join(named)}. The next story is:"
         for (history, _, _), named in zip(rows, offered, strict=True)
     ]

@@ -116,7 +116,7 @@ def plain_logits(model, row, answer=()):
         model.projector(model.encoder.items.weight[next(items)]) if token == is_item else embedding(torch.tensor(token))
         for token in [*tokens, *answer]
     ]
-    z = {"sequence_embeds": model.encoder.encode(model.encoder.pad([row[0]]))} if model.gated else {}
+    z = {"sequence_embeds": model.encoder.encode(model.encoder.stack([row[0]]))} if model.gated else {}
     return model.language_model(inputs_embeds=torch.stack(embeds)[None], use_cache=False, **z).logits[0]
 
 
@@ -237,7 +237,7 @@ def test_a_base_that_carries_an_adapter_is_refused_until_it_is_unloaded(family, 
     [
         ("OPT", ["q_proj", "fc1"], "means fc1 in OPTForCausalLM"),
         ("Mamba", ["in_proj", "out_proj"], "means out_proj in MambaForCausalLM"),
-        ("Phi3", ["q_proj", "k_proj"], "no layer of Phi3ForCausalLM is called 'k_proj'.*qkv_proj"),
+        ("Phi3", ["q_proj", "k_proj"], "Phi3ForCausalLM has no target module 'k_proj'.*qkv_proj"),
         ("Mixtral", ["gate_up_proj"], "means gate_up_proj in MixtralForCausalLM.*q_proj"),
     ],
 )

@@ -547,15 +547,26 @@ def windows():
     return Sequences(np.arange(30), length, history, length, target)
 
 
-def test_a_question_is_history_without_padding_candidates_and_target():
+def test_a_question_is_a_padded_history_candidates_and_target():
     sequences = windows()
     questions = Questions(sequences, len(TITLES), seed=5)
     assert len(questions) == 30
     for row in range(30):
         history, candidates, target = questions[row]
-        assert list(history) == [item for item in sequences.history[row] if item != len(TITLES)]
+        assert list(history) == list(sequences.history[row])
         assert target == sequences.target[row] and list(candidates).count(target) == 1
         assert len(set(candidates)) == 20 and not set(candidates) & set(history)
+
+
+def test_a_prompt_leaves_out_padding():
+    prompts, sequences = make("text").prompts, windows()
+    row = int(sequences.length.argmin())  # with the most padding
+    history, candidates, _ = Questions(sequences, len(TITLES), seed=5)[row]
+    known = history[history < len(TITLES)]
+    assert 0 < len(known) < len(history)
+    assert prompts.write(history, candidates, True) == prompts.write(known, candidates, True)
+    batches = [prompts.batch([items], [candidates]) for items in (history, known)]
+    assert all((batches[0][name] == batches[1][name]).all() for name in batches[0])
 
 
 def test_epochs_draw_other_candidates_and_epoch_0_those_of_the_seed():

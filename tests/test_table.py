@@ -2,6 +2,7 @@
 
 import json
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,42 @@ def test_cells_have_the_same_questions_and_can_be_loaded(home):
     assert text.loc[("world", "iLoRA"), "paper"] == "-"
     assert table_results.conclusions({"world": compared}).name == "iLoRA"
     json.dumps(without_nan({"a": compared.to_dict("index")}), allow_nan=False)
+
+
+def test_a_shuffled_history_has_the_same_items_in_another_order(home):
+    questions = data.questions(data.load("world", users=200, seed=0), "test")
+    before, after = questions.sequences.history, table_runner.shuffled_histories(questions)
+    assert ((before == questions.n_items) == (after == questions.n_items)).all()  # padding stays on the left
+    assert (np.sort(before) == np.sort(after)).all() and (before != after).any(1).mean() > 0.8
+    assert (after == table_runner.shuffled_histories(questions)).all()
+
+
+def test_trained_systems_are_also_evaluated_on_shuffled_histories(home):
+    results = {}
+    for cell in some(("Popularity", "SASRec")):
+        cell.run()
+        results[cell.system] = json.loads(cell.result.read_bytes())
+    assert "shuffled" not in results["Popularity"]["metrics"]
+    outcomes = results["SASRec"]["outcomes"]
+    assert outcomes["shuffled questions"] == outcomes["all questions"]
+    assert outcomes["shuffled hit"] != outcomes["all hit"]
+
+
+def test_variants_of_ilora_are_no_rows_of_the_table_and_differ_in_their_gates(monkeypatch):
+    adapters = []
+
+    def tune(dataset, items, adapter, *rest, **sizes):
+        adapters.append(adapter)
+        return types.SimpleNamespace(), pd.DataFrame({"hit_ratio": [0.5]}), []
+
+    monkeypatch.setattr(systems, "trained", lambda *arguments: "encoder")
+    monkeypatch.setattr(systems.tuning, "tune", tune)
+    variants = [name for name in systems.SYSTEMS if name.startswith("iLoRA")]
+    for name in variants:
+        systems.SYSTEMS[name].make(None, 0, systems.SETTINGS)
+    assert len(set(adapters)) == len(variants) == 1 + len(systems.VARIANTS)
+    assert {adapter.experts for adapter in adapters} == {2, 4, 8}
+    assert [name for name in systems.TABLE if name in variants] == ["iLoRA"]
 
 
 def test_popularity_is_right_where_a_loop_is(home):

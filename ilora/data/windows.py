@@ -83,7 +83,7 @@ def candidates(sequences: Sequences, n_items: int, seed: int) -> np.ndarray:
     return offered.astype(np.int64)
 
 
-Row = tuple[np.ndarray, np.ndarray, int]  # of Questions: history without padding, candidates, target
+Row = tuple[np.ndarray, np.ndarray, int]  # of Questions: history, padded on the left with n_items; candidates; target
 
 
 class Questions:
@@ -101,8 +101,7 @@ class Questions:
         return len(self.sequences)
 
     def __getitem__(self, row: int) -> Row:
-        history, length = self.sequences.history[row], self.sequences.length[row]
-        return history[len(history) - length :], self.candidates[row], int(self.sequences.target[row])
+        return self.sequences.history[row], self.candidates[row], int(self.sequences.target[row])
 
     def take(self, index: np.ndarray) -> "Questions":
         """The rows selected by an index array, a mask or a slice, with their present candidates."""

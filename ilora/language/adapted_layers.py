@@ -44,9 +44,7 @@ def adapted(model: nn.Module, adapter: LoraConfig) -> PeftModel:
         adapter.target_modules = fits
     listed = [] if isinstance(wanted, str) or wanted is None else wanted
     if unknown := [each for each in sorted(listed) if not any(f".{layer}".endswith(f".{each}") for layer in layers)]:
-        raise UserError(
-            f"target_modules: no layer of {name} is called {unknown[0]!r}: choose among {_last_names(fits)}"
-        )
+        raise UserError(f"{name} has no target module {unknown[0]!r}: choose among {_last_names(fits)}")
     chosen = {layer for layer in layers if check_target_module_exists(adapter, layer)}
     if not chosen or chosen - fits:
         problem = f"target_modules={wanted!r} means {_last_names(chosen - fits) or 'nothing'} in {name}"

@@ -103,13 +103,14 @@ class Documents:
         return self.recipe.documents
 
     def __getitem__(self, row: int) -> tuple[list[int], list[int]]:
-        rng = np.random.default_rng([self.seed, row])
+        rng, prompts = np.random.default_rng([self.seed, row]), self.prompts
         history, offered, target = self.questions[rng.integers(len(self.questions))]
+        history = prompts.without_padding(history)
         answer = rng.choice(offered)
         if rng.random() < self.recipe.from_history:
             answer = rng.choice(history)
             offered = np.where(offered == target, answer, offered)
-        prompts, hybrid = self.prompts, rng.random() < 0.5
+        hybrid = rng.random() < 0.5
         prompt = prompts.write(history, offered, hybrid)
         listed = prompts.join(history, hybrid)
         labels = [NO_LABEL] * len(prompts.opening) + listed

@@ -89,8 +89,12 @@ class Prompts:
             tokens += [*(self.separator if tokens else []), *self.answers[item], *mark]
         return tokens
 
+    def without_padding(self, history: Sequence[int]) -> list[int]:
+        return [item for item in history if item != len(self.titles)]
+
     def write(self, history: Sequence[int], candidates: Sequence[int], hybrid: bool) -> list[int]:
-        """Token ids of one prompt, up to the question."""
+        """Token ids of one prompt, up to the question; the history may be padded, as in `data.questions`."""
+        history = self.without_padding(history)
         return [*self.opening, *self.join(history, hybrid), *self.offer, *self.join(candidates, hybrid), *self.question]
 
     def batch(
@@ -106,6 +110,7 @@ class Prompts:
         """
         prompts = [self.write(*row, hybrid) for row in zip(histories, candidates, strict=True)]
         rows = [self._row(*row) for row in zip(prompts, answers or [()] * len(prompts), strict=True)]
+        histories = map(self.without_padding, histories)
         items = [item for row in zip(histories, candidates, strict=True) for part in row for item in part]
         batch = {"items": torch.LongTensor(items if hybrid else [])}
         side, multiple = ("right", self.pad_to_multiple_of) if answers else ("left", 1)

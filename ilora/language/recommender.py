@@ -82,13 +82,13 @@ class LanguageRecommender(nn.Module):
         return {name: value.to(self.device) for name, value in self.collate(rows, answers).items()}
 
     def collate(self, rows: list[Row], answers: Sequence[Sequence[int]] | None = None) -> dict[str, Tensor]:
-        """`Prompts.batch` with these `answers`, by default the targets, and padded histories, on the CPU."""
+        """`Prompts.batch` with these `answers`, by default the targets, and histories, on the CPU."""
         histories, candidates, targets = zip(*rows, strict=True)
         answers = [[target] for target in targets] if answers is None else answers
         batch = self.prompts.batch(histories, candidates, answers, self.encoder is not None)
         self._check_length(int((batch["part"] == PROMPT).sum(1).max()))
         if self.encoder is not None:
-            batch["history"] = self.encoder.pad(histories)
+            batch["history"] = self.encoder.stack(histories)
         return batch
 
     def length(self, row: Row) -> int:
@@ -167,10 +167,9 @@ class LanguageRecommender(nn.Module):
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:
         """Weight decay on the projector alone, as in LLaRA."""
-        groups = [{"params": [p for p in self.language_model.parameters() if p.requires_grad], "weight_decay": 0.0}]
-        if self.projector is not None:
-            groups.append({"params": list(self.projector.parameters()), "weight_decay": weight_decay})
-        return groups
+        group = {"params": [p for p in self.language_model.parameters() if p.requires_grad], "weight_decay": 0.0}
+        projector = [] if self.projector is None else list(self.projector.parameters())
+        return [group, *([{"params": projector, "weight_decay": weight_decay}] if projector else [])]
 
     def compile_layers(self) -> None:
         """Compile the language model's layers for training; each padded length is compiled once, in seconds."""

@@ -34,8 +34,8 @@ class Recommender(nn.Module):
         """The device of the model's weights or counts."""
         return next(iter(self.state_dict().values())).device
 
-    def pad(self, histories: Sequence[Sequence[int]]) -> Tensor:
-        """Cut or pad histories of any length to (batch, window)."""
+    def stack(self, histories: Sequence[Sequence[int]]) -> Tensor:
+        """Stack histories as (batch, window), cut to the model's window; shorter ones are filled with padding."""
         padding = [self.n_items] * self.window
         return torch.from_numpy(np.array([[*padding, *history][-self.window :] for history in histories]))
 
@@ -43,7 +43,7 @@ class Recommender(nn.Module):
     def rank(self, rows: list[tuple[np.ndarray, np.ndarray, int]]) -> Tensor:
         """Score the candidates of rows of `data.Questions`: (rows, candidates)."""
         histories, candidates, _ = zip(*rows, strict=True)
-        scores = self.score_all(self.pad(histories).to(self.device))
+        scores = self.score_all(self.stack(histories).to(self.device))
         return scores.gather(1, torch.from_numpy(np.stack(candidates)).to(self.device))
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:

@@ -60,8 +60,9 @@ class ChatRec:
         artifacts.write_json(self.folder / "parameters.json", about)
 
     def messages(self, history: Sequence[int], candidates: Sequence[int]) -> list[dict[str, str]]:
-        """The messages of a request; history (oldest first, not padded) and candidates are item ids."""
-        listed = [[self.titles[item] for item in items] for items in (history, candidates)]
+        """The messages of a request; history (oldest first, perhaps padded) and candidates are item ids."""
+        n = len(self.titles)
+        listed = [[self.titles[item] for item in items if item != n] for items in (history, candidates)]
         question = prompt_text(*listed, *self.words, mark="")
         return [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": question}]
 

@@ -11,7 +11,7 @@ from ilora import artifacts, data
 from ilora.errors import UserError
 from ilora.study import book, notebooks, runner, table_runner
 from ilora.study.parameters import PARAMETERS, parse_parameters
-from ilora.study.systems import SETTINGS, SYSTEMS
+from ilora.study.systems import SETTINGS, SYSTEMS, TABLE
 
 BOOK = """\
 Runs notebooks/*.ipynb in order, each in a new kernel of this Python with the repository as working directory.
@@ -67,10 +67,10 @@ def _make_book(arguments: Sequence[str]) -> int:
 
 def _make_table(arguments: Sequence[str]) -> int:
     parser = _parser("table", table_runner.__doc__, SETTINGS, cells=True)
-    add, default = parser.add_argument, [name for name in SYSTEMS if name != "ChatRec"]
+    add = parser.add_argument
     add("--datasets", nargs="+", default=["world"], metavar="NAME", help=f"{', '.join(data.WORDS)} (world)")
     add("--data-dir", default="", metavar="DIR", help="folder with their files")
-    add("--systems", nargs="+", default=default, metavar="NAME", help=f"{', '.join(SYSTEMS)} (all but ChatRec)")
+    add("--systems", nargs="+", default=TABLE, metavar="NAME", help=f"{'; '.join(SYSTEMS)} (Table 1 but ChatRec)")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="of training (0 1 2)")
     add("--draws", type=int, default=5, metavar="N", help="of candidates for the last windows (5)")
     options, given = _parse(parser, arguments)

@@ -20,6 +20,11 @@ SETTINGS = {  # notebook parameters that `python -m ilora table` has, with their
     "micro_batch_size": 32, "compile": "auto", "device": "auto",
     "text_encoder": "sentence-transformers/all-MiniLM-L6-v2", "chat_url": "", "chat_model": "", "chat_limit": 100,
 }  # fmt: skip
+VARIANTS = {  # of iLoRA, which the ablations compare
+    "K = 2": {"experts": 2}, "K = 8": {"experts": 8}, "gate per layer": {"gate_per_layer": True},
+    "convolutional gate": {"gate": "convolutional"}, "top-2 gate": {"gate_top_k": 2},
+    "random guidance": {"guidance": "random"}, "token guidance": {"guidance": "token"},
+}  # fmt: skip
 TUNING = ("base_model", "rank", "alpha", "dropout", "epochs", "learning_rate", "batch_size", "train_limit")
 ROUNDING_ONLY = ("device", "micro_batch_size", "compile")  # they change a result only by rounding
 
@@ -56,12 +61,12 @@ def _recommender(kind: str) -> System:
     return System(make, ("text_encoder",)) if kind == "MoRec" else System(make, recommender=kind)
 
 
-def _tuned(encoder: str = "", *gate: str) -> System:
+def _tuned(encoder: str = "", *gate: str, **fixed: Any) -> System:
     """A language model with an adapter: on hybrid prompts with an encoder's item embeddings, or on text alone."""
 
     def make(dataset: data.Dataset, seed: int, settings: Mapping[str, Any]) -> evaluation.System:
         items = trained(dataset, seed, settings, encoder) if encoder else None
-        adapter = tuning.AdapterSettings(**_chosen(settings, "rank", "alpha", "dropout", *gate))
+        adapter = tuning.AdapterSettings(**_chosen(settings, "rank", "alpha", "dropout", *gate) | fixed)
         training = _chosen(settings, "epochs", "batch_size", "learning_rate", *ROUNDING_ONLY)
         arguments = tuning.tuning_arguments(**training, seed=seed)
         sizes = _chosen(settings, "base_model", "window", "train_limit")
@@ -92,4 +97,6 @@ SYSTEMS = {
     "LLaRA (Caser)": _tuned("Caser"),
     "LLaRA": _tuned("SASRec"),
     "iLoRA": _tuned("SASRec", "experts"),
+    **{f"iLoRA, {name}": _tuned("SASRec", **{"experts": 4} | setting) for name, setting in VARIANTS.items()},
 }  # fmt: skip
+TABLE = [name for name in SYSTEMS if name != "ChatRec" and "," not in name]  # Table 1 without what needs an endpoint

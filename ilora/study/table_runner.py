@@ -3,12 +3,13 @@
     python -m ilora table --datasets movielens lastfm --data-dir DIR --seeds 0 1 2 --jobs 2 --to book/results/table
 
 All systems have the same questions: each test user's last window, as in the paper, with several draws of candidates,
-and windows of all test users' histories with one draw; ChatRec, which sends them to an endpoint, has a random sample.
+and windows of all test users' histories with one draw, which trained systems also get in random order; ChatRec, which
+sends them to an endpoint, has a random sample.
 A cell with a result is not run again; a failed one is recorded with its reason and tried again the next time.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -94,9 +95,11 @@ class Cell:
         system = SYSTEMS[self.system].make(dataset, self.seed, self.settings)
         sample = self.settings.get(SYSTEMS[self.system].sample, 0)
         metrics, outcomes = {"notes": list(dataset.notes)}, {}
-        for windows, limit, draws in (("last", 0, self.draws), ("all", self.settings["test_limit"], 1)):
-            questions = data.questions(dataset, "test", self.settings["window"], limit, windows)
-            columns = outcome_strings(system, questions, draws, self.settings["micro_batch_size"], sample)
+        for windows in ("last", "all", *["shuffled"] * SYSTEMS[self.system].seeds):  # the last of trained systems
+            last, shuffled = windows == "last", windows == "shuffled"
+            limit, draws = (0, self.draws) if last else (self.settings["test_limit"], 1)
+            questions = data.questions(dataset, "test", self.settings["window"], limit, "last" if last else "all")
+            columns = outcome_strings(system, questions, draws, self.settings["micro_batch_size"], sample, shuffled)
             digits = {name: "".join(columns[name]) for name in ("hit", "valid")}
             metrics[windows] = {f"{name}_ratio": text.count("1") / len(text) for name, text in digits.items()}
             outcomes |= {f"{windows} {name}": column for name, column in columns.items()}
@@ -109,8 +112,9 @@ class Cell:
 
 
 def outcome_strings(
-    system: evaluation.System, questions: data.Questions, draws: int, batch_size: int, sample: int = 0
-) -> dict[str, list]:
+    system: evaluation.System, questions: data.Questions, draws: int, batch_size: int, sample: int = 0,
+    shuffled: bool = False,
+) -> dict[str, list]:  # fmt: skip
     """Outcomes of a system: for each draw of the candidates strings of 0 and 1 (hit, valid) and a digest (questions).
 
     windows: number of each user's questions. With `sample` the system is evaluated on that many of them, `rows`.
@@ -119,13 +123,23 @@ def outcome_strings(
     columns = {"hit": [], "valid": [], "questions": []}
     for draw in range(draws):
         questions.set_epoch(draw)
-        outcomes = evaluation.evaluate(system, questions.take(rows), batch_size)
+        part = questions.take(rows)
+        if shuffled:
+            part.sequences = replace(part.sequences, history=shuffled_histories(part))
+        outcomes = evaluation.evaluate(system, part, batch_size)
         for name in ("hit", "valid"):
             columns[name].append("".join("01"[int(value)] for value in outcomes[name]))
         ids = evaluation.question_ids(questions).to_numpy().tolist()
         columns["questions"].append(artifacts.digest({"candidates": ids}))
     columns |= {"rows": rows.tolist()} if sample else {}
     return columns | {"windows": np.unique(questions.sequences.user, return_counts=True)[1].tolist()}
+
+
+def shuffled_histories(questions: data.Questions) -> np.ndarray:
+    """(n, window) each question's history in a random order, with its padding still on the left."""
+    history = questions.sequences.history
+    place = np.random.default_rng(0).random(history.shape) + (history < questions.n_items)
+    return np.take_along_axis(history, place.argsort(1), 1)
 
 
 def cells(datasets: list, systems: list, seeds: list, draws: int, data_dir: str, settings: Mapping) -> list[Cell]:
