@@ -234,14 +234,15 @@ def test_loss_of_a_batch_is_the_mean_of_its_rows(model):
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("multiple", [1, 64])
+@pytest.mark.parametrize("multiple", [1, 32])
 def test_padding_to_a_multiple_changes_shapes_only(model, multiple, monkeypatch):
     rows = question_rows()
     with torch.no_grad():
         expected, ranked = model(model.collate(rows)), model.rank(rows)
         monkeypatch.setattr(model.prompts, "pad_to_multiple_of", multiple)
         batch = model.collate(rows)
-        assert all(batch[name].shape[1] % multiple == 0 for name in ("input_ids", "part", "at", "labels"))
+        assert all(batch[name].shape[1] % multiple == 0 for name in ("input_ids", "part"))
+        assert batch["labels"].shape[1] == batch["at"].shape[1] < 32  # only layers are compiled, the loss is not
         torch.testing.assert_close(model(batch), expected)
         torch.testing.assert_close(model.rank(rows), ranked, rtol=1e-4, atol=1e-3)
 

@@ -103,14 +103,14 @@ class Documents:
         return self.recipe.documents
 
     def __getitem__(self, row: int) -> tuple[list[int], list[int]]:
-        rng, prompts = np.random.default_rng([self.seed, row]), self.prompts
+        rng = np.random.default_rng([self.seed, row])
         history, offered, target = self.questions[rng.integers(len(self.questions))]
-        history = prompts.without_padding(history)
+        history = history[history < self.questions.n_items]  # without padding
         answer = rng.choice(offered)
         if rng.random() < self.recipe.from_history:
             answer = rng.choice(history)
             offered = np.where(offered == target, answer, offered)
-        hybrid = rng.random() < 0.5
+        prompts, hybrid = self.prompts, rng.random() < 0.5
         prompt = prompts.write(history, offered, hybrid)
         listed = prompts.join(history, hybrid)
         labels = [NO_LABEL] * len(prompts.opening) + listed

@@ -89,12 +89,9 @@ class Prompts:
             tokens += [*(self.separator if tokens else []), *self.answers[item], *mark]
         return tokens
 
-    def without_padding(self, history: Sequence[int]) -> list[int]:
-        return [item for item in history if item != len(self.titles)]
-
     def write(self, history: Sequence[int], candidates: Sequence[int], hybrid: bool) -> list[int]:
         """Token ids of one prompt, up to the question; the history may be padded, as in `data.questions`."""
-        history = self.without_padding(history)
+        history = [item for item in history if item != len(self.titles)]
         return [*self.opening, *self.join(history, hybrid), *self.offer, *self.join(candidates, hybrid), *self.question]
 
     def batch(
@@ -110,13 +107,14 @@ class Prompts:
         """
         prompts = [self.write(*row, hybrid) for row in zip(histories, candidates, strict=True)]
         rows = [self._row(*row) for row in zip(prompts, answers or [()] * len(prompts), strict=True)]
-        histories = map(self.without_padding, histories)
         items = [item for row in zip(histories, candidates, strict=True) for part in row for item in part]
+        items = [item for item in items if item != len(self.titles)]
         batch = {"items": torch.LongTensor(items if hybrid else [])}
         side, multiple = ("right", self.pad_to_multiple_of) if answers else ("left", 1)
         for name, value in FILL.items():
             padded = pad_sequence([torch.LongTensor(row[name]) for row in rows], True, value, side)
-            batch[name] = functional.pad(padded, (0, -padded.shape[1] % multiple), value=value)
+            extra = -padded.shape[1] % (multiple if name in ("input_ids", "part") else 1)
+            batch[name] = functional.pad(padded, (0, extra), value=value)
         return batch | {"places": (batch["input_ids"].flatten() == self.item_token).nonzero()[:, 0]}
 
     def _row(self, prompt: list[int], answers: Sequence[int]) -> dict[str, list[int]]:

@@ -173,7 +173,7 @@ class LanguageRecommender(nn.Module):
 
     def compile_layers(self) -> None:
         """Compile the language model's layers for training; each padded length is compiled once, in seconds."""
-        self.prompts.pad_to_multiple_of = 64  # tokens
+        self.prompts.pad_to_multiple_of = 32  # tokens
         lists = [module for module in self.language_model.modules() if isinstance(module, nn.ModuleList)]
         for layer in max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()), default=()):
             layer.compile(dynamic=False)
