@@ -13,6 +13,7 @@ from ilora.language import (
     Prompts,
     adapter_config,
     load_language_model,
+    ranking,
     read_answer,
 )
 from ilora.language import recommender as recommender_module
@@ -232,6 +233,20 @@ def test_loss_of_a_batch_is_the_mean_of_its_rows(model):
         together = model(model.collate(rows))
         alone = torch.stack([model(model.collate([row])) for row in rows]).mean()
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-4)
+
+
+def test_scores_of_a_few_rows_at_once_are_the_same(model, monkeypatch):
+    rows = question_rows()
+    expected, sizes, one_batch = model.rank(rows), [], ranking._scores
+
+    def counted(model, rows, answers):
+        sizes.append(len(rows))
+        return one_batch(model, rows, answers)
+
+    monkeypatch.setattr(ranking, "_scores", counted)
+    monkeypatch.setattr(ranking, "LOGITS", 1)
+    torch.testing.assert_close(model.rank(rows), expected, rtol=1e-4, atol=1e-3)
+    assert set(sizes) == {1}
 
 
 @pytest.mark.parametrize("multiple", [1, 32])

@@ -144,6 +144,5 @@ def read_answer(text: str, titles: Sequence[str]) -> int | None:
     first = _normalised(_first_line(text))
     if first in offered:
         return offered.index(first)
-    whole = _normalised(text)
-    inside = [column for column, title in enumerate(offered) if title in whole]
+    inside = [column for column, title in enumerate(offered) if title in _normalised(text)]
     return inside[0] if len(inside) == 1 else None

@@ -15,6 +15,7 @@ from ilora.data.windows import Row
 from ilora.language.prompts import NO_LABEL, PADDING, PROMPT
 
 log = logging.getLogger(__name__)
+LOGITS = 2**29  # the most at once, which bounds the memory: 2 GiB in float32
 
 
 def log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
@@ -27,6 +28,10 @@ def log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
 def scores(model: nn.Module, rows: list[Row], one_pass: bool) -> tuple[Tensor, Tensor]:
     """(rows, candidates) from a `LanguageRecommender`: log P(title and end | prompt), and whether greedy writes it."""
     offered = [candidates for _, candidates, _ in rows]
+    tokens = max(sum(len(model.prompts.answers[item]) + 1 for item in items) for items in offered)
+    if len(rows) > (at_once := max(LOGITS // (tokens * len(model.embedding.weight)), 1)):
+        parts = [scores(model, rows[start : start + at_once], one_pass) for start in range(0, len(rows), at_once)]
+        return tuple(map(torch.cat, zip(*parts, strict=True)))
     parts = [offered] if one_pass else [[[item] for item in items] for items in zip(*offered, strict=True)]
     values, written = zip(*(_scores(model, rows, answers) for answers in parts), strict=True)
     return torch.cat(values, dim=1), torch.cat(written, dim=1)

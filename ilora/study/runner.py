@@ -76,6 +76,7 @@ def _in_processes(waiting: Sequence[Cell], jobs: int, minutes: float) -> Iterato
 def _prepare_process(numbers: SimpleQueue) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # an orderly exit, which removes unfinished files
     os.environ.update(gpu(numbers.get()))
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # several processes share a GPU
 
 
 def gpu(number: int) -> dict[str, str]:

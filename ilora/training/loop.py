@@ -84,8 +84,7 @@ def fit(
     """
     run = _Run(model, train, arguments, folder)
     for epoch in range(len(run.history) // run.steps_per_epoch, arguments.epochs):
-        if hasattr(train, "set_epoch"):
-            train.set_epoch(epoch)
+        getattr(train, "set_epoch", lambda epoch: None)(epoch)
         order = np.random.default_rng([arguments.seed, epoch]).permutation(len(train))
         batches = np.split(order, range(arguments.batch_size, len(train), arguments.batch_size))
         for row_numbers in batches[len(run.history) % run.steps_per_epoch :]:  # all, unless resumed within an epoch
