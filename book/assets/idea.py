@@ -1,14 +1,21 @@
 """Draw the method, wide and, for phones, tall: python book/assets/idea.py writes idea.svg and idea_tall.svg."""
 
+# ruff: noqa: RUF001 (the pictures have signs of multiplication and Greek letters)
+
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
 EXPERTS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7"]  # as the gate's bars in other figures
 LOOKS = {"frozen": ("#e3e8ee", "#52606d"), "trained": ("#fdebc8", "#B36B00"), "plain": ("#ffffff", "#52606d")}
-HEAD = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img">
+HEAD = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">
 <title>iLoRA: a history is read twice, as text by a language model and as items by SASRec</title>
-<style>text {{ font: 14px "DejaVu Sans", Verdana, sans-serif; fill: #1f2933; }} .small {{ font-size: 12px; }}
-.name {{ font-weight: bold; }} .more {{ font-size: 12px; font-weight: normal; }} path {{ fill: none; stroke: #1f2933; stroke-width: 1.4; }}</style>
+<style>
+text {{ font: {size}px "DejaVu Sans", Verdana, sans-serif; fill: #1f2933; }}
+.small, .more {{ font-size: {small}px; }}
+.name {{ font-weight: bold; }}
+.more {{ font-weight: normal; }}
+path {{ fill: none; stroke: #1f2933; stroke-width: 1.4; }}
+</style>
 <marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="8" markerHeight="8" orient="auto">
 <polygon points="0 0.5 8 4 0 7.5" fill="#1f2933"/></marker>
 <rect width="{width}" height="{height}" fill="white"/>
@@ -27,9 +34,9 @@ def rectangle(x: float, y: float, width: float, height: float, fill: str, edge: 
 
 def box(x: float, y: float, width: float, height: float, look: str, name: str, detail: str = "") -> str:
     """A named part with a line of detail below its name."""
-    middle, baseline = x + width / 2, y + height / 2 + (-2 if detail else 5)
+    middle, baseline = x + width / 2, y + height / 2 + (-3 if detail else 5)
     parts = [rectangle(x, y, width, height, *LOOKS[look]), text(middle, baseline, name, "name", "middle")]
-    return "\n".join([*parts, *([text(middle, baseline + 17, detail, "small", "middle")] if detail else [])])
+    return "\n".join([*parts, *([text(middle, baseline + 19, detail, "small", "middle")] if detail else [])])
 
 
 def arrow(path: str) -> str:
@@ -43,9 +50,9 @@ def prompt(x: float, y: float, width: float) -> str:
     for row, (name, tokens) in enumerate([("history", "ttbtttbttb"), ("candidates", "tbttbtttbt")]):
         top = y + 36 + 30 * row
         parts.append(text(x + 10, top + 12, name, "small"))
-        for place, token in enumerate(tokens[: int((width - 110) / 16)]):
+        for place, token in enumerate(tokens[: int((width - 122) / 16)]):
             look = LOOKS["trained" if token == "b" else "frozen"]
-            parts.append(rectangle(x + 90 + 16 * place, top, 13, 13, *look))
+            parts.append(rectangle(x + 98 + 16 * place, top, 13, 13, *look))
         parts.append(text(x + width - 18, top + 12, "…", "small"))
     return "\n".join(parts)
 
@@ -60,7 +67,9 @@ def weights(x: float, y: float) -> str:
     """The gate's weights as bars that stand on y."""
     heights = [14, 34, 22, 8]
     bars = zip(heights, EXPERTS, strict=True)
-    return "\n".join(rectangle(x + 14 * n, y - tall, 11, tall, colour, "white") for n, (tall, colour) in enumerate(bars))
+    return "\n".join(
+        rectangle(x + 14 * n, y - tall, 11, tall, colour, "white") for n, (tall, colour) in enumerate(bars)
+    )
 
 
 def model(x: float, y: float, width: float, height: float, indent: float) -> str:
@@ -72,18 +81,20 @@ def model(x: float, y: float, width: float, height: float, indent: float) -> str
 
 def legend(x: float, y: float) -> str:
     parts = []
-    for shift, look in ((0, "frozen"), (84, "trained")):
+    for shift, look in ((0, "frozen"), (82, "trained")):
         parts += [rectangle(x + shift, y - 12, 14, 14, *LOOKS[look]), text(x + shift + 20, y, look, "small")]
     return "\n".join(parts)
 
 
-def drawing(width: int, height: int, parts: list[str]) -> str:
-    return "\n".join([HEAD.format(width=width, height=height).rstrip(), *parts, "</svg>"]) + "\n"
+def drawing(width: int, height: int, size: int, parts: list[str]) -> str:
+    """An SVG document; size: of names in pixels."""
+    head = HEAD.format(width=width, height=height, size=size, small=size - 2)
+    return "\n".join([head.rstrip(), *parts, "</svg>"]) + "\n"
 
 
 def wide() -> str:
     """From left to right."""
-    return drawing(900, 430, [
+    return drawing(900, 430, 16, [
         box(8, 176, 124, 72, "plain", "history", "ten items"),
         arrow("M70 176 V80 H156"), text(78, 112, "as text", "small"),
         arrow("M70 248 V366 H156"), text(78, 340, "as items", "small"),
@@ -113,7 +124,7 @@ def wide() -> str:
 
 def tall() -> str:
     """From top to bottom, for a phone."""
-    return drawing(360, 820, [
+    return drawing(360, 820, 14, [
         box(90, 6, 180, 48, "plain", "history", "ten items"),
         arrow("M104 54 V70 H34 V304"), text(42, 100, "as text", "small"),
         arrow("M200 54 V98"), text(208, 82, "as items", "small"),

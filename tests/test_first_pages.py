@@ -1,6 +1,7 @@
-"""The page `forty_lines`: its code runs, has 40 lines, agrees with the package, and its pictures are drawn from it."""
+"""The pages before the chapters: the code of `forty_lines` agrees with the package; pictures are up to date."""
 
 import ast
+import json
 import re
 import runpy
 
@@ -59,8 +60,25 @@ def test_its_candidates_are_twenty_different_items_outside_the_history(names):
 
 def test_its_pictures_are_drawn_from_its_code(script, names):
     figures.style()
-    for name in ("factors", "curriculum"):
+    for name in ("factors", "updates", "tokens", "curriculum"):
         committed = (ASSETS / f"forty_{name}.svg").read_text(encoding="utf-8")
-        assert committed == figures.svg(script[name](names)), "run python book/assets/forty_lines.py"
+        drawn = figures.svg(script[name](names))
+        assert without_images(committed) == without_images(drawn), "run python book/assets/forty_lines.py"
     (title,) = script["ranking"](names).axes  # the training's last digits differ between machines
     assert title.get_title(loc="left") in (ASSETS / "forty_ranking.svg").read_text(encoding="utf-8")
+
+
+def without_images(svg):
+    return re.sub(r'"data:image/png;base64,[^"]*"', '""', svg)
+
+
+def test_the_pictures_of_the_idea_are_what_their_script_draws():
+    drawing = runpy.run_path(str(ASSETS / "idea.py"))
+    for name, draw in (("idea", "wide"), ("idea_tall", "tall")):
+        committed = (ASSETS / f"{name}.svg").read_text(encoding="utf-8")
+        assert committed == drawing[draw](), "run python book/assets/idea.py"
+
+
+def test_the_gate_hardly_separates_the_true_groups_as_the_first_pages_say():
+    result = json.loads((ROOT / "book" / "results" / "06_gradients.json").read_text(encoding="utf-8"))
+    assert 0 <= result["metrics"]["gate"]["between groups"]["value"] < 0.05
