@@ -74,7 +74,7 @@ def without_images(svg):
 
 def test_the_pictures_of_the_idea_are_what_their_script_draws():
     drawing = runpy.run_path(str(ASSETS / "idea.py"))
-    for name, draw in (("idea", "wide"), ("idea_tall", "tall")):
+    for name, draw in (("idea", "wide"), ("idea_tall", "tall"), ("idea_gradients", "gradients")):
         committed = (ASSETS / f"{name}.svg").read_text(encoding="utf-8")
         assert committed == drawing[draw](), "run python book/assets/idea.py"
 

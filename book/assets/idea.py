@@ -1,8 +1,10 @@
-"""Draw the method, wide and, for phones, tall: python book/assets/idea.py writes idea.svg and idea_tall.svg."""
+"""Draw the pictures of the page `idea`, that of the method also tall for phones: python book/assets/idea.py."""
 
 # ruff: noqa: RUF001 (the pictures have signs of multiplication and Greek letters)
 
 from pathlib import Path
+
+import numpy as np
 
 FOLDER = Path(__file__).parent
 EXPERTS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7"]  # as the gate's bars in other figures
@@ -16,7 +18,8 @@ text {{ font: {size}px "DejaVu Sans", Verdana, sans-serif; fill: #1f2933; }}
 .more {{ font-weight: normal; }}
 path {{ fill: none; stroke: #1f2933; stroke-width: 1.4; }}
 </style>
-<marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="8" markerHeight="8" orient="auto">
+<marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="11" markerHeight="11" markerUnits="userSpaceOnUse"
+orient="auto">
 <polygon points="0 0.5 8 4 0 7.5" fill="#1f2933"/></marker>
 <rect width="{width}" height="{height}" fill="white"/>
 """
@@ -151,6 +154,28 @@ def tall() -> str:
     ])  # fmt: skip
 
 
+def gradients() -> str:
+    """The gradients of two readers and their sum, in one adapter and in two experts that weigh them differently."""
+    first, second = np.array([-100, 44]), np.array([100, 24])
+    panels = {"one adapter": (0.75, 0.75), "expert 1": (0.75, 0.15), "expert 2": (0.15, 0.75)}
+    parts = []
+    for number, (name, shares) in enumerate(panels.items()):
+        x, y = 86 + 174 * number, 96
+        parts.append(text(x, 122, name, "name", "middle"))
+        pulls = [share * pull for share, pull in zip(shares, (first, second), strict=True)]
+        for pull, colour in zip(pulls, EXPERTS, strict=False):
+            parts.append(line(x, y, pull, f"stroke: {colour}; stroke-width: 3"))
+        parts.append(line(x, y, sum(pulls), "stroke-dasharray: 4 3"))
+    labels = [text(4, 56, "reader 1", "small"), text(168, 72, "reader 2", "small", "end")]
+    return drawing(520, 132, 14, [*labels, *parts])
+
+
+def line(x: float, y: float, pull: np.ndarray, look: str) -> str:
+    """An arrow from a point; `pull` has y upwards."""
+    return f'<path d="M{x:g} {y:g} l{pull[0]:.1f} {-pull[1]:.1f}" style="{look}" marker-end="url(#head)"/>'
+
+
 if __name__ == "__main__":
     (FOLDER / "idea.svg").write_text(wide(), encoding="utf-8")
     (FOLDER / "idea_tall.svg").write_text(tall(), encoding="utf-8")
+    (FOLDER / "idea_gradients.svg").write_text(gradients(), encoding="utf-8")
