@@ -82,3 +82,13 @@ def test_the_pictures_of_the_idea_are_what_their_script_draws():
 def test_the_gate_hardly_separates_the_true_groups_as_the_first_pages_say():
     result = json.loads((ROOT / "book" / "results" / "06_gradients.json").read_text(encoding="utf-8"))
     assert 0 <= result["metrics"]["gate"]["between groups"]["value"] < 0.05
+
+
+def test_text_in_the_pictures_has_nine_pixels_on_a_phone():
+    pictures = [path for path in ASSETS.glob("*.svg") if path.name not in ("idea.svg", "favicon.svg")]
+    assert len(pictures) == 7
+    for path in pictures:
+        svg = path.read_text(encoding="utf-8")
+        width = float(re.search(r'viewBox="0 0 ([\d.]+)', svg)[1])
+        sizes = [float(size) for size in re.findall(r"font(?:-size)?: ?([\d.]+)px", svg)]
+        assert min(sizes) * 342 / width >= 9, path.name  # the text column of a phone that is 390 pixels wide

@@ -156,18 +156,18 @@ def tall() -> str:
 
 def gradients() -> str:
     """The gradients of two readers and their sum, in one adapter and in two experts that weigh them differently."""
-    first, second = np.array([-100, 44]), np.array([100, 24])
+    first, second = np.array([-74, 40]), np.array([74, 22])
     panels = {"one adapter": (0.75, 0.75), "expert 1": (0.75, 0.15), "expert 2": (0.15, 0.75)}
     parts = []
     for number, (name, shares) in enumerate(panels.items()):
-        x, y = 86 + 174 * number, 96
-        parts.append(text(x, 122, name, "name", "middle"))
+        x, y = 66 + 132 * number, 86
+        parts.append(text(x, 110, name, "name", "middle"))
         pulls = [share * pull for share, pull in zip(shares, (first, second), strict=True)]
         for pull, colour in zip(pulls, EXPERTS, strict=False):
             parts.append(line(x, y, pull, f"stroke: {colour}; stroke-width: 3"))
         parts.append(line(x, y, sum(pulls), "stroke-dasharray: 4 3"))
-    labels = [text(4, 56, "reader 1", "small"), text(168, 72, "reader 2", "small", "end")]
-    return drawing(520, 132, 14, [*labels, *parts])
+    labels = [text(4, 46, "reader 1", "small"), text(130, 58, "reader 2", "small", "end")]
+    return drawing(400, 120, 14, [*labels, *parts])
 
 
 def line(x: float, y: float, pull: np.ndarray, look: str) -> str:
