@@ -5,6 +5,7 @@ import json
 import re
 import runpy
 
+import nbformat
 import pytest
 import torch
 from conftest import ROOT
@@ -92,3 +93,12 @@ def test_text_in_the_pictures_has_nine_pixels_on_a_phone():
         width = float(re.search(r'viewBox="0 0 ([\d.]+)', svg)[1])
         sizes = [float(size) for size in re.findall(r"font(?:-size)?: ?([\d.]+)px", svg)]
         assert min(sizes) * 342 / width >= 9, path.name  # the text column of a phone that is 390 pixels wide
+
+
+def test_the_first_page_lists_the_chapters_with_their_questions():
+    page = (ROOT / "book" / "intro.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \[(\d)\. (.*)\]\((\w+)\.ipynb\) \| (.*) \|$", page, re.M)
+    assert len(rows) == 8
+    for number, title, name, question in rows:
+        heading, _, subtitle, *_ = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", 4).cells[0].source.splitlines()
+        assert (heading, subtitle, int(name[:2])) == (f"# {title}", f"*{question}*", int(number))
