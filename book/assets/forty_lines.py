@@ -88,7 +88,7 @@ def ranking(names: dict) -> Figure:
     """The candidates of the last question by log-likelihood."""
     scores, offered = names["scores"].numpy(), names["offered"].numpy()
     order = np.argsort(scores)
-    figure, ax = plt.subplots(figsize=(4.6, 4))
+    figure, ax = plt.subplots(figsize=(4.6, 3.6))
     colours = [figures.COLOURS[5] if offered[place] == names["target"] else "0.5" for place in order]
     ax.hlines(np.arange(20), scores.min().round(1) - 0.1, scores[order].round(2), color="0.85", linewidth=1)
     ax.scatter(scores[order].round(2), np.arange(20), color=colours, zorder=3)
