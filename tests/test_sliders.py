@@ -1,14 +1,12 @@
 """Sliders show their pictures, work without a script, and are equal for equal pictures."""
 
 import re
-import runpy
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from bs4 import BeautifulSoup
-from conftest import ROOT
 
 from ilora.errors import UserError
 from ilora.study import figures, model_figures
@@ -77,13 +75,6 @@ def test_the_same_pictures_give_the_same_page_and_leave_no_figure_open():
 def test_what_cannot_be_shown_is_refused(wrong, says):
     with pytest.raises(UserError, match=says):
         drawn(**wrong)
-
-
-def test_the_picture_of_the_idea_is_what_figures_draws():
-    assets = ROOT / "book" / "assets"
-    idea = runpy.run_path(str(assets / "idea.py"))["idea"]
-    committed = (assets / "idea.svg").read_text(encoding="utf-8")
-    assert committed == figures.svg(idea()), "run python book/assets/idea.py > book/assets/idea.svg"
 
 
 @pytest.mark.parametrize(

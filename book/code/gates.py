@@ -1,1 +1,0 @@
-../../ilora/adapter/gates.py
