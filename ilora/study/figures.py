@@ -24,6 +24,7 @@ def style() -> None:
     from IPython import get_ipython  # not needed outside notebooks
 
     if shell := get_ipython():
+        shell.run_line_magic("matplotlib", "inline")  # now: within `literal` its interactive mode would be undone
         shell.run_line_magic("config", "InlineBackend.figure_formats = ['svg']")
         kwargs = {"bbox_inches": "tight", "metadata": {"Date": None}}
         shell.run_line_magic("config", f"InlineBackend.print_figure_kwargs = {kwargs}")
