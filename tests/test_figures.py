@@ -51,6 +51,8 @@ DRAW = {
         {"LoRA": SHARES[0], "iLoRA": SHARES[1]}, [f"title {n}" for n in range(20)], 7
     ),
     "experts_at": lambda: model_figures.experts_at(EXPERTS, 4, GATES, [f"user {n}" for n in range(12)])[0],
+    "many experts": lambda: model_figures.experts_at(EXPERTS, 4, RNG.dirichlet([1] * 8, size=3), ["a", "b", "c"])[0],
+    "long names": lambda: figures.trend(TREND.replace({"a": "iLoRA, random guidance"}), "conflict", "y")[0],
 }
 
 
@@ -109,7 +111,7 @@ def test_differences_have_a_row_for_each_variant_and_a_panel_for_each_setting():
 def test_a_panel_names_its_systems_with_fewer_questions():
     whole = TABLE.assign(n=[100, 40])
     axes = figures.panels({"LastFM": whole, "empty": TABLE[:0], "Steam": whole.assign(n=100)}, "y", "equal", 0)
-    assert [ax.get_title("left") for ax in axes] == ["LastFM, n = 100\n(b: 40)", "Steam, n = 100"]
+    assert [ax.get_title("left") for ax in axes] == ["LastFM\nn = 100\n(b: 40)", "Steam\nn = 100"]
 
 
 @pytest.mark.parametrize("name", ["no trend", "no differences", "no panels"])
@@ -118,13 +120,24 @@ def test_a_figure_without_runs_says_so(name):
     assert [text.get_text() for text in ax.texts] == ["no such runs in the results"]
 
 
-def test_small_heat_maps_show_what_is_off_the_diagonal():
-    axes = model_figures.heat_maps(MAPS, "cosine", "cluster", rows=2)
-    image = axes[0].images[0]
-    off = np.concatenate([matrix[~np.eye(8, dtype=bool)] for matrix in MAPS.values()])
-    assert image.get_clim() == pytest.approx((-np.abs(off).max(), np.abs(off).max()))
-    assert np.isnan(np.diag(image.get_array().filled(np.nan))).all()
-    assert len(axes) == 8 and not axes[0].texts
+@pytest.mark.parametrize("rows", [1, 2])
+def test_the_scale_of_heat_maps_ends_at_their_largest_value_off_the_diagonal(rows):
+    maps = dict(list(MAPS.items())[: 4 * rows])
+    axes = model_figures.heat_maps(maps, "cosine", "cluster", rows=rows)
+    off = np.concatenate([matrix[~np.eye(8, dtype=bool)] for matrix in maps.values()])
+    for ax in axes:
+        assert ax.images[0].get_clim() == pytest.approx((-np.abs(off).max(), np.abs(off).max()))
+        assert np.isnan(np.diag(ax.images[0].get_array().filled(np.nan))).all()
+    assert len(axes) == 4 * rows
+    assert model_figures.heat_maps(maps, "cosine", "cluster", limit=0.25)[0].images[0].get_clim() == (-0.25, 0.25)
+
+
+@pytest.mark.parametrize("name", DRAW)
+def test_a_figure_can_be_read_on_a_phone_and_fits_on_a_page(name):
+    figure = DRAW[name]().figure
+    texts = [text for text in figure.findobj(mpl.text.Text) if text.get_text() and text.get_visible()]
+    assert min(text.get_fontsize() for text in texts) >= 10
+    assert figure.get_figwidth() <= 7.3
 
 
 def test_bars_are_the_gates_weights():
@@ -207,7 +220,7 @@ def test_names_from_the_data_are_shown_as_they_are(name, styled, tmp_path):
 def test_a_title_of_several_lines_takes_one(draw):
     WITH_NAMES[draw]("Alien\r\nResurrection\x07", "b")
     labels = [label.get_text() for ax in plt.gcf().axes for label in ax.get_yticklabels()]
-    assert any(label.startswith("Alien Resurrection ") for label in labels)
+    assert any(label.startswith("Alien Resurrection") for label in labels)
 
 
 def test_a_table_of_titles_shows_no_formulas_and_no_html():
