@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-HATCHES, MARKERS = ["", "//", "..", "xx"], "os^Dvx*P"
+MARKERS = "os^Dvx*P"
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000"]
 WIDTH = 5.2  # inches: with text of 10 points, the widest figure that a phone shows whole and legible
 LOOKS = list(plt.cycler(color=COLOURS, marker=list(MARKERS), linestyle=["-", "--", "-.", ":"] * 2))

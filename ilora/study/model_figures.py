@@ -1,13 +1,12 @@
-"""Figures of models: gates, similarity of gradients, scores of one question."""
+"""Figures of models: gates and similarity of gradients."""
 
 import textwrap
 
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 from matplotlib.axes import Axes
 
-from ilora.study.figures import COLOURS, HATCHES, WIDTH, errors, ink, legend, literal, nothing, wrapped
+from ilora.study.figures import COLOURS, WIDTH, ink, legend, literal, nothing, wrapped
 
 
 @literal
@@ -26,20 +25,6 @@ def gate_bars(weights: np.ndarray, names: list[str], ax: Axes | None = None) -> 
     ax.set_title("", wrap=True)
     legend(ax.figure, drawn, [f"expert {expert + 1}" for expert in range(len(drawn))])
     return ax
-
-
-@literal
-def experts_at(trend: pd.DataFrame, experts: int, weights: np.ndarray | None, names: list[str]) -> np.ndarray:
-    """HitRatio@1 against the number of experts, `experts` marked, and gate weights (n, experts) where known."""
-    heights = [2.4] if weights is None else [2.4, 1.1 + 0.34 * len(weights)]
-    axes = plt.figure(figsize=(WIDTH, sum(heights))).subplots(len(heights), height_ratios=heights, squeeze=False)[:, 0]
-    axes[0].errorbar(trend["experts"], trend["value"], yerr=errors(trend), fmt="o-", capsize=3, color="0.5")
-    marked = trend[trend["experts"] == experts]
-    axes[0].plot(marked["experts"], marked["value"], "o", markersize=11, color=COLOURS[5])
-    axes[0].set(xticks=trend["experts"], xlabel="experts K", ylabel="HitRatio@1, mean\nwith 95 % interval")
-    if weights is not None:
-        gate_bars(weights, names, axes[1])
-    return axes
 
 
 @literal
@@ -79,22 +64,3 @@ def relation(distance: np.ndarray, similarity: dict, tests: dict[str, dict], x: 
     axes[0, 0].set_ylabel(y)
     figure.supxlabel(x, fontsize=10)
     return axes[0]
-
-
-@literal
-def scored(scores: dict[str, np.ndarray], titles: list[str], right: int) -> Axes:
-    """Shares of each system for the candidates' titles, in the order given; `right` is the place of the target."""
-    names = wrapped((f"{title} (read next)" if place == right else title for place, title in enumerate(titles)), 28)
-    height = 0.26 + 0.16 * max(name.count("\n") for name in names)
-    ax = plt.subplots(figsize=(WIDTH, 1 + height * len(titles)))[1]
-    y, height, drawn = np.arange(len(titles)), 0.8 / len(scores), []
-    for index, share in enumerate(scores.values()):
-        look = {"color": COLOURS[index % len(COLOURS)], "hatch": HATCHES[index % len(HATCHES)], "edgecolor": "white"}
-        drawn.append(ax.barh(y + (index - (len(scores) - 1) / 2) * height, share, height, **look))
-    ax.set(xlim=(0, 1), xlabel="share of the probability", yticks=y, yticklabels=names)
-    ax.get_yticklabels()[right].set_fontweight("bold")
-    ax.invert_yaxis()
-    ax.grid(visible=False, axis="y")
-    ax.set_title("", wrap=True)
-    legend(ax.figure, drawn, scores)
-    return ax
