@@ -11,7 +11,8 @@ document.addEventListener("DOMContentLoaded", () => {
     const mark = () => link.classList.toggle("fits", picture.naturalWidth <= 520);
     picture.complete ? mark() : picture.addEventListener("load", mark);
   }
-  for (const cell of document.querySelectorAll("article td")) {
-    cell.classList.toggle("interval", /^[-+\d.]+ \[[^\]]*\]$/.test(cell.textContent.trim()));
+  // An interval stays in one line, so that a narrow cell breaks between a value and its interval.
+  for (const text of document.querySelectorAll("article td, article td *")) {
+    if (text.children.length === 0) text.textContent = text.textContent.replace(/(\[[-\d.]+,) /g, "$1\u00a0");
   }
 });
