@@ -65,7 +65,10 @@ def result_of(home, name):
 # The last first, so that it has to make what the earlier ones would have left to it.
 @pytest.mark.parametrize("name", [name for name in CHAPTERS[::-1] if name not in ("04_ilora", "11_play")])
 def test_a_chapter_runs_and_leaves_its_result(kernel, home, name):
-    _, result = run(kernel, home, name, **known(name, SMALL))
+    notebook, result = run(kernel, home, name, **known(name, SMALL))
+    captioned = [cell for cell in notebook.cells if "figure" in cell.metadata.get("mystnb", {})]
+    shown = [cell.source for cell in captioned if any("image" in str(out) for out in cell.outputs)]
+    assert not [cell.source for cell in captioned if cell.source not in shown and "\nif " not in f"\n{cell.source}"]
     assert result["parameters"].items() >= known(name, SMALL).items()
     assert result["metrics"]
     assert result["seconds"] > 0

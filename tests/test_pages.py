@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import json
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 from urllib.parse import unquote, urldefrag, urlsplit
 
 import axe_playwright_python
+import nbformat
 import pytest
 import yaml
 from bs4 import BeautifulSoup
@@ -21,6 +23,7 @@ from pypdf import PdfReader
 
 CONTENTS = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
 PAGES = [CONTENTS["root"], *(chapter["file"] for part in CONTENTS["parts"] for chapter in part["chapters"])]
+NOTEBOOKS = [name for name in PAGES if name[0].isdigit()]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -37,6 +40,7 @@ A4 = 680  # pixels between the margins of book.css
 
 pytestmark = pytest.mark.book
 pages = pytest.mark.parametrize("name", PAGES)
+chapters = pytest.mark.parametrize("name", NOTEBOOKS)
 
 
 @pytest.fixture(scope="module")
@@ -231,12 +235,128 @@ def test_a_page_with_its_pictures_is_small(html, name):
 
 
 @pages
-def test_a_page_begins_with_a_question_and_ends_in_takeaways(html, name):
+def test_a_page_has_a_short_title_and_no_right_sidebar(html, name):
+    assert len(soup(html, name).select_one("article h1").get_text().removesuffix("#")) <= 45
+    assert not soup(html, name).select(".bd-sidebar-secondary .page-toc")
+
+
+@chapters
+def test_a_chapter_begins_with_a_question_and_has_takeaways_with_numbers(html, name):
     article = soup(html, name).select_one("article")
-    title = article.h1.get_text().removesuffix("#")
-    last = [title.get_text() for title in article.select(".admonition-title")][-1:]
-    assert title.endswith("?") or name in ("intro", "log"), title
-    assert last == ["Takeaways"] or name == "log"
+    subtitle = article.h1.find_next_sibling("p")
+    assert subtitle.em and subtitle.get_text() == subtitle.em.get_text()
+    assert subtitle.get_text().endswith("?")
+    titles = [title for title in article.select("h2, .admonition-title") if "Takeaways" in title.get_text()]
+    (takeaways,) = (title.find_parent(["section", "div"]).select("li") for title in titles)
+    assert len([item for item in takeaways if re.search(r"\d", item.get_text())]) >= 3
+
+
+# ---------------------------------------------------------------- what can be measured
+
+MEASURE = """() => {
+    const box = element => element.getBoundingClientRect(), wide = element => box(element).width > 150;
+    const pixels = (svg, text) =>
+        parseFloat(getComputedStyle(text).fontSize) * box(svg).width / svg.viewBox.baseVal.width;
+    const find = selector => [...document.querySelectorAll(`article ${selector}`)].filter(wide);
+    const height = document.documentElement.scrollHeight;
+    const shown = find(":is(img, svg, figure)").filter(picture => box(picture).height > 60);
+    const tops = shown.map(picture => box(picture).top + scrollY);
+    document.querySelectorAll(".slider figure[hidden]").forEach(figure => { figure.hidden = false; });
+    const pictures = find("img").map(picture => [picture.getAttribute("src"), box(picture).width]);
+    const texts = find("figure svg").flatMap(svg => [...svg.querySelectorAll("text")].map(text => pixels(svg, text)));
+    return {height, tops, pictures, texts};
+}"""
+
+
+@functools.cache
+def measured(window, html, name):
+    """Height of a page, tops of its figures, pictures with their widths, and sizes of text in inline SVG, by width."""
+    tab, sizes = look(window, (html / f"{name}.html").as_uri()), {}
+    for width in (1280, 390):
+        tab.set_viewport_size({"width": width, "height": 844})
+        sizes[width] = tab.evaluate(MEASURE)
+    return sizes
+
+
+def smallest_text(path, width):
+    """Pixels of the smallest text in an SVG file that is shown with this width; Matplotlib's paths are 100 high."""
+    svg = path.read_text(encoding="utf-8")
+    paths = [100 * float(scale) for scale in re.findall(r"scale\(([\d.]+) -\1\)", svg)]
+    texts = [float(size) for size in re.findall(r"font(?:-size)?: ?(?:[a-z]+ |\d+ )*([\d.]+)px", svg)]
+    return min(paths + texts) * width / float(re.search(r'viewBox="0 0 ([\d.]+)', svg)[1])
+
+
+@pages
+def test_a_page_is_at_most_8000_pixels_high(window, html, name):
+    assert measured(window, html, name)[1280]["height"] <= 8000
+
+
+@chapters
+def test_the_first_screen_of_a_chapter_has_a_figure(window, html, name):
+    assert min(measured(window, html, name)[1280]["tops"]) <= 800
+
+
+@pages
+def test_text_in_figures_can_be_read_on_a_phone(window, html, name):
+    on_a_phone = measured(window, html, name)[390]
+    sizes = {src: smallest_text(html / src, width) for src, width in on_a_phone["pictures"]}
+    assert not {src: size for src, size in sizes.items() if size < 9}
+    assert min(on_a_phone["texts"], default=9) >= 9
+
+
+@chapters
+def test_every_figure_with_a_caption_is_on_the_page(html, name):
+    """Except those that a cell draws only if there are results for it."""
+    cells = nbformat.read(ROOT / "book" / f"{name}.ipynb", 4).cells
+    captioned = [cell for cell in cells if "figure" in cell.metadata.get("mystnb", {})]
+    drawn = {cell.metadata["mystnb"]["image"]["alt"] for cell in captioned if not re.search("^if ", cell.source, re.M)}
+    assert drawn <= {picture["alt"] for picture in soup(html, name).select("figure img")}
+
+
+@pages
+def test_tables_have_at_most_six_columns_and_something_in_them(html, name):
+    for table in soup(html, name).select("article table"):
+        rows = [row.find_all(["th", "td"]) for row in table.select("tr")]
+        assert max(sum(int(cell.get("colspan", 1)) for cell in row) for row in rows) <= 6, table
+        cells = [cell.get_text().strip() for cell in table.select("tbody :is(td, th)")]
+        assert set(cells) - {"", "NaN", "None"}, table
+
+
+@pages
+def test_numbers_in_tables_are_written_in_one_way(html, name):
+    """At most three decimals, except in what the paper prints; intervals as 0.541 [0.520, 0.562], or 2.1 [2.0, 2.2]."""
+    cells = {cell.get_text().strip() for cell in soup(html, name).select("article td")}
+    files = [ROOT / "ilora" / "study" / file for file in ("table_1.csv", "paper.py")]
+    printed = re.findall(r"[\d.]+", "".join(file.read_text(encoding="utf-8") for file in files))
+    long = {cell for cell in cells if re.fullmatch(r"-?\d+\.\d{4,}", cell)}
+    assert not [cell for cell in long - set(printed) if float(f"{float(cell):.1e}") != float(cell)]
+    allowed = ({1}, {3}) if name == "09_speed" else ({3},)
+    for cell in cells:
+        interval = re.match(r"-?[\d,]+\.?(\d*) \[-?[\d,]+\.?(\d*), -?[\d,]+\.?(\d*)\]", cell)
+        assert not interval or {len(decimals) for decimals in interval.groups()} in allowed, cell
+        assert interval or not re.match(r"-?[\d.]+ [\[(]", cell), cell
+
+
+@chapters
+def test_no_output_is_a_raw_object(html, name):
+    outputs = [output.get_text() for output in soup(html, name).select(".cell_output .text_plain pre")]
+    assert not [output for output in outputs if re.match(r"[\[{(<]|\w+\(", output)]
+
+
+@pages
+def test_commits_and_dates_of_runs_are_those_of_the_results(html, name):
+    """Chapter 10 shows only the run that made the book, which made all chapters from one commit."""
+    folder = ROOT / "book" / "results"
+    own = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("[0-9]*.json")]
+    assert len({result["commit"] for result in own}) == 1
+    shown = own if name.startswith("10_") else [json.loads(path.read_text("utf-8")) for path in folder.rglob("*.json")]
+    commits = {result["commit"] for result in shown if "commit" in result}
+    text = soup(html, name).select_one("article").get_text(" ")
+    words = re.findall(r"(?<![\w-])(?=[a-f]*\d)(?=\d*[a-f])[0-9a-f]{7,40}\b", text)
+    assert not [word for word in words if not any(commit.startswith(word) for commit in commits)]
+    if name in NOTEBOOKS:
+        dates = set(re.findall(r"\b20\d\d-\d\d-\d\d\b", text))
+        assert dates <= {result["date"][:10] for result in shown if "date" in result}
 
 
 # ---------------------------------------------------------------- launching and printing

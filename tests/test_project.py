@@ -218,6 +218,18 @@ def test_a_notebook_only_calls_the_package(source):
     assert 10 <= len(code(source)) <= 25
 
 
+@names
+def test_code_in_a_notebook_fits_on_a_page(source):
+    lines = [line for cell in code(source) for line in cell.source.splitlines()]
+    assert not [line for line in lines if len(line) > 76]
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "book").glob("*.md")), ids=lambda path: path.stem)
+def test_code_on_a_page_in_words_fits_on_it(page):
+    blocks = re.findall(r"^```(?:\{code-block\} )?\w+\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+    assert not [line for block in blocks for line in block.splitlines() if len(line) > 76]
+
+
 @pytest.mark.book
 @names
 def test_the_copy_in_the_book_is_its_source_run_from_top_to_bottom(source):

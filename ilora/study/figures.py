@@ -4,6 +4,7 @@ import io
 import itertools
 import re
 import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -11,10 +12,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
-HATCHES, MARKERS = ["", "//", "..", "xx"], "os^Dvx*P"
+MARKERS = "os^Dvx*P"
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000"]
+WIDTH = 5.2  # inches: with text of 10 points, the widest figure that a phone shows whole and legible
 LOOKS = list(plt.cycler(color=COLOURS, marker=list(MARKERS), linestyle=["-", "--", "-.", ":"] * 2))
 literal = plt.rc_context({"text.parse_math": False})  # a decorator: `$` starts no formula, even without `style`
 
@@ -24,22 +25,27 @@ def style() -> None:
     from IPython import get_ipython  # not needed outside notebooks
 
     if shell := get_ipython():
+        shell.run_line_magic("matplotlib", "inline")  # now: within `literal` its interactive mode would be undone
         shell.run_line_magic("config", "InlineBackend.figure_formats = ['svg']")
-        kwargs = {"bbox_inches": "tight", "metadata": {"Date": None}}
-        shell.run_line_magic("config", f"InlineBackend.print_figure_kwargs = {kwargs}")
+        shell.run_line_magic("config", "InlineBackend.print_figure_kwargs = {'metadata': {'Date': None}}")
     plt.rcParams.update({
-        "figure.figsize": (6.4, 3.4), "figure.constrained_layout.use": True, "figure.facecolor": "white",
+        "figure.figsize": (WIDTH, 3.2), "figure.constrained_layout.use": True, "figure.facecolor": "white",
         "axes.prop_cycle": plt.cycler(color=COLOURS), "axes.spines.top": False, "axes.spines.right": False,
         "axes.grid": True, "grid.alpha": 0.25, "axes.axisbelow": True, "legend.frameon": False, "font.size": 10,
-        "axes.titlesize": "medium", "axes.titlelocation": "left", "hatch.linewidth": 0.6,
-        "svg.hashsalt": "ilora", "svg.fonttype": "path", "text.parse_math": False,
+        "axes.titlesize": 10, "axes.titlelocation": "left", "svg.hashsalt": "ilora", "text.parse_math": False,
     })  # fmt: skip
-    pd.set_option("display.html.use_mathjax", False)
+    pd.set_option("display.html.use_mathjax", False, "display.max_colwidth", None, "styler.format.precision", 3)
 
 
-def one_line(names: list[str]) -> list[str]:
-    """Names without line breaks and control characters, which would run into other rows."""
-    return [re.sub(r"[\s\x00-\x1f\x7f-\x9f]+", " ", str(name)) for name in names]
+def wrapped(names: Iterable[str], characters: int) -> list[str]:
+    """Names in lines of at most so many characters, without line breaks and control characters of their own."""
+    return [textwrap.fill(re.sub(r"[\s\x00-\x1f\x7f-\x9f]+", " ", str(name)), characters) for name in names]
+
+
+def legend(figure: Figure, handles: Sequence | Mapping, names: Iterable[str], side: str = "upper") -> None:
+    """A legend above or below all axes, with as many entries in a row as fit."""
+    columns = int(11 * figure.get_figwidth() / (6 + max(len(str(name)) for name in names)))
+    figure.legend(handles, names, loc=f"outside {side} center", ncols=max(1, min(columns, len(handles))))
 
 
 def errors(table: pd.DataFrame) -> list[pd.Series]:
@@ -55,7 +61,7 @@ def ink(colour: str | tuple[float, ...]) -> str:
 
 def nothing() -> np.ndarray:
     """The axes of a figure without data."""
-    ax = plt.subplots(figsize=(6.4, 1.2))[1]
+    ax = plt.subplots(figsize=(WIDTH, 1.2))[1]
     ax.set(xticks=[], yticks=[])
     ax.text(0.5, 0.5, "no such runs in the results", ha="center", va="center")
     return np.array([ax])
@@ -73,7 +79,7 @@ def svg(figure: Figure) -> str:
 @literal
 def intervals(table: pd.DataFrame, label: str, chance: float | None = None, ax: Axes | None = None) -> Axes:
     """A point with its 95 % interval for each row (value, low, high), first row on top; grey points for `runs`."""
-    ax = ax or plt.subplots(figsize=(6.4, 0.9 + 0.36 * len(table)))[1]
+    ax = ax or plt.subplots(figsize=(WIDTH, 0.9 + 0.36 * len(table)))[1]
     y = np.arange(len(table))[::-1]
     ax.errorbar(table["value"], y, xerr=errors(table), fmt="o", capsize=3, color=COLOURS[0])
     if "runs" in table:
@@ -82,7 +88,9 @@ def intervals(table: pd.DataFrame, label: str, chance: float | None = None, ax: 
     if chance is not None:
         ax.axvline(chance, color="0.4", linestyle="--", linewidth=1)
         ax.annotate("chance", (chance, len(table) - 0.6), xytext=(4, 0), textcoords="offset points", color="0.4")
-    ax.set(yticks=y, yticklabels=table.index, xlabel=f"{label}, with 95 % interval", ylim=(-0.6, len(table) - 0.2))
+    ax.set(yticks=y, yticklabels=wrapped(table.index, 24), ylim=(-0.6, len(table) - 0.2))
+    ax.set_xlabel(f"{label}, with 95 % interval")
+    ax.set_title("", wrap=True)
     return ax
 
 
@@ -93,13 +101,13 @@ def panels(tables: dict[str, pd.DataFrame], label: str, mark: str, at: float, ti
     if not tables:
         return nothing()
     rows = list(dict.fromkeys(row for table in tables.values() for row in table.index))
-    figure, axes = _grid(len(tables), 3.2, 1.1 + 0.3 * len(rows), sharex=False)
+    figure, axes = _grid(len(tables), 1.1 + 0.36 * len(rows), sharex=False)
     for ax, (name, table) in zip(axes, tables.items(), strict=True):
         intervals(table.reindex(rows), "", at, ax)
         ax.texts[-1].set_text(mark)
         fewer = "".join(f"\n({row}: {n})" for row, n in table["n"].items() if n != table["n"].max())
-        ax.set(title=textwrap.fill(f"{name}, n = {table['n'].max():.0f}", 34) + fewer, xlabel="")
-        ax.locator_params("x", nbins=4)
+        ax.set(title=f"{textwrap.fill(name, 22)}\nn = {table['n'].max():.0f}{fewer}", xlabel="")
+        ax.locator_params("x", nbins=3)
     figure.supxlabel(f"{label}, with 95 % interval", fontsize=10)
     _title(figure, title)
     return axes
@@ -114,13 +122,12 @@ def differences(table: pd.DataFrame, what: str, title: str) -> np.ndarray:
 @literal
 def lines(table: pd.DataFrame, x: str, y: str) -> Axes:
     """One labelled line for each column of a frame against its index, across gaps; whole numbers get whole ticks."""
-    ax, drawn = plt.subplots()[1], []
-    if pd.api.types.is_integer_dtype(table.index):
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for column, marker in zip(table.columns, itertools.cycle(MARKERS), strict=False):
-        drawn += ax.plot(table[column].dropna(), marker=marker)
+    ax = plt.subplots()[1]
+    drawn = [ax.plot(table[name].dropna(), marker=marker)[0] for name, marker in zip(table, itertools.cycle(MARKERS))]
+    ax.locator_params("x", integer=pd.api.types.is_integer_dtype(table.index))
     ax.set(xlabel=x, ylabel=y)
     ax.legend(drawn, map(str, table.columns))  # by name: a label that begins with "_" would be left out
+    ax.set_title("", wrap=True)
     return ax
 
 
@@ -130,7 +137,7 @@ def trend(table: pd.DataFrame, x: str, y: str, by: str | None = None, title: str
     if table.empty:
         return nothing()
     parts = dict(list(table.groupby(by, sort=False))) if by else {"": table}
-    figure, axes = _grid(len(parts), 3.2, 3.2 if len(parts) > 2 else 3.6)
+    figure, axes = _grid(len(parts), 3.2 if len(parts) > 2 else 3.6)
     systems, drawn = list(table["system"].unique()), {}
     step = 0.015 * np.ptp(table[x])  # lines are shifted so that none hides another
     for ax, (name, part) in zip(axes, parts.items(), strict=True):
@@ -141,20 +148,18 @@ def trend(table: pd.DataFrame, x: str, y: str, by: str | None = None, title: str
             runs = pd.Series(line["runs"].tolist(), at + step / 2).explode()
             ax.scatter(runs.index, runs, s=7, color="0.4", linewidths=0, zorder=3)
         named = name if isinstance(name, str) else f"{by} {name:g}"
-        ax.set(title=textwrap.fill(named, 30), xlabel=x, xticks=sorted(table[x].unique()))
+        ax.set(title=textwrap.fill(named, 26), xlabel=x, xticks=sorted(table[x].unique()))
     axes[0].set_ylabel(y)
-    if len(systems) > 1:
-        handles = [drawn[system] for system in systems]
-        figure.legend(handles, systems, loc="outside lower center", ncols=min(len(systems), 3))
+    legend(figure, list(drawn.values()), drawn, "lower")
     counts = " to ".join(map(str, sorted({table["n"].min(), table["n"].max()})))
     _title(figure, f"{title}\nmeans with 95 % intervals, n = {counts} seeds".strip())
     return axes
 
 
-def _grid(count: int, width: float, height: float, sharex: bool = True) -> tuple[Figure, np.ndarray]:
-    """Axes of this width and height with one scale, at most three in a row."""
+def _grid(count: int, height: float, sharex: bool = True) -> tuple[Figure, np.ndarray]:
+    """Axes of this height with one scale, at most three in a row."""
     columns, rows = min(count, 3), -(-count // 3)
-    size = (max(6.4, width * columns), height * rows)
+    size = (WIDTH if count < 3 else 4 / 3 * WIDTH, height * rows)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, sharex=sharex, sharey=True)
     for surplus in axes.flat[count:]:
         surplus.remove()
@@ -165,5 +170,5 @@ def _grid(count: int, width: float, height: float, sharex: bool = True) -> tuple
 
 def _title(figure: Figure, title: str) -> None:
     """A title over all axes, wrapped to the width of the figure."""
-    wrapped = [textwrap.fill(line, int(13 * figure.get_figwidth())) for line in title.split("\n")]
-    figure.suptitle("\n".join(wrapped), fontsize="medium", x=0.01, ha="left")
+    lines = [textwrap.fill(line, int(12 * figure.get_figwidth())) for line in title.split("\n")]
+    figure.suptitle("\n".join(lines), fontsize="medium", x=0.01, ha="left")

@@ -1,105 +1,66 @@
-"""Figures of models: gates, similarity of gradients, scores of one question."""
+"""Figures of models: gates and similarity of gradients."""
 
 import textwrap
 
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 from matplotlib.axes import Axes
 
-from ilora.study.figures import COLOURS, HATCHES, errors, ink, literal, nothing, one_line
+from ilora.study.figures import COLOURS, WIDTH, ink, legend, literal, nothing, wrapped
 
 
 @literal
 def gate_bars(weights: np.ndarray, names: list[str], ax: Axes | None = None) -> Axes:
     """Gate weights (n, K) as stacked horizontal bars, one for each sequence (the paper's Fig. 3c)."""
-    ax = ax or plt.subplots(figsize=(6.4, 0.9 + 0.32 * len(weights)))[1]
-    y, left = np.arange(len(weights)), np.zeros(len(weights))
+    ax = ax or plt.subplots(figsize=(WIDTH, 1.1 + 0.34 * len(weights)))[1]
+    y, left, drawn = np.arange(len(weights)), np.zeros(len(weights)), []
     for expert, width in enumerate(weights.T):
-        colour = COLOURS[expert % len(COLOURS)]
-        bars = ax.barh(y, width, left=left, label=f"expert {expert + 1}", color=colour, edgecolor="white")
-        shares = [f"{value:.0%}" if value >= 0.08 else "" for value in width]
-        ax.bar_label(bars, shares, label_type="center", fontsize=8, color=ink(colour))
+        colour, fmt = COLOURS[expert % len(COLOURS)], lambda share: f"{share:.0%}" if share >= 0.12 else ""
+        drawn.append(ax.barh(y, width, left=left, color=colour, edgecolor="white"))
+        ax.bar_label(drawn[-1], fmt=fmt, label_type="center", color=ink(colour))
         left += width
-    ax.set(xlim=(0, 1), xlabel="gate weight", yticks=y, yticklabels=one_line(names))
+    ax.set(xlim=(0, 1), xlabel="gate weight", yticks=y, yticklabels=wrapped(names, 24))
     ax.invert_yaxis()
     ax.grid(visible=False)
-    ax.figure.legend(loc="outside upper center", ncols=weights.shape[1])
+    ax.set_title("", wrap=True)
+    legend(ax.figure, drawn, [f"expert {expert + 1}" for expert in range(len(drawn))])
     return ax
 
 
 @literal
-def experts_at(trend: pd.DataFrame, experts: int, weights: np.ndarray | None, names: list[str]) -> np.ndarray:
-    """HitRatio@1 against the number of experts, `experts` marked, and gate weights (n, experts) where known."""
-    axes = plt.subplots(1, 1 if weights is None else 2, figsize=(7.4, 3.6), squeeze=False)[1][0]
-    axes[0].errorbar(trend["experts"], trend["value"], yerr=errors(trend), fmt="o-", capsize=3, color="0.5")
-    marked = trend[trend["experts"] == experts]
-    axes[0].plot(marked["experts"], marked["value"], "o", markersize=11, color=COLOURS[5])
-    axes[0].set(xticks=trend["experts"], xlabel="experts K", ylabel="HitRatio@1, mean with 95 % interval")
-    if weights is not None:
-        gate_bars(weights, names, axes[1])
-    return axes
+def heat_maps(matrices: dict[str, np.ndarray], what: str, label: str, rows: int = 1, limit: float = 0) -> np.ndarray:
+    """Symmetric matrices (G, G) under one colour scale, one axes for each (Fig. 3), with a grey diagonal.
 
-
-@literal
-def heat_maps(matrices: dict[str, np.ndarray], what: str, label: str, rows: int = 1) -> np.ndarray:
-    """Symmetric matrices (G, G) with values from -1 to 1 under one colour scale, one axes for each (Fig. 3).
-
-    Brown is above 0, purple below. More than three in a row are small: without numbers, and with a grey diagonal.
+    Brown is above 0, purple below; the scale ends at `limit` or the largest absolute value off the diagonals.
     """
     if not matrices:
         return nothing()
     columns = -(-len(matrices) // rows)
-    small, limit = columns > 3, 1
-    size = (1.2 + 1.2 * columns, 1.3 * rows) if small else (1.2 + 3.1 * columns, 3.4 * rows)
+    off = {name: np.where(np.eye(len(matrix)), np.nan, matrix) for name, matrix in matrices.items()}
+    limit = limit or max(np.nanmax(np.abs(matrix)) for matrix in off.values())
+    size = (WIDTH, 2.6 * rows) if columns < 3 else (4 / 3 * WIDTH, 1.5 * rows)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, sharex=True, sharey=True)
-    if small:
-        matrices = {name: np.where(np.eye(len(matrix)), np.nan, matrix) for name, matrix in matrices.items()}
-        limit = max(np.nanmax(np.abs(matrix)) for matrix in matrices.values())
-    colours = plt.get_cmap("PuOr_r").with_extremes(bad="0.8")
-    for ax, (name, matrix) in zip(axes.flat, matrices.items(), strict=True):
-        image = ax.imshow(matrix, vmin=-limit, vmax=limit, cmap=colours)
-        for (row, column), value in np.ndenumerate([] if small else np.round(matrix, 2) + 0.0):  # no -0.00
-            text = {"ha": "center", "va": "center", "fontsize": 56 / len(matrix)}
-            ax.text(column, row, f"{value:.2f}", color=ink(image.to_rgba(value)), **text)
-        ticks = [] if small else np.arange(len(matrix))
+    for ax, (name, matrix) in zip(axes.flat, off.items(), strict=True):
+        image = ax.imshow(matrix, vmin=-limit, vmax=limit, cmap=plt.get_cmap("PuOr_r").with_extremes(bad="0.8"))
+        ticks = np.arange(len(matrix)) if columns < 3 else []
         ax.set(xticks=ticks, yticks=ticks, xticklabels=[t + 1 for t in ticks], yticklabels=[t + 1 for t in ticks])
-        ax.set_title(name, fontsize=8 if small else None)
+        ax.set(title=textwrap.fill(name, 26 // min(columns, 3) + 1), xlabel=label, ylabel=label)
+        ax.label_outer()
         ax.grid(visible=False)
-    axes[0, 0].set_ylabel("" if small else label)
-    figure.supxlabel("" if small else label, fontsize=10)
-    figure.colorbar(image, ax=axes, label=textwrap.fill(what, 30), fraction=0.05)
+    figure.colorbar(image, ax=axes, label=textwrap.fill(what, 26), fraction=0.05)
     return axes.ravel()
 
 
 @literal
 def relation(distance: np.ndarray, similarity: dict, tests: dict[str, dict], x: str, y: str) -> np.ndarray:
     """Similarity of pairs against their distance, one axes for each name, rank correlation and p in its title."""
-    size = (3.4 * len(similarity), 3.3)
-    figure, axes = plt.subplots(1, len(similarity), figsize=size, squeeze=False, sharex=True, sharey=True)
+    figure, axes = plt.subplots(1, len(similarity), figsize=(WIDTH, 3.3), squeeze=False, sharex=True, sharey=True)
     many = len(distance) > 2000  # as vectors they would fill megabytes
     for ax, (name, value), colour in zip(axes[0], similarity.items(), COLOURS, strict=False):
         ax.scatter(distance, value, 3 if many else 22, colour, alpha=0.5, linewidths=0, rasterized=many)
         ax.axhline(0, color="0.4", linewidth=1)
-        title = f"{name}: rank correlation {tests[name]['value']:.2f}, p = {tests[name]['p']:.2g}"
-        ax.set_title(title, fontsize=10)
+        rho, p = tests[name]["value"], tests[name]["p"]
+        ax.set_title(textwrap.fill(f"{name}: rank correlation {rho:.2f}, p = {p:.2g}", 26))
     axes[0, 0].set_ylabel(y)
     figure.supxlabel(x, fontsize=10)
     return axes[0]
-
-
-@literal
-def scored(scores: dict[str, np.ndarray], titles: list[str], right: int) -> Axes:
-    """Shares of each system for the candidates' titles, in the order given; `right` is the place of the target."""
-    ax = plt.subplots(figsize=(6.4, 0.9 + 0.26 * len(titles)))[1]
-    y, height, drawn = np.arange(len(titles)), 0.8 / len(scores), []
-    for index, share in enumerate(scores.values()):
-        look = {"color": COLOURS[index % len(COLOURS)], "hatch": HATCHES[index % len(HATCHES)], "edgecolor": "white"}
-        drawn.append(ax.barh(y + (index - (len(scores) - 1) / 2) * height, share, height, **look))
-    names = [f"{title} (read next)" if index == right else title for index, title in enumerate(one_line(titles))]
-    ax.set(xlim=(0, 1), xlabel="share of the probability of the twenty titles", yticks=y, yticklabels=names)
-    ax.get_yticklabels()[right].set_fontweight("bold")
-    ax.invert_yaxis()
-    ax.grid(visible=False, axis="y")
-    ax.figure.legend(drawn, scores, loc="outside upper center", ncols=len(scores))
-    return ax
