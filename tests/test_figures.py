@@ -20,8 +20,6 @@ TREND = TREND.assign(n=3, runs=RUNS, setting=["world", "world", "movielens, epoc
 PAIRED = TREND.assign(variant=["random", "token", "random", "random"], value=[-0.1, 0.1, 0.2, 0.3])
 PAIRED = PAIRED.assign(low=PAIRED["value"] - 0.1, high=PAIRED["value"] + 0.1)
 MAPS = {f"LoRA {kind}": np.corrcoef(RNG.normal(size=(8, 20))) for kind in "abcdefgh"}
-EXPERTS = pd.DataFrame({"experts": [1, 4], "value": [0.5, 0.6], "low": [0.4, 0.5], "high": [0.6, 0.7]})
-SHARES = RNG.dirichlet([1] * 20, size=2)
 GATES = RNG.dirichlet([1, 1, 1, 1], size=12)
 
 
@@ -47,10 +45,6 @@ DRAW = {
     "heat_maps": lambda: model_figures.heat_maps({"LoRA": np.eye(8), "iLoRA": np.eye(8)}, "cosine", "cluster")[0],
     "small heat_maps": lambda: model_figures.heat_maps(MAPS, "cosine off the diagonal", "cluster", rows=2)[0],
     "gate_bars": lambda: model_figures.gate_bars(GATES, [f"user {n}" for n in range(12)]),
-    "scored": lambda: model_figures.scored(
-        {"LoRA": SHARES[0], "iLoRA": SHARES[1]}, [f"title {n}" for n in range(20)], 7
-    ),
-    "experts_at": lambda: model_figures.experts_at(EXPERTS, 4, GATES, [f"user {n}" for n in range(12)])[0],
 }
 
 
@@ -134,20 +128,6 @@ def test_bars_are_the_gates_weights():
     assert len({bar.get_y() for bar in ax.containers[0]}) == 12
 
 
-def test_scored_titles_have_a_bar_for_each_system_and_the_target_is_named():
-    ax = DRAW["scored"]()
-    np.testing.assert_allclose([[bar.get_width() for bar in bars] for bars in ax.containers], SHARES)
-    names = [label.get_text() for label in ax.get_yticklabels()]
-    assert names[7] == "title 7 (read next)" and names[8] == "title 8"
-
-
-def test_the_number_of_experts_is_marked_next_to_its_gates():
-    trend, bars = model_figures.experts_at(EXPERTS, 4, GATES, [""] * 12)
-    assert [list(line.get_xdata()) for line in trend.lines[-1:]] == [[4]]
-    assert len(bars.containers) == 4
-    assert len(model_figures.experts_at(EXPERTS, 1, None, [])) == 1
-
-
 @pytest.mark.parametrize(("colour", "ink"), [("#0072B2", "white"), ("#E69F00", "black"), ("white", "black")])
 def test_text_can_be_read_on_its_background(colour, ink):
     assert figures.ink(colour) == ink
@@ -159,9 +139,8 @@ def test_a_line_crosses_gaps():
     plt.close("all")
 
 
-def test_lines_and_bars_differ_in_more_than_colour():
+def test_lines_differ_in_more_than_colour():
     assert len({line.get_marker() for line in DRAW["lines"]().lines[:8]}) == 8
-    assert len({bars[0].get_hatch() for bars in DRAW["scored"]().containers}) == 2
 
 
 # ---------------------------------------------------------------- titles are data
@@ -180,8 +159,6 @@ WITH_NAMES = {
     "gate_bars": lambda a, b: model_figures.gate_bars(GATES[:2], [a, b]),
     "heat_maps": lambda a, b: model_figures.heat_maps({a: np.eye(3), b: np.eye(3)}, a, b),
     "relation": lambda a, b: model_figures.relation(np.arange(3), {a: np.ones(3)}, {a: {"value": 1, "p": 0.5}}, a, b),
-    "scored": lambda a, b: model_figures.scored({a: SHARES[0], b: SHARES[1]}, [a, b] * 10, 7),
-    "experts_at": lambda a, b: model_figures.experts_at(EXPERTS, 4, GATES[:2], [a, b]),
 }
 
 
@@ -203,9 +180,8 @@ def test_names_from_the_data_are_shown_as_they_are(name, styled, tmp_path):
             assert " ".join(text.split()) in " ".join(words.split()), (text, words)
 
 
-@pytest.mark.parametrize("draw", ["gate_bars", "scored", "experts_at"])
-def test_a_title_of_several_lines_takes_one(draw):
-    WITH_NAMES[draw]("Alien\r\nResurrection\x07", "b")
+def test_a_title_of_several_lines_takes_one():
+    WITH_NAMES["gate_bars"]("Alien\r\nResurrection\x07", "b")
     labels = [label.get_text() for ax in plt.gcf().axes for label in ax.get_yticklabels()]
     assert any(label.startswith("Alien Resurrection ") for label in labels)
 

@@ -13,7 +13,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-HATCHES, MARKERS = ["", "//", "..", "xx"], "os^Dvx*P"
+MARKERS = "os^Dvx*P"
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000"]
 LOOKS = list(plt.cycler(color=COLOURS, marker=list(MARKERS), linestyle=["-", "--", "-.", ":"] * 2))
 literal = plt.rc_context({"text.parse_math": False})  # a decorator: `$` starts no formula, even without `style`

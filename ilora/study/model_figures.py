@@ -1,13 +1,12 @@
-"""Figures of models: gates, similarity of gradients, scores of one question."""
+"""Figures of models: gates and similarity of gradients."""
 
 import textwrap
 
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 from matplotlib.axes import Axes
 
-from ilora.study.figures import COLOURS, HATCHES, errors, ink, literal, nothing, one_line
+from ilora.study.figures import COLOURS, ink, literal, nothing, one_line
 
 
 @literal
@@ -26,19 +25,6 @@ def gate_bars(weights: np.ndarray, names: list[str], ax: Axes | None = None) -> 
     ax.grid(visible=False)
     ax.figure.legend(loc="outside upper center", ncols=weights.shape[1])
     return ax
-
-
-@literal
-def experts_at(trend: pd.DataFrame, experts: int, weights: np.ndarray | None, names: list[str]) -> np.ndarray:
-    """HitRatio@1 against the number of experts, `experts` marked, and gate weights (n, experts) where known."""
-    axes = plt.subplots(1, 1 if weights is None else 2, figsize=(7.4, 3.6), squeeze=False)[1][0]
-    axes[0].errorbar(trend["experts"], trend["value"], yerr=errors(trend), fmt="o-", capsize=3, color="0.5")
-    marked = trend[trend["experts"] == experts]
-    axes[0].plot(marked["experts"], marked["value"], "o", markersize=11, color=COLOURS[5])
-    axes[0].set(xticks=trend["experts"], xlabel="experts K", ylabel="HitRatio@1, mean with 95 % interval")
-    if weights is not None:
-        gate_bars(weights, names, axes[1])
-    return axes
 
 
 @literal
@@ -86,20 +72,3 @@ def relation(distance: np.ndarray, similarity: dict, tests: dict[str, dict], x: 
     axes[0, 0].set_ylabel(y)
     figure.supxlabel(x, fontsize=10)
     return axes[0]
-
-
-@literal
-def scored(scores: dict[str, np.ndarray], titles: list[str], right: int) -> Axes:
-    """Shares of each system for the candidates' titles, in the order given; `right` is the place of the target."""
-    ax = plt.subplots(figsize=(6.4, 0.9 + 0.26 * len(titles)))[1]
-    y, height, drawn = np.arange(len(titles)), 0.8 / len(scores), []
-    for index, share in enumerate(scores.values()):
-        look = {"color": COLOURS[index % len(COLOURS)], "hatch": HATCHES[index % len(HATCHES)], "edgecolor": "white"}
-        drawn.append(ax.barh(y + (index - (len(scores) - 1) / 2) * height, share, height, **look))
-    names = [f"{title} (read next)" if index == right else title for index, title in enumerate(one_line(titles))]
-    ax.set(xlim=(0, 1), xlabel="share of the probability of the twenty titles", yticks=y, yticklabels=names)
-    ax.get_yticklabels()[right].set_fontweight("bold")
-    ax.invert_yaxis()
-    ax.grid(visible=False, axis="y")
-    ax.figure.legend(drawn, scores, loc="outside upper center", ncols=len(scores))
-    return ax
