@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import itertools
 import os
 import re
 import shutil
@@ -195,7 +196,7 @@ def play(window, html):
     return tab
 
 
-def test_each_control_of_a_question_changes_what_is_shown_by_keys_and_by_touch(play):
+def test_each_control_of_a_question_changes_what_is_shown_by_keys(play):
     seen = [play.shown()]
     for label, key in [("Reader", "ArrowDown"), ("Titles in view", "ArrowLeft"), ("New candidates", "Enter")]:
         play.locator(".play").get_by_text(label, exact=True).first.scroll_into_view_if_needed()
@@ -205,7 +206,7 @@ def test_each_control_of_a_question_changes_what_is_shown_by_keys_and_by_touch(p
     play.get_by_label("iLoRA", exact=True).press("ArrowLeft")
     assert play.get_by_label("LoRA", exact=True).is_checked()
     seen.append(play.shown())
-    assert all(old != new for old, new in zip(seen, seen[1:], strict=False))
+    assert all(old != new for old, new in itertools.pairwise(seen))
     assert play.locator(".play figcaption").inner_text().startswith("LoRA puts")
     assert "no gate" in play.locator(".play section").inner_text()
     play.get_by_label("iLoRA", exact=True).click()
@@ -220,9 +221,8 @@ def test_the_readers_are_of_every_kind_and_what_is_shown_agrees_with_their_kind(
     assert len(options) == 12 and len({option.split("(")[1] for option in options}) == 4
     for option in options:
         play.get_by_label("Reader", exact=True).select_option(option)
-        verdict = dict(
-            re.findall(r"(i?LoRA) puts [^:]+ first: (right|wrong)", play.locator(".play figcaption").inner_text())
-        )
+        says = play.locator(".play figcaption").inner_text()
+        verdict = dict(re.findall(r"(i?LoRA) puts [^:]+ first: (right|wrong)", says))
         right = {system for system in verdict if verdict[system] == "right"}
         name = {"both": {"LoRA", "iLoRA"}, "neither": set()}.get(option.split("(")[1].split()[0])
         assert len(verdict) == 2 and right == (name if name is not None else {option.split()[-2]})
@@ -230,6 +230,20 @@ def test_the_readers_are_of_every_kind_and_what_is_shown_agrees_with_their_kind(
         assert len(values) == 20 and values == sorted(values, reverse=True)
         assert play.locator(".play tr.target").count() == 1
         assert play.locator(".play li .gate").count() == play.locator(".play li").count() == 10
+
+
+def test_a_question_is_operated_by_touch_on_a_phone(browser, html):
+    phone = browser.new_context(viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True).new_page()
+    phone.goto((html / "11_play.html").as_uri())
+    body = phone.locator(".play tbody")
+    seen = [body.inner_html()]
+    for target in (phone.get_by_text("New candidates"), phone.get_by_label("LoRA", exact=True)):
+        target.tap()
+        seen.append(body.inner_html())
+    assert len(set(seen)) == 3
+    for control in phone.locator(".play-controls :is(button, select, label:has(input))").all():
+        assert control.bounding_box()["height"] >= 24  # WCAG 2.2, target size
+    assert phone.evaluate("document.documentElement.scrollWidth") <= 390
 
 
 def test_new_candidates_come_round_again_and_the_number_of_titles_is_said(play):
