@@ -237,7 +237,7 @@ def test_a_question_is_operated_by_touch_on_a_phone(browser, html):
     phone.goto((html / "11_play.html").as_uri())
     body = phone.locator(".play tbody")
     seen = [body.inner_html()]
-    for target in (phone.get_by_text("New candidates"), phone.get_by_label("LoRA", exact=True)):
+    for target in (phone.get_by_role("button", name="New candidates"), phone.get_by_label("LoRA", exact=True)):
         target.tap()
         seen.append(body.inner_html())
     assert len(set(seen)) == 3
