@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import itertools
 import json
 import os
 import re
@@ -162,7 +163,7 @@ def sliders(html):
 
 
 def test_each_slider_is_moved_by_keys_and_shows_another_picture(window, html, sliders):
-    assert len(sliders) >= 4
+    assert len(sliders) >= 2
     for name, slider in sliders:
         tab = look(window, (html / f"{name}.html").as_uri())
         knob = tab.locator(f"#{slider} input")
@@ -188,6 +189,106 @@ def test_without_scripts_a_slider_is_a_list_of_figures(browser, html, sliders):
     figures = tab.locator(f"#{slider} figure")
     assert tab.locator(f"#{slider} figure:visible").count() == figures.count() > 1
     assert not tab.locator(f"#{slider} input").is_visible()
+
+
+@pytest.fixture
+def play(window, html):
+    """The page Play, with a function that reads what is shown: verdict, ranking and gates."""
+    tab = look(window, (html / "11_play.html").as_uri())
+    parts = ("figcaption", "tbody", "section")
+    tab.shown = lambda: [tab.locator(f".play {part}").inner_html() for part in parts]
+    return tab
+
+
+def test_each_control_of_a_question_changes_what_is_shown_by_keys(play):
+    seen = [play.shown()]
+    for label, key in [("Reader", "ArrowDown"), ("Titles in view", "ArrowLeft"), ("New candidates", "Enter")]:
+        play.locator(".play").get_by_text(label, exact=True).first.scroll_into_view_if_needed()
+        role = play.locator(".play").get_by_role("button") if "New" in label else play.get_by_label(label, exact=True)
+        role.press(key)
+        seen.append(play.shown())
+    play.get_by_label("iLoRA", exact=True).press("ArrowLeft")
+    assert play.get_by_label("LoRA", exact=True).is_checked()
+    seen.append(play.shown())
+    assert all(old != new for old, new in itertools.pairwise(seen))
+    assert play.locator(".play figcaption").inner_text().startswith("LoRA puts")
+    assert "no gate" in play.locator(".play section").inner_text()
+    play.get_by_label("iLoRA", exact=True).click()
+    assert play.locator(".play figcaption").inner_text().startswith("iLoRA puts")
+    assert not play.problems
+
+
+def test_the_readers_are_of_every_kind_and_what_is_shown_agrees_with_their_kind(play):
+    counts = [int(count) for count in re.findall(r" (\d+)[,.]", play.locator(".play-controls p").first.inner_text())]
+    assert len(counts) == 4 and sum(counts) == int(play.locator(".play-controls p").first.inner_text().split()[1])
+    options = play.locator(".play option").all_inner_texts()
+    assert len(options) == 12 and len({option.split("(")[1] for option in options}) == 4
+    for option in options:
+        play.get_by_label("Reader", exact=True).select_option(option)
+        says = play.locator(".play figcaption").inner_text()
+        verdict = dict(re.findall(r"(i?LoRA) puts [^:]+ first: (right|wrong)", says))
+        right = {system for system in verdict if verdict[system] == "right"}
+        name = {"both": {"LoRA", "iLoRA"}, "neither": set()}.get(option.split("(")[1].split()[0])
+        assert len(verdict) == 2 and right == (name if name is not None else {option.split()[-2]})
+        values = [float(cell) for cell in play.locator(".play td.chosen").all_inner_texts()]
+        assert len(values) == 20 and values == sorted(values, reverse=True)
+        assert play.locator(".play tr.target").count() == 1
+        assert play.locator(".play li .gate").count() == play.locator(".play li").count() == 10
+
+
+def test_a_question_is_operated_by_touch_on_a_phone(browser, html):
+    phone = browser.new_context(viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True).new_page()
+    phone.goto((html / "11_play.html").as_uri())
+    body = phone.locator(".play tbody")
+    seen = [body.inner_html()]
+    for target in (phone.get_by_role("button", name="New candidates"), phone.get_by_label("LoRA", exact=True)):
+        target.tap()
+        seen.append(body.inner_html())
+    assert len(set(seen)) == 3
+    for control in phone.locator(".play-controls :is(button, select, label:has(input))").all():
+        assert control.bounding_box()["height"] >= 24  # WCAG 2.2, target size
+    assert phone.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_new_candidates_come_round_again_and_the_number_of_titles_is_said(play):
+    first = play.shown()
+    button = play.locator(".play").get_by_role("button")
+    draws = []
+    while not draws or play.shown() != first:
+        button.click()
+        draws.append(play.shown())
+    assert len(draws) == 4
+    range_ = play.get_by_label("Titles in view", exact=True)
+    range_.press("Home")
+    assert range_.get_attribute("aria-valuetext") == "the last 1 of 10"
+    assert play.locator(".play li.unseen").count() == 9
+
+
+def test_the_results_are_filtered_by_data_set_and_sorted_by_any_column(play):
+    rows = play.locator("#play-results tbody tr:visible")
+    every = rows.count()
+    play.get_by_label("data", exact=True).select_option("LastFM")
+    assert 1 < rows.count() < every
+    assert set(play.locator("#play-results tbody tr:visible td:first-child").all_inner_texts()) == {"LastFM"}
+    head = play.locator("#play-results thead th").nth(2)
+    orders = {}
+    for order in ("ascending", "descending"):
+        head.get_by_role("button").press("Enter")
+        assert head.get_attribute("aria-sort") == order
+        cells = play.locator("#play-results tbody tr:visible td:nth-child(3)").all_inner_texts()
+        orders[order] = [float(cell.split()[0]) for cell in cells]
+    assert orders["ascending"] == sorted(orders["descending"])
+    assert orders["descending"] == orders["ascending"][::-1] or len(set(orders["ascending"])) < len(cells)
+
+
+def test_without_scripts_a_question_and_all_results_are_there(browser, html):
+    tab = browser.new_context(java_script_enabled=False).new_page()
+    tab.goto((html / "11_play.html").as_uri())
+    assert tab.locator(".play figcaption").inner_text().startswith("What does ")
+    assert tab.locator(".play tbody tr:visible").count() == 20 and tab.locator(".play li:visible").count() == 10
+    assert tab.locator(".play td.first").count() == 2
+    assert tab.locator("#play-results tbody tr").count() > 10
+    assert not tab.locator(".play select").count()
 
 
 # ---------------------------------------------------------------- what the pages hold

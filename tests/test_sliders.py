@@ -1,4 +1,4 @@
-"""Sliders show their pictures, work without a script, and are equal for equal pictures."""
+"""Questions and sliders show what they are given, work without a script, and are equal for equal input."""
 
 import re
 
@@ -10,7 +10,7 @@ from bs4 import BeautifulSoup
 
 from ilora.errors import UserError
 from ilora.study import figures, model_figures
-from ilora.study.sliders import slider
+from ilora.study.sliders import question, slider
 
 pytestmark = pytest.mark.book
 
@@ -82,9 +82,30 @@ def test_what_cannot_be_shown_is_refused(wrong, says):
 )
 @pytest.mark.filterwarnings("ignore:Glyph:UserWarning")
 def test_titles_are_shown_as_they_are(title):
-    pictures = {title: model_figures.scored({"LoRA": np.full(2, 0.5)}, [title, "b"], 0)}
+    pictures = {title: model_figures.gate_bars(np.full((1, 2), 0.5), [title])}
     page = BeautifulSoup(slider(pictures, [title], title, "knob", title).data, "html.parser")
     assert page.label.get_text() == page.figure["data-at"] == title
     assert page.figcaption.get_text() == f"{title}. {title}" and page.svg["aria-label"] == f"{title}, at {title}"
-    assert f"{title} (read next)" in [text.get_text().strip() for text in page.find_all("text")]
+    assert title in [text.get_text().strip() for text in page.find_all("text")]
     assert "mathjax_ignore" in page.div["class"]
+    page = BeautifulSoup(question(title, [title], [title], {title: np.ones(1)}, np.ones(1), 0), "html.parser")
+    texts = [page.select_one(part).get_text() for part in ("figcaption", "li", "tbody th", "thead th + th")]
+    assert texts == [title, title, f"{title} \N{CHECK MARK}", title]
+    assert "mathjax_ignore" in page.figure["class"]
+
+
+def test_a_question_ranks_its_candidates_and_marks_what_each_system_chooses_and_what_came_next():
+    shares = {"LoRA": np.array([0.7, 0.2, 0.1]), "iLoRA": np.array([0.25, 0.7, 0.05])}
+    html = question("Next?", ["a", "b"], ["x", "y", "z"], shares, np.array([0.05, 0.95]), 2)
+    page = BeautifulSoup(html, "html.parser")
+    assert [item.get_text() for item in page.select("li")] == ["a", "b"]
+    rows = [[cell.get_text() for cell in row.select("th, td")] for row in page.select("tbody tr")]
+    assert rows == [["x", "0.700", "0.250"], ["y", "0.200", "0.700"], ["z \N{CHECK MARK}", "0.100", "0.050"]]
+    assert [cell.get_text() for cell in page.select("td.first")] == ["0.700", "0.700"]
+    assert page.select_one("tr.target").th.get_text().startswith("z")
+    assert ["70.0%" in cell.span["style"] for cell in page.select("tr:first-child td")] == [True, False]
+    assert page.select_one(".gate")["aria-label"] == "Gate weights 0.05, 0.95"
+    assert [bar.get_text() for bar in page.select(".gate span")] == ["", "95%"]
+    assert not BeautifulSoup(question("Next?", ["a"], ["x"], {"a": np.ones(1)}, np.ones(1)), "html.parser").select(
+        ".target"
+    )

@@ -1,4 +1,4 @@
-// Sliders made by ilora/sliders.py: one figure of each at a time. Without this script all of them are shown.
+// Sliders made by ilora/study/sliders.py: one figure of each at a time. Without this script all of them are shown.
 document.addEventListener("DOMContentLoaded", () => {
   for (const slider of document.querySelectorAll(".slider")) {
     const figures = slider.querySelectorAll("figure");
