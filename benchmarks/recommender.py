@@ -54,7 +54,7 @@ def train_recbole(
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = measure.parser(__doc__, seeds=1, recbole_epochs=20, users=2000)
     parser.add_argument("--recbole", type=Path, required=True, help="the folder with the installed RecBole")
-    parser.add_argument("--kind", default="SASRec", choices=("SASRec", "GRU4Rec", "Caser"), help="the recommender (SASRec)")
+    parser.add_argument("--kind", default="SASRec", choices=("SASRec", "GRU4Rec", "Caser"), help="the model (SASRec)")
     parser.add_argument("--epochs", type=int, help="epochs of our training (EPOCHS in ilora.recommenders)")
     parser.add_argument("--dropout", type=float, default=0.2, help="dropout of our model (0.2)")
     parser.add_argument("--l2", type=float, default=0.0, help="L2 penalty of our training (0)")

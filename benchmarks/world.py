@@ -2,6 +2,8 @@
 
     python benchmarks/world.py
 
+The steps are timed in this order:
+
     generate         sample the events
     read             make a data set of them, save it and load it
     split            cut the windows of all splits
