@@ -253,9 +253,10 @@ def show(part: str, result: dict) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = measure.parser(__doc__, rounds=15, rows=8, more_rows=24, tokens=256, answer=8)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, help=f"which parts (all; on a CPU without {GPU_ONLY})")
-    parser.add_argument("--minutes", type=float, help="start no further part after this time (on a GPU 6.5)")
-    parser.add_argument("--shape", choices=("smoke", "calls"), help="(that of the device) smoke is for tests")
+    on_cpu = ", ".join(part for part in PARTS if part not in GPU_ONLY)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, help=f"which parts (all; on a CPU {on_cpu})")
+    parser.add_argument("--minutes", type=float, help="no part starts after this time (no limit; on a GPU 6.5)")
+    parser.add_argument("--shape", choices=("smoke", "calls"), help="size of the model (by device); smoke is for tests")
     options = parser.parse_args(arguments)
     if options.shape == "smoke" and not options.out:
         parser.error("--shape smoke measures nothing: choose where to write its JSON with --out")

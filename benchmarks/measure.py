@@ -19,16 +19,34 @@ from ilora import artifacts
 
 Ways = Mapping[str, Callable[[], Any]]
 Goals = Mapping[str, Mapping[str, float]]  # way -> goal of its ratio, {"at_least": number} or {"at_most": number}
+MEANING = {  # of the integer options
+    "answer": "tokens of the answer",
+    "batch_size": "sequences per optimiser step, or per batch",
+    "clients": "users that are served at the same time",
+    "events": "events per user",
+    "examples": "training sequences",
+    "micro_batch_size": "sequences per forward pass in training",
+    "more_rows": "rows per batch in the parts with more rows",
+    "questions": "test questions",
+    "recbole_epochs": "epochs of RecBole's training",
+    "rounds": "how often each way is measured",
+    "rows": "rows per batch",
+    "seeds": "number of trainings, each with another seed",
+    "sequences": "sequences whose gradients are computed",
+    "tokens": "tokens per row",
+    "users": "users of the generated world",
+}
 RESULTS = Path(__file__).resolve().parents[1] / "book" / "results" / "benchmarks"
 
 
 def parser(description: str, **numbers: int) -> argparse.ArgumentParser:
-    """The options of all benchmarks, and further integer options with their defaults."""
+    """The options of all benchmarks, and integer options of MEANING with their defaults."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--out", type=Path, help="the JSON to write (book/results/benchmarks/NAME_DEVICE.json)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (auto)")
+    parser.add_argument("--out", type=Path, help="the JSON file to write (book/results/benchmarks/NAME_DEVICE.json)")
     for name, default in numbers.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=f"({default})")
+        flag, meaning = f"--{name.replace('_', '-')}", f"{MEANING[name]} ({default})"
+        parser.add_argument(flag, type=int, default=default, help=meaning)
     return parser
 
 

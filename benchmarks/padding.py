@@ -37,7 +37,7 @@ def share(length: np.ndarray, together: int, size: int) -> float:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = measure.parser(__doc__, examples=20_000, batch_size=128, micro_batch_size=32, users=2000)
     parser.add_argument("--dataset", default="movielens", help="the data set (movielens)")
-    parser.add_argument("--data-dir", default="", help="the folder with its files")
+    parser.add_argument("--data-dir", default="", help="the folder with its files (download)")
     parser.add_argument("--base-model", default=str(EMBEDDED), help="the model of the tokenizer (embedded)")
     options = parser.parse_args(arguments)
     options.device = "cpu"  # nothing is computed

@@ -32,10 +32,22 @@ def train(model: LanguageRecommender, rows: Questions, options: argparse.Namespa
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in (("base-model", "smollm2"), ("dataset", "movielens"), ("data-dir", ""), ("device", "auto")):
-        parser.add_argument(f"--{name}", default=default)
-    for name, default in (("steps", 20), ("batch-size", 128), ("micro-batch-size", 128), ("questions", 512)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    texts = {
+        "base-model": ("smollm2", "name or folder of the base model"),
+        "dataset": ("movielens", "the data set"),
+        "data-dir": ("", "the folder with its files"),
+        "device": ("auto", "auto, cpu or cuda"),
+    }
+    for name, (default, meaning) in texts.items():
+        parser.add_argument(f"--{name}", default=default, help=f"{meaning} ({default or 'download'})")
+    numbers = {
+        "steps": (20, "optimiser steps of a training"),
+        "batch-size": (128, "sequences per optimiser step"),
+        "micro-batch-size": (128, "sequences per forward pass"),
+        "questions": (512, "questions that are ranked"),
+    }
+    for name, (default, meaning) in numbers.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{meaning} ({default})")
     options = parser.parse_args(arguments)
     device, source = devices.pick_device(options.device), data.load(options.dataset, options.data_dir)
     rows = data.questions(source, "train", limit=options.steps * options.batch_size)

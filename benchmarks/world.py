@@ -1,11 +1,13 @@
 """Measure time and peak memory for one million users of the generated world, with 30 events each.
 
-python benchmarks/world.py
+    python benchmarks/world.py
 
-generate         sample the events
-read             make a data set of them, save it and load it
-split            cut the windows of all splits
-candidates       sample 20 candidates for each window, a million windows at a time
+The steps are timed in this order:
+
+    generate         sample the events
+    read             make a data set of them, save it and load it
+    split            cut the windows of all splits
+    candidates       sample 20 candidates for each window, a million windows at a time
 """
 
 import tempfile

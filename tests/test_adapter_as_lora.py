@@ -138,7 +138,7 @@ def test_wrapping_again_gives_the_second_adapter(kind, name, again):
 @second_names
 @pytest.mark.parametrize("lora_first", [False, True])
 def test_lora_and_ilora_on_one_base(kind, name, lora_first):
-    """The adapter put on last computes as if alone; a base in bfloat16 needs its inputs cast, as PEFT does it."""
+    """The last adapter computes as if it were the only one; a base in bfloat16 needs PEFT's cast of the inputs."""
     kinds, dtype = ("lora", kind) if lora_first else (kind, "lora"), torch.bfloat16
     shared = base().to(dtype)
     first = wrapped(kinds[0], shared)

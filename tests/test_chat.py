@@ -83,7 +83,7 @@ class Served:
 
 @pytest.fixture(scope="module", autouse=True)
 def starting(tmp_path_factory):
-    """Starts with the first test, as it takes a while; the last tests ask it."""
+    """Starts with the first test, because it takes a while; only the last tests use it."""
     server = Served(tmp_path_factory.mktemp("served"))
     yield server
     server.process.kill()

@@ -163,7 +163,7 @@ def test_runs_are_paired_in_order_and_a_single_run_with_all():
 
 
 def uneven(users=40, seed=0, ours=0.5, theirs=0.4):
-    """Answers (1, 1, n) of two systems; users have 1 to 12 windows each, and different shares of right answers."""
+    """Hits (1, 1, n) of two systems; users have 1 to 12 windows each, and different shares of hits."""
     rng = np.random.default_rng(seed)
     user = np.repeat(np.arange(users), rng.integers(1, 13, users))
     shift = (0.35 * rng.choice([-1, 1], users))[user]  # one system is better for half of the users

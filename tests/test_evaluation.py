@@ -1,4 +1,4 @@
-"""`evaluate`: answers and ranks of systems, and what no system may return."""
+"""`evaluate`: predictions and ranks of systems, and what no system may return."""
 
 import tracemalloc
 from collections import deque
@@ -90,7 +90,7 @@ def test_the_answer_of_a_system_that_only_ranks_is_the_top_ranked():
 
 
 class Generator:
-    """Generates the target if it is even, else an invalid answer; cannot rank, like a chat model."""
+    """Generates the target if it is even, else an invalid prediction; cannot rank, like a chat model."""
 
     def generate(self, rows):
         return [None if target % 2 else list(candidates).index(target) for _, candidates, target in rows]
@@ -148,7 +148,7 @@ def test_questions_of_similar_length_share_a_batch(monkeypatch):
 
 
 def test_memory_does_not_grow_with_the_number_of_questions(monkeypatch):
-    """Except for the scores and the answer of a question, 168 bytes; its row takes some hundred more."""
+    """Except for the scores and the prediction of a question, 168 bytes; its row takes some hundred more."""
     monkeypatch.setattr(outcomes, "SORT_WINDOW", 100)
     peaks = []
     monkeypatch.setattr(outcomes, "_outcomes", lambda *_: peaks.append(tracemalloc.get_traced_memory()[1]))
@@ -176,7 +176,7 @@ def test_a_system_that_only_generates_has_no_rank_and_no_ranking_metrics():
 
 
 class Broken:
-    """Scores of 0, one of them changed, and the first column as the answer."""
+    """Scores of 0, one of them changed, and the first column as the prediction."""
 
     def __init__(self, value=0.0, answer=0, short=False):
         self.value, self.column, self.short = value, answer, short

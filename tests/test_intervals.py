@@ -26,7 +26,7 @@ def test_wilsons_interval_for_one_question_per_user(right, n, low, high):
 
 
 def clustered(rng, users=200, windows=15):
-    """Answers of users with different hit probabilities, sampled from Beta(2, 3)."""
+    """Hits of users with different hit probabilities, sampled from Beta(2, 3)."""
     rate = np.repeat(rng.beta(2, 3, size=users), windows)
     return (rng.random(users * windows) < rate).astype(float), np.repeat(np.arange(users), windows)
 

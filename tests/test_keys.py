@@ -50,7 +50,7 @@ def model(folder, weights=b"weights"):
 
 
 def csv_files(folder, seed=0, users=40):
-    """A user's own data: different for each seed, in files of one size."""
+    """Data of a user: different for each seed, in files of one size."""
     rng = np.random.default_rng(seed)
     folder.mkdir(exist_ok=True)
     items = pd.DataFrame({"id": range(40), "title": [f"Title {n:02d}" for n in range(40)]})
@@ -268,7 +268,7 @@ def test_two_commits_of_a_model_have_two_keys(kept, make, monkeypatch):
 
 
 def test_the_commit_is_read_from_the_local_cache_and_is_what_is_loaded(tmp_path, monkeypatch):
-    """Offline, with a cache as the hub's client leaves it: the model of the commit, not of another one beside it."""
+    """Offline, with a cache as the hub's client leaves it: the model of the commit, not of another one next to it."""
     for commit, weights in (("c" * 40, 0.0), ("d" * 40, 1.0)):
         folder = tmp_path / "models--ada--tiny" / "snapshots" / commit
         shutil.copytree(EMBEDDED, folder)

@@ -186,7 +186,7 @@ def test_generate_is_greedy_whatever_the_models_defaults_are(model):
 
 
 def test_answer_is_rank_and_generate(model, monkeypatch):
-    """Also where what is written is no offered title: those rows alone are written out."""
+    """Also if the generated text is not a candidate's title: only such rows are generated to the end."""
     rows = question_rows(lengths=(1, 6, 3, 4, 2, 5, 6, 1), seed=3)
     scores, written = model.rank(rows), model.generate(rows)
     named = {id(row) for row, column in zip(rows, written, strict=True) if column is not None}

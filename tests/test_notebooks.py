@@ -138,6 +138,14 @@ def test_chapter_5_can_be_made_of_any_results(kernel, tmp_path, count):
     run(kernel, tmp_path, "05_ablations", results=str(folder))
 
 
+@pytest.mark.parametrize("name", ["adapter_cpu", "language_cpu"])
+def test_the_page_of_speed_can_be_made_of_one_benchmark(kernel, tmp_path, name):
+    folder = tmp_path / "benchmarks"
+    folder.mkdir()
+    shutil.copy(ROOT / "book" / "results" / "benchmarks" / f"{name}.json", folder)
+    run(kernel, tmp_path, "09_speed", results=str(folder))
+
+
 def cells_of(folder, keep):
     """A folder with the book's cells of one data set and system, and one cell that failed."""
     folder.mkdir()

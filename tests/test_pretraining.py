@@ -52,7 +52,7 @@ SENTENCE = re.compile(
 
 
 def read(documents, row):
-    """History, offered titles and answer of a document, as its text says, and the text at its labels."""
+    """History, candidate titles and answer of a document, read from its text, and the text at its labels."""
     tokens, labels = documents[row]
     texts = [documents.prompts.tokenizer.decode(ids) for ids in (tokens, [label for label in labels if label >= 0])]
     parts = SENTENCE.fullmatch(texts[0].replace(ITEM_TOKEN, "")).groups()

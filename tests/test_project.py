@@ -10,6 +10,8 @@ import tomllib
 from pathlib import Path
 
 import nbformat
+import numpy as np
+import pandas as pd
 import pytest
 import yaml
 from packaging.requirements import Requirement
@@ -293,6 +295,27 @@ def test_the_page_of_ratios_shows_the_committed_benchmarks():
     for (benchmark, part, way), value in ratios.items():
         (row,) = [row for row in shown[benchmark] if (row["part"], row["way"]) == (part, way)]
         assert row["value"] == pytest.approx(value)
+
+
+def test_the_recipes_in_the_log_are_those_of_the_search():
+    """Each row of its table: the best of 20 epochs at three dropout rates, as the mean of two seeds."""
+    jobs = json.loads((RESULTS / "searches" / "sasrec_recipes_lastfm.json").read_text(encoding="utf-8"))["metrics"]
+    jobs = {job["name"]: job for job in jobs["jobs"] if job["kind"] == "sasrec"}
+    recipes = {  # row of the table -> name of the job and whether its learning rate falls
+        "pieces, cosine schedule": ("ours", True),
+        "one row per target, cosine schedule": ("ours+windows", True),
+        "one row per target, constant learning rate": ("ours+windows", False),
+        "the same, normalised after each block": ("ours architecture, post", False),
+        "the same, normalised embeddings instead": ("pre ours + embnorm", False),
+        "RecBole's": ("recbole", False),
+        "RecBole's, but with pieces": ("pieces", False),
+    }
+    page = (ROOT / "book" / "log.md").read_text(encoding="utf-8")
+    for recipe, (name, falls) in recipes.items():
+        epochs = np.array([epoch["hit_ratio"] for epoch in jobs[name]["epochs_run"][:20]])  # (epochs, runs)
+        runs = pd.DataFrame(jobs[name]["runs"]).assign(best=epochs.max(0))
+        means = runs[runs["cosine"] == falls].groupby("dropout")["best"].mean()
+        assert f"| {recipe} | {' | '.join(f'{means[dropout]:.3f}' for dropout in (0.2, 0.3, 0.5))} |" in page
 
 
 # ---------------------------------------------------------------- README

@@ -185,7 +185,7 @@ def test_records_can_be_written_as_json():
 
 
 def test_the_sweeps_of_the_book_are_still_of_the_notebooks_default_parameters():
-    """A default that changes must not empty chapters 5 and 11 without a word."""
+    """A default that changes must not silently empty chapters 5 and 11."""
     published = sweep_results.load_runs(ROOT / "book" / "results" / "sweeps", "04")
     assert len(sweep_results.default_runs(published, "experts")["experts"].unique()) > 1
     assert len(sweep_results.default_runs(published, "conflict")["conflict"].unique()) > 2

@@ -87,7 +87,7 @@ def _sum_by_user(values: np.ndarray, users: np.ndarray) -> np.ndarray:
 
 
 def mcnemar(first: np.ndarray, second: np.ndarray) -> float:
-    """Two-sided p of McNemar's exact test for the right answers (n,) of two systems to the same questions."""
+    """Two-sided p of McNemar's exact test for the hits (n,) of two systems on the same questions."""
     only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
     either = only_first + only_second
     return float(stats.binomtest(only_first, either).pvalue) if either else 1.0
@@ -111,7 +111,7 @@ def holm(p: pd.Series) -> pd.Series:
 
 
 def paired_comparison(first: np.ndarray, second: np.ndarray, users: np.ndarray, seed: int = 0) -> dict[str, float]:
-    """Compare the right answers of two systems, (seeds, draws, n) each, to the same questions, paired run by run.
+    """Compare the hits of two systems, (seeds, draws, n) each, on the same questions, paired run by run.
 
     A single run is paired with every run of the other system. Returns `crossed_interval` of the difference; `p` of
     `sign_flip_test` and a bootstrap over users of its mean; p of `mcnemar` over pairs of runs and draws.

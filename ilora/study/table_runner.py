@@ -1,4 +1,4 @@
-"""The paper's Table 1 on data of your choice: systems x data sets x seeds, each cell with a result of its own.
+"""The paper's Table 1 on data of your choice: systems x data sets x seeds, one result per cell.
 
     python -m ilora table --datasets movielens lastfm --data-dir DIR --seeds 0 1 2 --jobs 2 --to book/results/table
 
