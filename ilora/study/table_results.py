@@ -117,7 +117,7 @@ def verdict(comparisons: Mapping[str, pd.DataFrame], system: str, other: str, le
 
 def listed(words: Sequence[str]) -> str:
     """Words as a list in a sentence: "a, b and c"."""
-    *first, last = words
+    *first, last = words or [""]
     return f"{', '.join(first)} and {last}" if first else last
 
 
