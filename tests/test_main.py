@@ -199,6 +199,26 @@ def test_a_run_with_parameters_leaves_the_book_alone_unless_a_folder_is_named(re
     assert (injected.id, injected.metadata.tags) == ("injected-parameters", ["injected-parameters"])
 
 
+READS_RESULTS_CELL = """\
+import json
+from pathlib import Path
+print(json.loads(Path(results, "01_one.json").read_text())["metrics"])"""
+
+
+@pytest.mark.parametrize("where", ["repo/book", "mine"])
+def test_a_notebook_that_reads_the_results_of_the_book_reads_those_of_this_run(repository, where):
+    root, _ = repository
+    write(root / "notebooks" / "00_all.ipynb", 'results = "book/results"  # a folder', READS_RESULTS_CELL)
+    (root / "book" / "results" / "sweeps").mkdir(parents=True)
+    (root / "book" / "results" / "01_one.json").write_text('{"metrics": "of the last run"}')
+    (root / "book" / "results" / "sweeps" / "01_one-0.json").write_text("{}")
+    assert commands.main(["--book", where]) == 0
+    book_of_this_run = root.parent / where
+    *_, reading = nbformat.read(book_of_this_run / "00_all.ipynb", as_version=4).cells
+    assert [output.text for output in reading.outputs] == ["{'experts': 4}\n"]
+    assert {"results/01_one.json", "results/sweeps/01_one-0.json"} <= files(book_of_this_run).keys()
+
+
 @pytest.mark.parametrize(
     ("cell", "begins", "reason"),
     [

@@ -287,6 +287,18 @@ def test_the_results_that_pages_show_are_whole():
         assert not result["commit"].endswith("+dirty"), path.name
 
 
+def test_chapter_10_shows_the_runs_that_made_the_other_pages():
+    """It reads their results after they are in place, so commits and times are those of the same `make book`."""
+    outputs = [output for cell in code(ROOT / "book" / "10_expected.ipynb") for output in cell.outputs]
+    (table,) = [output.data["text/html"] for output in outputs if "<th>MiB</th>" in str(output.get("data"))]
+    rows = [re.findall(r"<t[hd]>(.*?)</t[hd]>", row) for row in re.findall(r"<tr>.*?</tr>", table, re.S)]
+    rows = {row[0]: set(row[1:]) for row in rows if row}
+    for path in sorted(RESULTS.glob("[0-9]*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if path.stem != "10_expected":
+            assert {result["commit"][:7], str(result["seconds"]), result["date"][:10]} <= rows[path.stem]
+
+
 def test_the_page_of_ratios_shows_the_committed_benchmarks():
     shown = json.loads((RESULTS / "09_speed.json").read_text(encoding="utf-8"))["metrics"]
     table = benchmark_results.ratios(benchmark_results.load_benchmarks(RESULTS / "benchmarks"))

@@ -73,7 +73,18 @@ def test_a_difference_needs_its_test_and_its_interval():
     rows = {"A": (0.01, 0.1, 0.2), "B": (0.01, -0.1, 0.2), "C": (0.2, 0.1, 0.2), "D": (0.01, -0.2, -0.1)}
     compared = pd.DataFrame.from_dict(rows, orient="index", columns=["p_holm", "low", "high"])
     compared["value"] = compared[["low", "high"]].mean(axis=1)
-    assert table_results.conclusions({"x": compared})["x"] == "above A; below D; not significantly different from B, C"
+    tables = {"one": compared, "two": compared.iloc[::-1], "three": compared.iloc[:0]}
+    says = {other: table_results.verdict(tables, "iLoRA", other) for other in [*rows, "E"]}
+    assert says == {
+        "A": "iLoRA is above A on one and two",
+        "B": "iLoRA is not significantly different from B on one and two",
+        "C": "iLoRA is not significantly different from C on one and two",
+        "D": "iLoRA is below D on one and two",
+        "E": "iLoRA and E have no results on the same questions",
+    }
+    mixed = {"x": compared, "y": compared.rename(index={"A": "D", "D": "A"}), "z": compared}
+    assert table_results.verdict(mixed, "iLoRA", "A") == "iLoRA is above A on x and z and below A on y"
+    assert table_results.listed(["a", "b", "c"]) == "a, b and c"
 
 
 def test_outcomes_that_are_all_wrong_have_an_interval():

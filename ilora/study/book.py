@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,23 @@ def check_folder(book: Path, given: dict[str, Any], jobs: list[Job]) -> None:
         raise UserError(f"the book would lack {', '.join(missing)}: leave out --only, or add --no-book")
 
 
+def make(book: Path, jobs: list[Job]) -> None:
+    """Run the notebooks for the book; one that reads the results of all others there runs after they are in place."""
+    own = {"results": os.path.relpath(book / "results", notebooks.ROOT)}
+    last = [job for job in jobs if job.parameters.get("results") == "book/results"]
+    first = [job for job in jobs if job not in last]
+    if own["results"] != "book/results":
+        last = [replace(job, given=job.given | own, parameters=job.parameters | own) for job in last]
+    for part in (first, last):
+        notebooks.run_all(part)
+        refresh(book, part)
+
+
 def refresh(book: Path, jobs: list[Job]) -> None:
     """Put the executed notebooks and their results into the book."""
     if book != notebooks.ROOT / "book":
-        ignore = shutil.ignore_patterns("_build", "results", "*.ipynb")
+        chapters = [f"{path.stem}.json" for path in notebooks.sources()]
+        ignore = shutil.ignore_patterns("_build", "*.ipynb", *chapters)
         shutil.copytree(notebooks.ROOT / "book", book, ignore=ignore, dirs_exist_ok=True)
     for job in jobs:
         executed, source = (json.loads(path.read_bytes()) for path in (job.executed, job.source))

@@ -15,6 +15,7 @@ from ilora.study.systems import SETTINGS, SYSTEMS, TABLE
 
 BOOK = """\
 Runs notebooks/*.ipynb in order, each in a new kernel of this Python with the repository as working directory.
+For a book, chapter 10 comes last, because it reads the results of the other chapters there.
 The executed notebooks are written to $ILORA_HOME/notebooks (or artifacts/notebooks).
 
 If every notebook succeeded, they and their results become the pages of book/, which is built. A run with -p leaves
@@ -59,8 +60,7 @@ def _make_book(arguments: Sequence[str]) -> int:
         return 0
     folder = (options.book or notebooks.ROOT / "book").resolve()
     book.check_folder(folder, given, jobs)
-    notebooks.run_all(jobs)
-    book.refresh(folder, jobs)
+    book.make(folder, jobs)
     book.build(folder)
     return 0
 

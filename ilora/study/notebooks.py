@@ -67,7 +67,7 @@ class Job:
             raise self._failure("", "the kernel died, as it does when memory runs out") from error
 
     def _failure(self, where: str, reason: str) -> UserError:
-        executed = f"the executed notebook is {self.executed}; the book is unchanged"
+        executed = f"the executed notebook is {self.executed}; the book was not built"
         error = UserError(f"{self.source.name} failed{where}\n{executed}\n{reason}")
         error.reason = reason  # for `runner.attempt`
         return error

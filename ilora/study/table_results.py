@@ -9,7 +9,7 @@ import pandas as pd
 
 from ilora import data, evaluation
 from ilora.errors import UserError
-from ilora.study.comparisons import crossed_interval, format_interval, holm, paired_comparison
+from ilora.study.comparisons import crossed_interval, holm, paired_comparison
 from ilora.study.paper import PRINTED_NAMES
 from ilora.study.results import load_results
 from ilora.study.systems import ROUNDING_ONLY, SYSTEMS
@@ -102,33 +102,23 @@ def compare_systems(outcomes: Mapping[str, Outcomes], system: str = "iLoRA") -> 
     return table.assign(p_holm=holm(table["p"]))
 
 
-def conclusions(comparisons: Mapping[str, pd.DataFrame], system: str = "iLoRA", level: float = 0.05) -> pd.Series:
-    """Which systems `system` is above, below, or not significantly different from, on each data set, as text."""
-    texts = {}
-    for dataset, table in comparisons.items():  # Holm's p is about other users, the interval also about other runs
-        significant = (table["p_holm"] < level) & ((table["low"] > 0) | (table["high"] < 0))
-        above, below = significant & (table["value"] > 0), significant & (table["value"] < 0)
-        groups = {"above": above, "below": below, "not significantly different from": ~significant}
-        named = [f"{words} {', '.join(table.index[rows])}" for words, rows in groups.items() if rows.any()]
-        texts[dataset] = "; ".join(named) or "no other system answered the same questions"
-    return pd.Series(texts, name=system, dtype=object)
+def verdict(comparisons: Mapping[str, pd.DataFrame], system: str, other: str, level: float = 0.05) -> str:
+    """A sentence that says on which data sets `system` is above, below, or not significantly different from `other`."""
+    groups = {"above": [], "below": [], "not significantly different from": []}
+    for dataset, table in comparisons.items():
+        if other in table.index:
+            row, same = table.loc[other], [*groups][2]
+            # Holm's p is about other users, the interval also about other runs
+            significant = row["p_holm"] < level and (row["low"] > 0 or row["high"] < 0)
+            groups[("above" if row["value"] > 0 else "below") if significant else same].append(dataset)
+    parts = [f"{words} {other} on {listed(names)}" for words, names in groups.items() if names]
+    return f"{system} is {listed(parts)}" if parts else f"{system} and {other} have no results on the same questions"
 
 
-def stack(tables: Mapping[str, pd.DataFrame], columns: Sequence[str]) -> pd.DataFrame:
-    """These columns of the tables of several data sets as one table; empty without tables."""
-    return pd.concat({name: table[columns] for name, table in tables.items()} or {"": pd.DataFrame(columns=columns)})
-
-
-def formatted(means: Mapping[str, pd.DataFrame], printed: pd.Series | None = None) -> pd.DataFrame:
-    """`system_means` of several data sets as text, with the paper's printed ratios if given."""
-    table = stack(means, ["value", "low", "high", "valid_ratio", "hit_ratio_of_valid", "n", "seeds", "draws"])
-    unbroken = [format_interval(row).replace(" ", "\N{NO-BREAK SPACE}") for row in table.to_dict("records")]
-    text = pd.DataFrame({"HitRatio@1": unbroken}, table.index)
-    text = text.join(table[["valid_ratio", "hit_ratio_of_valid"]].astype(float).map("{:.3f}".format))
-    text = text.join(table[["n", "seeds", "draws"]].astype(int))
-    if printed is not None:
-        text["paper"] = printed.rename({"Llama2": "Language model"}).reindex(table.index).map("{:.4f}".format)
-    return text.replace("nan", "-")
+def listed(words: Sequence[str]) -> str:
+    """Words as a list in a sentence: "a, b and c"."""
+    *first, last = words or [""]
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def validation_curves(folder: str | Path, seed: int = 0) -> pd.DataFrame:
@@ -141,13 +131,6 @@ def validation_curves(folder: str | Path, seed: int = 0) -> pd.DataFrame:
                 rows += [(*cell, *point) for point in enumerate(run["metrics"].get("validation", ()), 1)]
     curves = pd.DataFrame(rows, columns=columns).replace({"dataset": PRINTED_NAMES})
     return curves.astype({"learning_rate": float}).sort_values(columns[:4], ignore_index=True)
-
-
-def best_rates(curves: pd.DataFrame) -> pd.DataFrame:
-    """Best validation HitRatio@1 for each data set and rate, a column per adapter; the best `mean` chooses the rate."""
-    best = curves.groupby(["dataset", "learning_rate", "system"])["hit_ratio"].max().unstack()
-    complete = best[[system for system in ("LLaRA", "iLoRA") if system in best]].dropna()
-    return complete.assign(mean=complete.mean(axis=1))
 
 
 def failed_runs(results: Sequence[Mapping]) -> pd.DataFrame:
