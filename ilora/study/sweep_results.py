@@ -127,13 +127,13 @@ def differences_from_default(runs: pd.DataFrame, name: str, *others: str) -> pd.
 def differences_from_ilora(results: Sequence[Mapping], *variants: str) -> pd.DataFrame:
     """HitRatio@1 of variants of iLoRA ("K = 2") and of LoRA, minus iLoRA's, on data sets of the table with a variant.
 
-    All have the same questions. Intervals are over seeds and users, p is about users; n is the number of seeds.
+    All have the same questions and several seeds, n. Intervals are over seeds and users, p is about users.
     """
     columns, tables = ["setting", "variant", "value", "low", "high", "n", "p"], []
     names = {"LLaRA": LORA} | {f"iLoRA, {variant}": variant for variant in variants}
     for dataset in datasets_in(results):
         outcomes = outcomes_by_system(results, dataset, "all")
-        kept = {name: of for name, of in outcomes.items() if name in ("iLoRA", *names)}
+        kept = {name: of for name, of in outcomes.items() if name in ("iLoRA", *names) and len(of.seeds) > 1}
         if "iLoRA" in kept and kept.keys() - {"iLoRA", "LLaRA"}:
             table = compare_systems(kept).rename(names).rename_axis("variant").reset_index()
             signs = {"value": -table["value"], "low": -table["high"], "high": -table["low"], "n": table["seeds"]}
