@@ -6,6 +6,7 @@ relies on another.  Two of them run as a reader runs them, by the command `paper
 
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -14,12 +15,14 @@ from pathlib import Path
 
 import nbformat
 import numpy as np
+import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
 from conftest import ROOT
 from nbclient import NotebookClient
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
+from scipy import stats
 
 pytestmark = pytest.mark.book
 
@@ -127,6 +130,23 @@ def test_the_live_chapter_runs_and_its_widgets_follow_the_history_and_the_draw(k
 
 
 # ---------------------------------------------------------------- other inputs
+
+
+def solutions(name):
+    """The Python blocks in a chapter's text, which are solutions of its exercises."""
+    cells = load_notebook_node(str(ROOT / "notebooks" / f"{name}.ipynb")).cells
+    return [block for cell in cells for block in re.findall(r"^```python\n(.*?)^```", cell.source, re.M | re.S)]
+
+
+def test_the_solutions_of_chapter_5_run_and_its_p_values_are_adjusted(kernel, tmp_path):
+    notebook, result = run(kernel, tmp_path, "05_ablations", *solutions("05_ablations"))
+    seeds, simulated = (cell.outputs[0]["text"].split() for cell in notebook.cells[-2:])
+    assert int(seeds[0]) > 2 and seeds[1] == "seeds"
+    assert float(simulated[0]) == pytest.approx(0.64, abs=0.05) and float(simulated[1]) < 0.08
+    (table,) = (cell for cell in notebook.cells if "adjusted p" in cell.source and "cummin" in cell.source)
+    assert "adjusted p" in table.outputs[0]["data"]["text/html"]
+    p = pd.DataFrame(result["metrics"]["differences"])[["p", "adjusted p"]].dropna()
+    assert p["adjusted p"].tolist() == pytest.approx(stats.false_discovery_control(p["p"]).tolist())
 
 
 @pytest.mark.parametrize("count", [0, 1])

@@ -13,15 +13,16 @@ from ilora.errors import UserError
 from ilora.study import sweep_results
 from ilora.study.notebooks import plan
 from ilora.study.results import records
+from ilora.study.systems import SYSTEMS
 
 pytestmark = pytest.mark.book
 
 
-def write(folder, notebook="04", metrics=None, without=(), inputs=None, **parameters):
+def write(folder, notebook="04", metrics=None, without=(), inputs=None, kind="cpu", **parameters):
     """A result as `book.publish` leaves it, of the notebook's defaults and the given parameters."""
     (job,) = plan({"device": "cpu"} | parameters, [notebook])
     parameters = {name: value for name, value in job.parameters.items() if name not in without}
-    result = {"parameters": parameters, "metrics": metrics, "device": {"name": "a CPU"}, "commit": "c0ffee"}
+    result = {"parameters": parameters, "metrics": metrics, "device": {"type": kind}, "commit": "c0ffee"}
     result |= {"inputs": inputs} if inputs else {}  # older results have none
     artifacts.write_json(folder / f"{job.source.stem}-{len([*folder.iterdir()])}.json", result)
 
@@ -47,7 +48,7 @@ def test_a_result_is_a_row_with_values_and_what_it_changed(tmp_path):
     assert (table["LoRA.hit_ratio"].tolist(), table["iLoRA.hit_ratio"].tolist()) == ([0.5, 0.4], [0.6, 0.6])
     assert table["changed"].tolist() == [(), ("conflict", "guidance")]
     assert table["setting"].tolist() == ["world", "world, conflict 1.0"]
-    assert table["gate_top_k"].tolist() == [0, 0] and table["device"].tolist() == ["a CPU"] * 2
+    assert table["gate_top_k"].tolist() == [0, 0] and table["precision"].tolist() == ["float32"] * 2
     assert not [name for name in table if name.endswith((".low", ".high", ".n", ".users"))]
     (row,) = sweep_results.load_runs(tmp_path, "06").to_dict("records")
     assert (row["gate.between groups"], row["gate.between groups.p"], row["gate.users"]) == (0.2, 0.01, [7])
@@ -70,9 +71,6 @@ def test_runs_are_selected_by_what_they_changed(tmp_path):
     by_conflict = sweep_results.default_runs(table, "conflict")
     assert (len(sweep_results.default_runs(table)), len(by_conflict)) == (2, 3)
     assert len(sweep_results.default_runs(table, "conflict", "experts")) == 5
-    assert len(sweep_results.repeated(table, "experts", "setting")) == 5
-    assert sweep_results.repeated(by_conflict, "experts", "setting").empty
-    assert sweep_results.repeated(by_conflict, "missing", "setting").empty
 
 
 def test_lora_is_one_expert_once_per_seed(tmp_path):
@@ -81,9 +79,8 @@ def test_lora_is_one_expert_once_per_seed(tmp_path):
     table = sweep_results.with_lora(sweep_results.load_runs(tmp_path, "04"))
     values = dict(zip(table["experts"], table["iLoRA.hit_ratio"], strict=True))
     assert len(table) == 3 and values == {1: 0.5, 2: 0.6, 8: 0.7}
-    epochs = sweep_results.validation_by_epoch(table).sort_values(["experts", "epoch"])
-    assert epochs["epoch"].tolist() == [1, 2] * 3
-    assert epochs["hit_ratio"].tolist() == [0.1, 0.2, 0.2, 0.4, 0.2, 0.4]
+    epochs = dict(zip(table["experts"], table["training.validation.iLoRA"], strict=True))
+    assert epochs == {1: [0.1, 0.2], 2: [0.2, 0.4], 8: [0.2, 0.4]}
 
 
 def test_means_over_seeds_have_students_interval():
@@ -108,8 +105,6 @@ def test_slopes_are_fitted_per_seed_and_averaged():
     slope = sweep_results.mean_slope(table, "x", "y")
     assert slope["runs"] == pytest.approx([1, 3, 2])  # seed 3 has a single x
     assert slope["value"] == pytest.approx(2) and slope["low"] < 0 < slope["high"]
-    doubled = pd.DataFrame({"seed": 0, "x": [8, 16, 32], "y": [0.1, 0.2, 0.3]})
-    assert sweep_results.mean_slope(doubled, "x", "y", per_doubling=True)["value"] == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +113,7 @@ def test_slopes_are_fitted_per_seed_and_averaged():
         (0.1, 0.3, 3, " is above zero: 0.200 [0.100, 0.300], n = 3 seeds", " grows with conflict: 0.200"),
         (-0.3, -0.1, 3, " is below zero: -0.200", " falls with conflict"),
         (-0.1, 0.5, 3, " is not significantly different from zero", " does not change significantly with conflict"),
-        (np.nan, np.nan, 1, ": 1 seeds with a result, too few", ": 1 seeds with a result, too few"),
+        (np.nan, np.nan, 1, ": too few seeds for an interval (n = 1)", ": too few seeds"),
     ],
 )
 def test_a_conclusion_follows_from_the_interval(low, high, n, level, slope):
@@ -135,47 +130,70 @@ def test_a_variant_is_compared_with_the_default_of_its_seed_and_setting(tmp_path
     write(tmp_path, metrics=hits(0.3, 0.4), guidance="token", conflict=1.0)  # has no default run
     table = sweep_results.differences_from_default(sweep_results.load_runs(tmp_path, "04"), "guidance")
     by_variant = table.set_index("variant")
-    assert list(by_variant.index) == ["LoRA, no gate", "guidance random"] and set(table["setting"]) == {"world"}
-    row, differences = by_variant.loc["guidance random"], [-0.02, -0.021, -0.022]
+    assert list(by_variant.index) == ["LoRA, no gate", "random guidance"] and set(table["setting"]) == {"world"}
+    row, differences = by_variant.loc["random guidance"], [-0.02, -0.021, -0.022]
     test = stats.ttest_1samp(differences, 0)
     assert row["runs"] == pytest.approx(differences) and row["p"] == pytest.approx(test.pvalue)
     assert (row["low"], row["high"]) == pytest.approx(tuple(test.confidence_interval()))
     assert by_variant.loc["LoRA, no gate", "value"] == pytest.approx(-0.06)
-    count = "before any correction 1 of 1 intervals exclude zero: guidance random (world)"  # LoRA is not counted
-    assert sweep_results.count_without_zero(table) == count
-    assert (
-        sweep_results.count_without_zero(table.assign(high=1)) == "before any correction 0 of 1 intervals exclude zero"
-    )
+    count = "before any correction, {} of 1 intervals exclude zero".format  # LoRA is not counted
+    assert sweep_results.count_without_zero(table) == count(1)
+    assert sweep_results.count_without_zero(table.assign(high=1)) == count(0)
+
+
+def test_a_variant_is_not_compared_with_a_default_of_another_precision(tmp_path):
+    for seed in (0, 1):
+        write(tmp_path, metrics=hits(0.5, 0.6), seed=seed, kind="cuda")
+        write(tmp_path, metrics=hits(0.5, 0.7), seed=seed, kind="cpu", guidance="random")
+    table = sweep_results.load_runs(tmp_path, "04")
+    assert sweep_results.differences_from_default(table, "guidance").empty
+
+
+def results_of_the_table(system, hit, dataset="movielens"):
+    """Two seeds with the same hits on three questions of three users."""
+    outcomes = {"all questions": ["a"], "all windows": [1, 1, 1], "all hit": [hit], "all valid": ["111"]}
+    about = {"system": system, "dataset": dataset}
+    return [{"parameters": about | {"seed": seed}, "outcomes": outcomes} for seed in (0, 1)]
+
+
+def test_a_variant_on_real_data_is_compared_with_ilora(monkeypatch):
+    variant = "iLoRA, K = 2"
+    monkeypatch.setitem(SYSTEMS, variant, SYSTEMS["iLoRA"])
+    results = results_of_the_table("iLoRA", "110") + results_of_the_table("LLaRA", "100")
+    assert sweep_results.differences_from_ilora(results, "K = 2").empty  # without a variant
+    one_seed = results_of_the_table(variant, "111")[:1]
+    assert sweep_results.differences_from_ilora(results + one_seed, "K = 2").empty
+    results += results_of_the_table(variant, "111") + results_of_the_table("iLoRA", "111", "lastfm")
+    table = sweep_results.differences_from_ilora(results, "K = 2")
+    assert table[["setting", "variant", "n"]].to_numpy().tolist() == [
+        ["MovieLens", "LoRA, no gate", 2],
+        ["MovieLens", "K = 2", 2],
+    ]
+    assert table["value"].tolist() == pytest.approx([-1 / 3, 1 / 3])
+    assert (table["low"] < table["value"]).all() and (table["value"] < table["high"]).all()
+    assert sweep_results.differences_from_ilora(results, "K = 8").empty
+    assert sweep_results.differences_from_ilora([], "K = 2").empty
 
 
 def test_a_variant_may_change_several_parameters(tmp_path):
     for given in ({}, {"rank": 16, "alpha": 64.0}, {"rank": 16, "alpha": 64.0, "experts": 8}, {"experts": 8}):
         write(tmp_path, metrics=hits(0.5, 0.6), **given)
     table = sweep_results.differences_from_default(sweep_results.load_runs(tmp_path, "04"), "rank", "alpha", "experts")
-    assert list(table["variant"]) == ["LoRA, no gate", "rank 16, alpha 64", "rank 16, alpha 64, experts 8"]
+    assert list(table["variant"]) == ["LoRA, no gate", "rank 16, alpha 64", "rank 16, alpha 64, K = 8"]
     assert table["p"].isna().all()  # one seed
-    assert sweep_results.count_without_zero(table).startswith("before any correction 0 of 0")
-
-
-def test_p_values_are_adjusted_for_all_variants_each_counted_once():
-    first = pd.DataFrame({"setting": "world", "variant": ["a", "b"], "p": [0.04, 0.01]})
-    second = pd.DataFrame({"setting": "world", "variant": ["c", "of one seed", "a"], "p": [0.02, None, 0.04]})
-    table = sweep_results.with_adjusted_p([first, second])
-    assert list(table["variant"]) == ["a", "b", "c", "of one seed"]
-    assert table["p, adjusted"].tolist() == pytest.approx([0.04, 0.03, 0.03, np.nan], nan_ok=True)
+    assert sweep_results.count_without_zero(table).startswith("before any correction, 0 of 0")
 
 
 @pytest.mark.filterwarnings("error")
 def test_tables_of_nothing_are_empty(tmp_path):
     table = sweep_results.load_runs(tmp_path, "04")
     assert table.empty and sweep_results.default_runs(table, "conflict").empty
-    assert sweep_results.repeated(table, "training.sequences", "conflict").empty
-    assert sweep_results.with_lora(table).empty and sweep_results.validation_by_epoch(table).empty
+    assert sweep_results.with_lora(table).empty
     assert sweep_results.means_over_seeds(table, ["conflict"], {"LoRA": "LoRA.hit_ratio"}).empty
     assert sweep_results.mean_slope(table, "conflict", "difference")["n"] == 0
     differences = sweep_results.differences_from_default(table, "guidance")
-    assert sweep_results.count_without_zero(differences).startswith("before any correction 0 of 0")
-    assert records(sweep_results.with_adjusted_p([differences])) == []
+    assert sweep_results.count_without_zero(differences).startswith("before any correction, 0 of 0")
+    assert records(differences) == []
 
 
 def test_records_can_be_written_as_json():

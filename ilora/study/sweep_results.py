@@ -1,4 +1,4 @@
-"""Results of sweeps: one table of runs, means over seeds, and differences from the default run of the same seed."""
+"""Results of sweeps: one table of runs, means over seeds, and differences from the default system of the same seed."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,17 +10,22 @@ from scipy import stats
 from ilora.errors import UserError
 from ilora.study.comparisons import format_interval
 from ilora.study.notebooks import plan
+from ilora.study.paper import PRINTED_NAMES
 from ilora.study.parameters import PARAMETERS
 from ilora.study.results import load_results
+from ilora.study.table_results import compare_systems, datasets_in, outcomes_by_system
 
 ADAPTER = ("rank", "alpha", "dropout", "experts", "gate", "guidance", "gate_per_layer", "gate_top_k")
 NEVER_COMPARED = ("seed", "data_dir", "device", "results", "encoder_epochs")  # the last is only a limit
 SETTING = tuple(name for name in PARAMETERS if name not in (*ADAPTER, *NEVER_COMPARED))  # data, training, base model
-NO_GATE = "LoRA, no gate"
+MORE = ("precision", "commit", "data", "changed", "setting")
+LORA = "LoRA, no gate"
+VARIANTS = {"experts": "K = {}", "gate_per_layer": "gate per layer", "gate_top_k": "top-{} gate", "alpha": "alpha {:g}"}
+VARIANTS |= {"rank": "rank {}", "guidance": "{} guidance", "gate": "{} gate"}  # what a changed parameter is called
 
 
 def load_runs(folder: str | Path, notebook: str) -> pd.DataFrame:
-    """A row per result of a notebook: parameters (or today's defaults), `<system>.<metric>`, device and commit.
+    """A row per result of a notebook: parameters (or today's defaults), `<system>.<metric>`, precision, commit.
 
     `changed`: parameters that differ from the default; `setting`: data set and changes in SETTING, as text. Runs of
     one expert are left out: every run has LoRA. Raises UserError if a setting's results are on different data.
@@ -28,7 +33,7 @@ def load_runs(folder: str | Path, notebook: str) -> pd.DataFrame:
     (job,) = plan({}, [notebook])
     results = load_results(folder, f"{job.source.stem}-*.json").values()
     rows = [row for row in (_row(result, job.parameters) for result in results) if row["experts"] > 1]
-    table = pd.DataFrame(rows, columns=None if rows else [*job.parameters, "commit", "changed", "setting", "data"])
+    table = pd.DataFrame(rows, columns=None if rows else [*job.parameters, *MORE])
     for setting, count in table.groupby("setting")["data"].nunique().items():
         if count > 1:
             raise UserError(f"{folder} has results of {setting!r} on different data: keep those on one data set")
@@ -44,7 +49,8 @@ def _row(result: Mapping, default: Mapping) -> dict:
     left_out = {f"{name}.{part}" for name in intervals for part in ("low", "high", "n", "users")}
     values = {name.removesuffix(".value"): value for name, value in flat.items() if name not in left_out}
     content = None if parameters["dataset"] == "world" else result.get("inputs", {}).get("data")  # older: none
-    row = parameters | values | {"device": result["device"]["name"], "commit": result["commit"], "data": content}
+    precision = "bfloat16" if result["device"]["type"] == "cuda" else "float32"
+    row = parameters | values | {"precision": precision, "commit": result["commit"], "data": content}
     return row | {"changed": tuple(changed), "setting": ", ".join([parameters["dataset"], *setting])}
 
 
@@ -53,25 +59,11 @@ def default_runs(runs: pd.DataFrame, *free: str) -> pd.DataFrame:
     return runs[runs["changed"].map({*free}.issuperset).astype(bool)]
 
 
-def repeated(runs: pd.DataFrame, name: str, within: str) -> pd.DataFrame:
-    """Runs, restricted to values of `within` that were repeated with several values of `name`."""
-    runs = runs if name in runs else runs.iloc[:0].assign(**{name: np.nan})
-    return runs[runs.groupby(within)[name].transform("nunique") > 1]
-
-
 def with_lora(runs: pd.DataFrame) -> pd.DataFrame:
     """The runs and, once per seed and setting, LoRA as a run with one expert: its metrics in iLoRA's columns."""
     lora = {name: runs[name.replace("iLoRA", "LoRA")] for name in runs if "iLoRA" in name}
     one_expert = runs.assign(experts=1, **lora).drop_duplicates(["setting", "seed"])
     return pd.concat([one_expert, runs], ignore_index=True)
-
-
-def validation_by_epoch(runs: pd.DataFrame) -> pd.DataFrame:
-    """Validation HitRatio@1 after each epoch, of runs that recorded it: setting, seed, experts, epoch, hit_ratio."""
-    table = runs.reindex(columns=["setting", "seed", "experts", "training.validation.iLoRA"])
-    table = table.set_axis(["setting", "seed", "experts", "hit_ratio"], axis=1).dropna()
-    table["epoch"] = [[*range(1, 1 + len(values))] for values in table["hit_ratio"]]
-    return table.explode(["epoch", "hit_ratio"], ignore_index=True).astype({"epoch": int, "hit_ratio": float})
 
 
 def student_interval(values: Iterable[float]) -> dict:
@@ -94,17 +86,16 @@ def means_over_seeds(runs: pd.DataFrame, by: Sequence[str], columns: Mapping[str
     return pd.DataFrame(rows, columns=None if rows else ["system", *by, "value", "low", "high", "n", "runs"])
 
 
-def mean_slope(runs: pd.DataFrame, x: str, column: str, per_doubling: bool = False) -> dict:
+def mean_slope(runs: pd.DataFrame, x: str, column: str) -> dict:
     """`student_interval` of the slope of `column` over `x`: a straight line for each seed with two values of `x`."""
-    known = runs.reindex(columns=["seed", x, column]).dropna().astype(float)
-    seeds = known.assign(x=np.log2(known[x]) if per_doubling else known[x]).groupby("seed")
-    return student_interval(stats.linregress(of["x"], of[column]).slope for _, of in seeds if of["x"].nunique() > 1)
+    seeds = runs.reindex(columns=["seed", x, column]).dropna().astype(float).groupby("seed")
+    return student_interval(stats.linregress(of[x], of[column]).slope for _, of in seeds if of[x].nunique() > 1)
 
 
 def conclusion(what: str, interval: Mapping, over: str = "") -> str:
     """A sentence: whether `what` is significantly above or below zero or, for a slope over `over`, grows or falls."""
     if interval["n"] < 2:
-        return f"{what}: {interval['n']} seeds with a result, too few for an interval"
+        return f"{what}: too few seeds for an interval (n = {interval['n']})"
     above, below, neither = "is above zero", "is below zero", "is not significantly different from zero"
     if over:
         above, below, neither = (f"{verb} with {over}" for verb in ("grows", "falls", "does not change significantly"))
@@ -113,39 +104,45 @@ def conclusion(what: str, interval: Mapping, over: str = "") -> str:
 
 
 def differences_from_default(runs: pd.DataFrame, name: str, *others: str) -> pd.DataFrame:
-    """HitRatio@1 of the runs that change `name`, minus that of the default run of the same seed and setting.
+    """HitRatio@1 of the runs that change `name`, minus that of the default run of the same seed, setting and precision.
 
     They may also change `others`. LoRA is one more variant in each setting. p is that of Student's paired test.
     """
-    default, changed = default_runs(runs, *SETTING), default_runs(runs, *SETTING, name, *others)
-    changed = changed[changed["changed"].map(lambda names: name in names).astype(bool)]
+    runs = default_runs(runs, *SETTING, name, *others)
+    runs = runs.assign(hit_ratio=runs.get("iLoRA.hit_ratio", np.nan))
+    default, same = default_runs(runs, *SETTING), ["setting", "seed", "precision"]
+    changed = runs[runs["changed"].map(lambda names: name in names).astype(bool)]
     variant = [
-        ", ".join(f"{name} {run[name]}".removesuffix(".0") for name in (name, *others) if name in run["changed"])
+        ", ".join(VARIANTS[each].format(run[each]) for each in (name, *others) if each in run["changed"])
         for run in changed.to_dict("records")
     ]
-    lora = default[default["setting"].isin(changed["setting"])]
-    lora = lora.assign(variant=NO_GATE, hit_ratio=lora.get("LoRA.hit_ratio"))
-    changed = changed.assign(variant=variant, hit_ratio=changed.get("iLoRA.hit_ratio"))
-    default = default.assign(default=default.get("iLoRA.hit_ratio"))[["setting", "seed", "default"]]
-    compared = pd.concat([lora, changed])[["setting", "seed", "variant", "hit_ratio"]]
-    compared = compared.merge(default, on=["setting", "seed"])
-    compared["difference"] = compared["hit_ratio"] - compared["default"]
+    lora = default.assign(variant=LORA, hit_ratio=default.get("LoRA.hit_ratio", np.nan))
+    lora = lora.merge(changed[same].drop_duplicates())
+    compared = pd.concat([lora, changed.assign(variant=variant)]).merge(default, on=same, suffixes=("", " of default"))
+    compared["difference"] = compared["hit_ratio"] - compared["hit_ratio of default"]
     table = means_over_seeds(compared, ["setting", "variant"], {"": "difference"}).drop(columns="system")
-    p = [stats.ttest_1samp(values, 0).pvalue if len(values) > 1 else np.nan for values in table["runs"]]
-    return table.assign(p=p)
+    return table.assign(p=[stats.ttest_1samp(of, 0).pvalue if len(of) > 1 else np.nan for of in table["runs"]])
+
+
+def differences_from_ilora(results: Sequence[Mapping], *variants: str) -> pd.DataFrame:
+    """HitRatio@1 of variants of iLoRA ("K = 2") and of LoRA, minus iLoRA's, on data sets of the table with a variant.
+
+    All have the same questions and several seeds, n. Intervals are over seeds and users, p is about users.
+    """
+    columns, tables = ["setting", "variant", "value", "low", "high", "n", "p"], []
+    names = {"LLaRA": LORA} | {f"iLoRA, {variant}": variant for variant in variants}
+    for dataset in datasets_in(results):
+        outcomes = outcomes_by_system(results, dataset, "all")
+        kept = {name: of for name, of in outcomes.items() if name in ("iLoRA", *names) and len(of.seeds) > 1}
+        if "iLoRA" in kept and kept.keys() - {"iLoRA", "LLaRA"}:
+            table = compare_systems(kept).rename(names).rename_axis("variant").reset_index()
+            signs = {"value": -table["value"], "low": -table["high"], "high": -table["low"], "n": table["seeds"]}
+            tables.append(table.assign(setting=PRINTED_NAMES[dataset], **signs)[columns].astype({"n": int}))
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
 
 
 def count_without_zero(differences: pd.DataFrame) -> str:
-    """How many intervals of variants exclude zero, uncorrected, and which: a figure's title."""
-    known = differences[(differences["n"] > 1) & (differences["variant"] != NO_GATE)]
-    outside = known[(known["low"] > 0) | (known["high"] < 0)]
-    which = [f"{row.variant} ({row.setting})" for row in outside.head(2).itertuples()]
-    which = f": {'; '.join(which)}{', ...' if len(outside) > 2 else ''}" if which else ""
-    return f"before any correction {len(outside)} of {len(known)} intervals exclude zero{which}"
-
-
-def with_adjusted_p(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
-    """Tables of `differences_from_default` as one, with p adjusted by Benjamini and Hochberg's method."""
-    table = pd.concat(tables).drop_duplicates(["setting", "variant"], ignore_index=True)
-    p = table["p"].dropna().astype(float)
-    return table.assign(**{"p, adjusted": pd.Series(stats.false_discovery_control(p), p.index, float)})
+    """How many intervals of variants exclude zero before a correction, as a figure's title."""
+    known = differences[(differences["n"] > 1) & (differences["variant"] != LORA)]
+    outside = int(((known["low"] > 0) | (known["high"] < 0)).sum())
+    return f"before any correction, {outside} of {len(known)} intervals exclude zero"
