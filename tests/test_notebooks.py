@@ -6,6 +6,7 @@ relies on another.  Two of them run as a reader runs them, by the command `paper
 
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -57,6 +58,13 @@ def run(kernel, home, name, *more_cells, **parameters):
     return notebook, result_of(home, name)
 
 
+def solutions(name):
+    """The Python blocks of a chapter's exercises."""
+    cells = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", 4).cells
+    text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    return re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+
+
 def result_of(home, name):
     (path,) = (home / "results").glob(f"{name}-*.json")
     return json.loads(path.read_text(encoding="utf-8"))
@@ -65,7 +73,7 @@ def result_of(home, name):
 # The last first, so that it has to make what the earlier ones would have left to it.
 @pytest.mark.parametrize("name", [name for name in CHAPTERS[::-1] if name not in ("04_ilora", "11_play")])
 def test_a_chapter_runs_and_leaves_its_result(kernel, home, name):
-    _, result = run(kernel, home, name, **known(name, SMALL))
+    _, result = run(kernel, home, name, *solutions(name), **known(name, SMALL))
     assert result["parameters"].items() >= known(name, SMALL).items()
     assert result["metrics"]
     assert result["seconds"] > 0
@@ -78,7 +86,7 @@ def test_a_chapter_runs_and_leaves_its_result(kernel, home, name):
 
 def test_the_gates_of_ablations_run_and_say_what_they_are(kernel, home):
     given = known("04_ilora", SMALL) | {"epochs": 2, "gate_per_layer": True, "gate_top_k": 2}
-    _, result = run(kernel, home, "04_ilora", **given)
+    _, result = run(kernel, home, "04_ilora", *solutions("04_ilora"), **given)
     metrics = result["metrics"]
     assert len(result["outcomes"]["hit"]) == SMALL["test_limit"]
     assert [len(values) for values in metrics["training"]["validation"].values()] == [2, 2]  # one an epoch
@@ -130,6 +138,17 @@ def test_chapter_5_can_be_made_of_any_results(kernel, tmp_path, count):
     for path in sorted((ROOT / "book" / "results" / "sweeps").glob("04_*.json"))[:count]:
         shutil.copy(path, folder)
     run(kernel, tmp_path, "05_ablations", results=str(folder))
+
+
+@pytest.mark.parametrize("name", ["04_ilora", "06_gradients"])
+def test_chapters_4_and_6_run_where_no_groups_of_users_are_known(kernel, tmp_path, name):
+    given = known(name, SMALL) | {"dataset": "csv", "data_dir": write_csv(tmp_path / "csv", "new")}
+    notebook, result = run(kernel, tmp_path, name, *solutions(name), **given)
+    assert "between groups" not in result["metrics"]["gate"]
+    glued = [
+        out for cell in notebook.cells for out in cell.get("outputs", []) if "scrapbook" in out.get("metadata", {})
+    ]
+    assert "an unknown share" in str(glued)
 
 
 def cells_of(folder, keep):
