@@ -21,6 +21,9 @@ from nbclient import NotebookClient
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
+from ilora import data
+from ilora.language.pretraining import EMBEDDED
+
 pytestmark = pytest.mark.book
 
 SMALL = {"users": 60, "encoder_epochs": 1, "train_limit": 64, "test_limit": 16, "gradient_limit": 64, "rank": 4}
@@ -142,7 +145,12 @@ def test_chapter_5_can_be_made_of_any_results(kernel, tmp_path, count):
 
 @pytest.mark.parametrize("name", ["04_ilora", "06_gradients"])
 def test_chapters_4_and_6_run_where_no_groups_of_users_are_known(kernel, tmp_path, name):
-    given = known(name, SMALL) | {"dataset": "csv", "data_dir": write_csv(tmp_path / "csv", "new")}
+    """On the world as a reader's CSV, whose words the embedded model knows: it is not trained first."""
+    world, folder = data.make_world(users=60), tmp_path / "csv"
+    folder.mkdir()
+    world.items.to_csv(folder / "items.csv", index=False)
+    world.events.to_csv(folder / "events.csv", index=False)
+    given = known(name, SMALL) | {"dataset": "csv", "data_dir": str(folder), "base_model": str(EMBEDDED)}
     notebook, result = run(kernel, tmp_path, name, *solutions(name), **given)
     assert "between groups" not in result["metrics"]["gate"]
     glued = [
