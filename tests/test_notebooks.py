@@ -24,6 +24,9 @@ from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 from scipy import stats
 
+from ilora import data
+from ilora.language.pretraining import EMBEDDED
+
 pytestmark = pytest.mark.book
 
 SMALL = {"users": 60, "encoder_epochs": 1, "train_limit": 64, "test_limit": 16, "gradient_limit": 64, "rank": 4}
@@ -61,6 +64,13 @@ def run(kernel, home, name, *more_cells, **parameters):
     return notebook, result_of(home, name)
 
 
+def solutions(name):
+    """The Python blocks of a chapter's exercises."""
+    cells = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", 4).cells
+    text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    return re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+
+
 def result_of(home, name):
     (path,) = (home / "results").glob(f"{name}-*.json")
     return json.loads(path.read_text(encoding="utf-8"))
@@ -69,7 +79,7 @@ def result_of(home, name):
 # The last first, so that it has to make what the earlier ones would have left to it.
 @pytest.mark.parametrize("name", [name for name in CHAPTERS[::-1] if name not in ("04_ilora", "11_play")])
 def test_a_chapter_runs_and_leaves_its_result(kernel, home, name):
-    notebook, result = run(kernel, home, name, **known(name, SMALL))
+    notebook, result = run(kernel, home, name, *solutions(name), **known(name, SMALL))
     captioned = [cell for cell in notebook.cells if "figure" in cell.metadata.get("mystnb", {})]
     shown = [cell.source for cell in captioned if any("image" in str(out) for out in cell.outputs)]
     assert not [cell.source for cell in captioned if cell.source not in shown and "\nif " not in f"\n{cell.source}"]
@@ -85,7 +95,7 @@ def test_a_chapter_runs_and_leaves_its_result(kernel, home, name):
 
 def test_the_gates_of_ablations_run_and_say_what_they_are(kernel, home):
     given = known("04_ilora", SMALL) | {"epochs": 2, "gate_per_layer": True, "gate_top_k": 2}
-    _, result = run(kernel, home, "04_ilora", **given)
+    _, result = run(kernel, home, "04_ilora", *solutions("04_ilora"), **given)
     metrics = result["metrics"]
     assert len(result["outcomes"]["hit"]) == SMALL["test_limit"]
     assert [len(values) for values in metrics["training"]["validation"].values()] == [2, 2]  # one an epoch
@@ -164,6 +174,22 @@ def test_the_page_of_speed_can_be_made_of_one_benchmark(kernel, tmp_path, name):
     folder.mkdir()
     shutil.copy(ROOT / "book" / "results" / "benchmarks" / f"{name}.json", folder)
     run(kernel, tmp_path, "09_speed", results=str(folder))
+
+
+@pytest.mark.parametrize("name", ["04_ilora", "06_gradients"])
+def test_chapters_4_and_6_run_where_no_groups_of_users_are_known(kernel, tmp_path, name):
+    """On the world as a reader's CSV, whose words the embedded model knows: it is not trained first."""
+    world, folder = data.make_world(users=60), tmp_path / "csv"
+    folder.mkdir()
+    world.items.to_csv(folder / "items.csv", index=False)
+    world.events.to_csv(folder / "events.csv", index=False)
+    given = known(name, SMALL) | {"dataset": "csv", "data_dir": str(folder), "base_model": str(EMBEDDED)}
+    notebook, result = run(kernel, tmp_path, name, *solutions(name), **given)
+    assert "between groups" not in result["metrics"]["gate"]
+    glued = [
+        out for cell in notebook.cells for out in cell.get("outputs", []) if "scrapbook" in out.get("metadata", {})
+    ]
+    assert "an unknown share" in str(glued)
 
 
 def cells_of(folder, keep):
