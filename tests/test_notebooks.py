@@ -6,6 +6,7 @@ relies on another.  Two of them run as a reader runs them, by the command `paper
 
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -62,10 +63,17 @@ def result_of(home, name):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def solutions(name):
+    """The Python code in the solutions of a chapter's exercises, which follows on its cells."""
+    cells = load_notebook_node(str(ROOT / "notebooks" / f"{name}.ipynb")).cells
+    text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    return re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+
+
 # The last first, so that it has to make what the earlier ones would have left to it.
 @pytest.mark.parametrize("name", [name for name in CHAPTERS[::-1] if name not in ("04_ilora", "11_play")])
 def test_a_chapter_runs_and_leaves_its_result(kernel, home, name):
-    _, result = run(kernel, home, name, **known(name, SMALL))
+    _, result = run(kernel, home, name, *solutions(name), **known(name, SMALL))
     assert result["parameters"].items() >= known(name, SMALL).items()
     assert result["metrics"]
     assert result["seconds"] > 0
