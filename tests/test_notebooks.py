@@ -142,12 +142,6 @@ def test_the_live_chapter_runs_and_its_widgets_follow_the_history_and_the_draw(k
 # ---------------------------------------------------------------- other inputs
 
 
-def solutions(name):
-    """The Python blocks in a chapter's text, which are solutions of its exercises."""
-    cells = load_notebook_node(str(ROOT / "notebooks" / f"{name}.ipynb")).cells
-    return [block for cell in cells for block in re.findall(r"^```python\n(.*?)^```", cell.source, re.M | re.S)]
-
-
 def test_the_solutions_of_chapter_5_run_and_its_p_values_are_adjusted(kernel, tmp_path):
     notebook, result = run(kernel, tmp_path, "05_ablations", *solutions("05_ablations"))
     seeds, simulated = (cell.outputs[0]["text"].split() for cell in notebook.cells[-2:])
