@@ -37,7 +37,7 @@ def heat_maps(matrices: dict[str, np.ndarray], what: str, label: str, rows: int 
         return nothing()
     columns = -(-len(matrices) // rows)
     off = {name: np.where(np.eye(len(matrix)), np.nan, matrix) for name, matrix in matrices.items()}
-    limit = limit or max(np.nanmax(np.abs(matrix)) for matrix in off.values())
+    limit = limit or max(np.nanmax(np.abs(matrix)) for matrix in off.values()) or 1
     size = (WIDTH, 2.6 * rows) if columns < 3 else (4 / 3 * WIDTH, 1.5 * rows)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, sharex=True, sharey=True)
     for ax, (name, matrix) in zip(axes.flat, off.items(), strict=True):
