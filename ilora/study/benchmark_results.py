@@ -1,4 +1,4 @@
-"""Results of the benchmarks as tables: ratios of times, measured values, and whether they meet their goals.
+"""Results of the benchmarks as tables: ratios of times, and whether they meet their goals.
 
 The `metrics` of a result are parts. A part times several ways of doing one thing; its ratios are relative to the way
 `to`. A goal is {"at_least": number} or {"at_most": number}.
@@ -34,14 +34,6 @@ def parts(results: Results, failed: bool = False) -> Iterator[tuple[str, str, di
         yield from ((benchmark, *part) for part in result["metrics"].items() if ("error" in part[1]) == failed)
 
 
-def _entries(results: Results, key: str) -> Iterator[tuple[tuple[str, str, str], dict, dict]]:
-    """((benchmark, part, name), entry, content of the part) of every entry that has `key`."""
-    for benchmark, part, content in parts(results):
-        for name, entry in content.items():
-            if isinstance(entry, dict) and key in entry:
-                yield (benchmark, part, name), entry, content
-
-
 def _table(rows: dict[tuple[str, str, str], dict], name: str, columns: list[str]) -> pd.DataFrame:
     index = pd.MultiIndex.from_tuples(rows, names=["benchmark", "part", name]) if rows else None
     return pd.DataFrame(list(rows.values()), index, columns)
@@ -59,18 +51,14 @@ def judge(value: float, goals: Mapping[str, float]) -> dict[str, Any]:
 def ratios(results: Results) -> pd.DataFrame:
     """Median and quartiles of each way's time divided by that of the way `to`, median seconds of both, and the goal."""
     rows = {}
-    for place, entry, content in _entries(results, "time_ratio"):
-        ratio, reference = entry["time_ratio"], content[content["to"]]
-        seconds = {"seconds": entry["seconds"]["median"], "seconds_to": reference["seconds"]["median"]}
-        value = {"value": ratio["median"], "low": ratio["low"], "high": ratio["high"]}
-        rows[place] = content | entry | seconds | value | judge(ratio["median"], entry)
+    for *place, content in parts(results):
+        for name, entry in content.items():
+            if isinstance(entry, dict) and "time_ratio" in entry:
+                ratio, reference = entry["time_ratio"], content[content["to"]]
+                seconds = {"seconds": entry["seconds"]["median"], "seconds_to": reference["seconds"]["median"]}
+                value = {"value": ratio["median"], "low": ratio["low"], "high": ratio["high"]}
+                rows[*place, name] = content | entry | seconds | value | judge(ratio["median"], entry)
     return _table(rows, "way", RATIO + STEP)
-
-
-def measured_values(results: Results) -> pd.DataFrame:
-    """Values that are not ratios, with their 95 % intervals where there are any, and the goal."""
-    rows = {place: entry | judge(entry["value"], entry) for place, entry, _ in _entries(results, "value")}
-    return _table(rows, "what", ["value", "low", "high", "goal", "aim", "met"])
 
 
 def equality_checks(results: Results) -> pd.DataFrame:

@@ -61,8 +61,8 @@ class ChatRec:
 
     def messages(self, history: Sequence[int], candidates: Sequence[int]) -> list[dict[str, str]]:
         """The messages of a request; history (oldest first, perhaps padded) and candidates are item ids."""
-        n = len(self.titles)
-        listed = [[self.titles[item] for item in items if item != n] for items in (history, candidates)]
+        history = [item for item in history if item != len(self.titles)]
+        listed = [[self.titles[item] for item in items] for items in (history, candidates)]
         question = prompt_text(*listed, *self.words, mark="")
         return [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": question}]
 
