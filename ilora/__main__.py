@@ -1,4 +1,4 @@
-"""`python -m ilora`: the notebooks in order, then the book; `table` and `sweep` are commands of their own."""
+"""`python -m ilora`: the notebooks in order, then the book; `table` and `sweep` are further commands."""
 
 import sys
 

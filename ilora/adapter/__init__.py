@@ -1,4 +1,4 @@
-"""iLoRA as a PEFT adapter: one LoRA pair whose experts are mixed anew for every row of the batch.
+"""iLoRA as a PEFT adapter: one LoRA pair whose experts are mixed separately for every row of a batch.
 
 Letters, as in the paper's section 3.2:
 

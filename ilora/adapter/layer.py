@@ -1,4 +1,4 @@
-"""The mathematics of one adapted layer, Eq. 12: LoRA whose middle is weighted anew for every row."""
+"""The mathematics of one adapted layer, Eq. 12: LoRA whose middle is weighted separately for every row."""
 
 from typing import Any
 

@@ -38,7 +38,7 @@ def load_snapshot(model: nn.Module, path: Path) -> None:
     """Load a snapshot of `fit` into the model.  Raises UserError, before any change, if it is of another model."""
     tensors, saved = trained_tensors(model), safetensors.torch.load_file(path)
     if {name: value.shape for name, value in tensors.items()} != {name: value.shape for name, value in saved.items()}:
-        raise UserError(f"{path} holds other trained tensors than this model: load the model that it was taken of")
+        raise UserError(f"{path} holds other trained tensors than this model: load the model that it was taken from")
     restore(tensors, saved)
 
 
