@@ -11,7 +11,7 @@ RESAMPLES = 2000
 
 
 def interval(values: np.ndarray, users: np.ndarray, seed: int = 0) -> dict[str, float]:
-    """Mean of values (n,) with a 95 % interval: Wilson's for one question per user, answered rightly or wrongly, else a bootstrap."""
+    """Mean of values (n,) with a 95 % interval: Wilson's for hits of one question per user, else a bootstrap."""
     values, users = np.asarray(values, float), np.asarray(users)
     mean, n, clusters = float(values.mean()), len(values), len(np.unique(users))
     # A bootstrap has no width if all values are 0, or all are 1: then Wilson's interval counts each user once.
