@@ -7,7 +7,6 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -128,17 +127,8 @@ def points(notebook: str, given: dict[str, Any], over: Sequence[Sequence[str]]) 
 
 
 def run_all(jobs: list[Job]) -> None:
-    """Run the jobs, two at a time; one waits for a model that the other makes, see `artifacts.cached`.
-
-    Raises UserError if one fails, or before the first if data or models cannot be used.
-    """
+    """Run the jobs in order. Raises UserError if one fails, or before the first if data or models cannot be used."""
     for job in jobs:
         _ = job.inputs
-    workers, cores = min(2, max(len(jobs), 1)), os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(cores // workers, 1)))  # of each kernel
-    with contextlib.chdir(ROOT), ThreadPoolExecutor(workers) as pool:  # papermill changes the folder of all threads
-        runs = [pool.submit(job.run, f"{job.source.stem} ({n} of {len(jobs)})") for n, job in enumerate(jobs, 1)]
-        for run in as_completed(runs):
-            if run.exception():
-                pool.shutdown(cancel_futures=True)
-            run.result()
+    for number, job in enumerate(jobs, 1):
+        job.run(f"{job.source.stem} ({number} of {len(jobs)})")
