@@ -36,11 +36,11 @@ def check_folder(book: Path, given: dict[str, Any], jobs: list[Job]) -> None:
 
 def make(book: Path, jobs: list[Job]) -> None:
     """Run the notebooks for the book; one that reads the results of all others there runs after they are in place."""
-    own = {"results": os.path.relpath(book / "results", notebooks.ROOT)}
+    here = {"results": os.path.relpath(book / "results", notebooks.ROOT)}
     last = [job for job in jobs if job.parameters.get("results") == "book/results"]
     first = [job for job in jobs if job not in last]
-    if own["results"] != "book/results":
-        last = [replace(job, given=job.given | own, parameters=job.parameters | own) for job in last]
+    if here["results"] != "book/results":
+        last = [replace(job, given=job.given | here, parameters=job.parameters | here) for job in last]
     for part in (first, last):
         notebooks.run_all(part)
         refresh(book, part)

@@ -38,7 +38,7 @@ def style() -> None:
 
 
 def wrapped(names: Iterable[str], characters: int) -> list[str]:
-    """Names in lines of at most so many characters, without line breaks and control characters of their own."""
+    """Names in lines of at most so many characters, with their line breaks and control characters removed."""
     return [textwrap.fill(re.sub(r"[\s\x00-\x1f\x7f-\x9f]+", " ", str(name)), characters) for name in names]
 
 
