@@ -91,9 +91,8 @@ def hub_commit(name: str) -> str:
     try:
         return Path(hf_hub_download(name, "config.json")).parent.name  # .../snapshots/<commit>/config.json
     except (OSError, ValueError) as error:
-        reason = f"its commit on the Hugging Face hub cannot be read ({str(error).splitlines()[0]})"
-        remedy = "name a folder or a model on the hub, and be online the first time"
-        raise UserError(f"model {name!r} is no folder, and {reason}: {remedy}") from error
+        problem = f"model {name!r} is no folder, and not found on the hub ({str(error).splitlines()[0]})"
+        raise UserError(f"{problem}: check the name, and be online the first time") from error
 
 
 @contextmanager
@@ -112,8 +111,10 @@ def _replacement(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yield an empty folder that replaces `path` on success and is removed on an error."""
+def atomic_folder(path: str | Path, mark: str = "parameters.json") -> Iterator[Path]:
+    """Yield an empty folder that replaces `path` on success; UserError if that holds files, but none called `mark`."""
+    if Path(path).is_dir() and any(Path(path).iterdir()) and not Path(path, mark).is_file():
+        raise UserError(f"{path} holds other files than a saved folder with {mark}: name a new or empty folder")
     with _replacement(Path(path)) as folder:
         folder.mkdir()
         yield folder

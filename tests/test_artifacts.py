@@ -91,18 +91,25 @@ def test_write_json_takes_numpy_and_refuses_nan(tmp_path):
 
 def test_atomic_folder_appears_completely_or_not_at_all(tmp_path):
     path = tmp_path / "deep" / "folder"
-    with artifacts.atomic_folder(path) as folder:
-        (folder / "sub").mkdir()
-        (folder / "sub" / "one").write_text("1")
+    with artifacts.atomic_folder(path, "one") as folder:
+        (folder / "one").write_text("1")
         assert not path.exists()
-    with pytest.raises(FileNotFoundError), artifacts.atomic_folder(path) as folder:
+    with pytest.raises(FileNotFoundError), artifacts.atomic_folder(path, "one") as folder:
         (folder / "no" / "such").write_text("2")
-    assert [file.name for file in path.rglob("*")] == ["sub", "one"]
-    with artifacts.atomic_folder(path) as folder:
+    assert [file.name for file in path.rglob("*")] == ["one"]
+    with artifacts.atomic_folder(path, "one") as folder:
         (folder / "three").write_text("3")
     assert [file.name for file in path.rglob("*")] == ["three"]
     assert path.stat().st_mode & 0o777 == 0o755
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_folder_with_other_files_is_not_replaced(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    refused = pytest.raises(UserError, match="holds other files than a saved folder with one")
+    with refused, artifacts.atomic_folder(tmp_path, "one"):
+        pass
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
 def test_simultaneous_runs_make_a_folder_once(home):

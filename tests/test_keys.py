@@ -290,9 +290,7 @@ def test_the_commit_is_read_from_the_local_cache_and_is_what_is_loaded(tmp_path,
 def test_a_model_without_a_commit_is_refused_in_one_sentence():
     with pytest.raises(UserError) as error:
         cell(base_model="nobody/nothing")
-    assert "model 'nobody/nothing' is no folder, and its commit on the Hugging Face hub cannot be read" in str(
-        error.value
-    )
+    assert "model 'nobody/nothing' is no folder, and not found on the hub" in str(error.value)
     assert "\n" not in str(error.value)
 
 

@@ -187,7 +187,7 @@ def test_a_saved_model_includes_its_text_encoder(tmp_path, model):
 
 
 def test_anything_but_a_text_encoder_is_an_error(tmp_path):
-    with pytest.raises(UserError, match=r"nothing' is no folder, and its commit .* cannot be read \(.*\): name"):
+    with pytest.raises(UserError, match=r"nothing' is no folder, and not found on the hub \(.*\): check"):
         MoRec.from_dataset(titled(), tmp_path / "nothing")
     shutil.copytree(MINILM, tmp_path / "pickle")
     (tmp_path / "pickle" / "model.safetensors").unlink()

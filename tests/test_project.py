@@ -284,7 +284,8 @@ def test_the_results_that_pages_show_are_whole():
         result = json.loads(path.read_text(encoding="utf-8"))
         keys = {"name", "parameters", "metrics", "seconds", "device", "versions", "commit", "date"}
         assert result.keys() >= keys, path.name
-        assert not result["commit"].endswith("+dirty"), path.name
+        known = re.fullmatch("[0-9a-f]{40}", result["commit"])
+        assert known or path.parent.name == "searches", path.name  # those ran outside a checkout
 
 
 def test_chapter_10_shows_the_runs_that_made_the_other_pages():
@@ -361,9 +362,14 @@ def test_the_numbers_in_the_readme_are_those_of_the_results():
         assert f"| {' | '.join([name, *cells])} |" in README
     for differences in table["iLoRA - other, all"].values():
         assert differences["LLaRA"]["low"] < 0 < differences["LLaRA"]["high"]
-        assert differences["TALLRec"]["low"] > 0 > differences["SASRec"]["value"]
-    for differences in table["LLaRA - other, all"].values():
-        assert differences["TALLRec"]["low"] > 0 > differences["SASRec"]["value"]
+        assert differences["SASRec"]["value"] < 0
+    for comparisons in (table["iLoRA - other, all"], table["LLaRA - other, all"]):
+        for dataset, differences in comparisons.items():
+            row = differences["TALLRec"]
+            assert (row["low"] > 0 and row["p_holm"] < 0.05) == (dataset != "Steam")
+    claims = {row["claim"]: row for row in ablations["claims"]}
+    for claim in ("gain over conflict", "history instead of noise at conflict 1"):
+        assert claims[claim]["n"] == 3 and claims[claim]["low"] > 0
 
 
 def test_continuous_integration_runs_make_test():

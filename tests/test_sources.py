@@ -108,11 +108,11 @@ EVENTS = "user,item,time\n" + "".join(f"u{u},i{n},{n}\n" for u in range(12) for 
             r"events.csv, line 3: time '1' is not written like '2024-01-01'",
         ),
         ("", None, r"items.csv needs one column 'id' but has no text: name each once in line 1"),
-        (None, "user,item,time\n", r"csv has 0 users, 0 of them .* none of these in its train split"),
+        (None, "user,item,time\n", r"csv has 0 users, 0 of them .* none of them in its train split"),
         (
             None,
             EVENTS.split("u4")[0],
-            r"csv has 4 users, 4 of them .* none of these in its validation",
+            r"csv has 4 users, 4 of them .* none of them in its validation",
         ),
         (
             None,

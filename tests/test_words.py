@@ -47,13 +47,12 @@ def small_llama(monkeypatch):
 
 
 def test_the_code_in_the_readme_runs_and_its_adapter_depends_on_the_history(small_llama):
-    names = {"input_ids": torch.tensor([[5, 6, 7], [5, 6, 7]]), "z": torch.randn(2, 64)}
-    (block,) = blocks("README", "python")
+    names, (block,) = {}, blocks("README", "python")
     exec(block, names)
     for name, matrix in names["model"].named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(matrix, std=0.05)
-    first, second = names["model"](names["input_ids"], sequence_embeds=names["z"]).logits
+    first, second = names["model"](names["tokens"], sequence_embeds=names["z"]).logits
     assert names["logits"].shape[:2] == (2, 3) and (first - second).abs().max() > 1e-3
 
 

@@ -41,7 +41,7 @@ class Dataset:
 
     def save(self, folder: str | Path) -> None:
         """Write items.csv, events.csv, users.csv and dataset.json to `folder`: all of them or none."""
-        with artifacts.atomic_folder(folder) as temporary:
+        with artifacts.atomic_folder(folder, "dataset.json") as temporary:
             about = dict(vars(self))
             for name in ("items", "events", "users"):
                 about.pop(name).to_csv(temporary / f"{name}.csv", index=False)

@@ -93,7 +93,7 @@ def _notes(events: pd.DataFrame) -> tuple[str, ...]:
     counts = {
         f"of {len(events)} events have the time of another one of their user, which leaves their order open": ties,
         f"of {is_target.sum()} targets ({repeated.sum() / max(is_target.sum(), 1):.1%}) are among the 10 items before, "
-        "where no other candidate can be, so the prompt gives the answer away (repeats='drop' prevents this)": repeated,
+        "but no other candidate is, so the prompt gives the answer away (repeats='drop' prevents this)": repeated,
     }
     return tuple(f"{rows.sum()} {what}" for what, rows in counts.items() if rows.any())
 
@@ -106,4 +106,4 @@ def _check_usable(dataset: Dataset) -> None:
     for split in SPLITS:
         if split not in set(usable):
             users = f"{len(dataset.users)} users, {len(usable)} of them with at least {MIN_HISTORY + 1} events"
-            raise UserError(f"{dataset.name} has {users}, and none of these in its {split} split: add users with more")
+            raise UserError(f"{dataset.name} has {users}, and none of them in its {split} split: add events")

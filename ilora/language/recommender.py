@@ -222,7 +222,7 @@ class LanguageRecommender(nn.Module):
     def save_pretrained(self, folder: str | Path, base_model: str = "") -> None:
         """Write adapter/, encoder/, projector.safetensors and recommender.json; all of them or none."""
         about = {"base_model": base_model, "titles": self.prompts.titles, "wording": self.prompts.words}
-        with artifacts.atomic_folder(folder) as temporary:
+        with artifacts.atomic_folder(folder, "recommender.json") as temporary:
             if isinstance(self.language_model, PeftModel):
                 self.language_model.save_pretrained(temporary / "adapter")
             if self.encoder is not None:

@@ -50,8 +50,7 @@ def fit_recommender(
     arguments = TrainingArguments(epochs, batch_size, learning_rate, l2, **constant, seed=seed, device=device)
     config = {"window": window, "dropout": dropout}
     settings = {"model": kind, **config, **arguments.identity()}
-    text = {"text_encoder": artifacts.model_content(text_encoder)} if text_encoder else {}
-    inputs = {"data": dataset.key} | text
+    inputs = {"data": dataset.key} | ({"text_encoder": artifacts.model_content(text_encoder)} if text_encoder else {})
     work = artifacts.home() / "training" / artifacts.key(settings, inputs)
 
     def train(folder: Path) -> None:

@@ -35,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if arguments and arguments[0] in commands:
             return commands[arguments[0]](arguments[1:])
+        if arguments and not arguments[0].startswith("-"):
+            raise UserError(f"there is no command {arguments[0]!r}: choose table or sweep, or none for the book")
         return _make_book(arguments)
     except UserError as error:
         print(f"ilora: {error}", file=sys.stderr)

@@ -28,11 +28,13 @@ def ilora_against_llara() -> pd.DataFrame:
     rows = {}
     for dataset, ratios in printed_results().pivot(index="dataset", columns="system", values="hit_ratio").iterrows():
         n, ilora, llara = SEQUENCES[dataset], ratios["iLoRA"], ratios["LLaRA"]
-        wilson = stats.binomtest(round(ilora * n), n).proportion_ci(method="wilson")
+        square = stats.norm.ppf(0.975) ** 2
+        centre, half = ilora + square / (2 * n), np.sqrt(square * (ilora * (1 - ilora) / n + square / (4 * n**2)))
+        low, high = (centre - half) / (1 + square / n), (centre + half) / (1 + square / n)
         pooled = (ilora + llara) / 2
         z = (ilora - llara) / np.sqrt(2 * pooled * (1 - pooled) / n)
         p = 2 * stats.norm.sf(abs(z))
-        rows[dataset] = {"n": n, "iLoRA": ilora, "low": wilson.low, "high": wilson.high, "LLaRA": llara, "p": p}
+        rows[dataset] = {"n": n, "iLoRA": ilora, "low": low, "high": high, "LLaRA": llara, "p": p}
     return pd.DataFrame.from_dict(rows, orient="index")
 
 

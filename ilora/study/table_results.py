@@ -88,7 +88,7 @@ def compare_systems(outcomes: Mapping[str, Outcomes], system: str = "iLoRA") -> 
     """`paired_comparison` of one system with each that has common questions and seeds, with Holm's p over the rows."""
     first, rows = outcomes[system], {}
     for name, second in outcomes.items():
-        several = len(first.seeds) > 1 < len(second.seeds) or (SYSTEMS[system].seeds and SYSTEMS[name].seeds)
+        several = len(first.seeds) > 1 < len(second.seeds)  # else the single run is paired with every other one
         _, *seeds = np.intersect1d(first.seeds, second.seeds, return_indices=True)
         _, *places = np.intersect1d(first.rows, second.rows, return_indices=True)
         no_seed = several and not len(seeds[0])

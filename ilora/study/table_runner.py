@@ -146,7 +146,7 @@ def cells(datasets: list, systems: list, seeds: list, draws: int, data_dir: str,
     """The table's cells, those without language first; a system that is not trained has one seed. Raises UserError."""
     for names, known in ((systems, SYSTEMS), (datasets, data.WORDS)):
         if unknown := [name for name in names if name not in known]:
-            raise UserError(f"there is no {unknown[0]!r} here: choose among {', '.join(known)}")
+            raise UserError(f"there is no {unknown[0]!r} here: choose among {'; '.join(known)}")
     if draws < 1 or not seeds or min(seeds) < 0:
         raise UserError("--draws must be at least 1 and --seeds whole numbers from 0 on")
     return [
