@@ -167,7 +167,8 @@ def texts(model: LanguageRecommender, rows: Sequence[Row], answers: bool = False
     prompts, mark = model.prompts, ITEM_TOKEN if model.encoder is not None else ""
     opening, offer, question = wording(*prompts.words)
     lines = []
-    for history, candidates, target in rows:
+    for padded, candidates, target in rows:
+        history = padded[padded < len(prompts.titles)]
         items, offered = (";".join(f" {prompts.titles[i]}{mark}" for i in row) for row in (history, candidates))
         text = f"{prompts.tokenizer.bos_token or ''}{opening}{items}{offer}{offered}{question}"
         lines.append(text + (f" {prompts.titles[target]}{prompts.tokenizer.eos_token}" if answers else ""))
@@ -189,10 +190,11 @@ def collate_text(model: LanguageRecommender, rows: Sequence[Row]) -> dict[str, T
     start = real.sum(1) - torch.tensor([len(tokens) + 1 for tokens in answers["input_ids"]])  # with the end
     batch["labels"] = ids.where(real & (torch.arange(ids.shape[1]) >= start[:, None]), NO_LABEL)
     batch["at"] = torch.arange(ids.shape[1]).expand(ids.shape)
-    batch["items"] = torch.tensor([int(item) for row in rows for item in (*row[0], *row[1])])
+    items = [int(item) for row in rows for item in (*row[0], *row[1])]
+    batch["items"] = torch.tensor([item for item in items if item < len(prompts.titles)])
     batch["places"] = (ids.flatten() == prompts.item_token).nonzero()[:, 0]
     padding = [len(prompts.titles)]
-    histories = [padding * (model.encoder.window - len(history)) + list(history) for history, *_ in rows]
+    histories = [[*padding * model.encoder.window, *history][-model.encoder.window :] for history, *_ in rows]
     return batch | {"history": torch.tensor(np.array(histories))}
 
 
