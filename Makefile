@@ -17,8 +17,8 @@ SANDBOX := $(if $(filter 0,$(shell id -u)),--no-sandbox)
 book: .venv/installed
 	$(BIN)/python -m ilora
 
-# One thread for each test process: --numprocesses starts as many as there are cores.
-TEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile
+# One thread for each test process: --numprocesses starts as many as there are cores. The longest files start first (conftest).
+TEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 check: style
 	$(TEST) -m "not book and not slow"
