@@ -90,7 +90,7 @@ class Bench:
     def ranking(self) -> tuple[Ways, Callable]:
         batches = cut(self.rows, self.together)
         ways = {
-            "one pass": lambda: torch.cat([self.model.rank(rows) for rows in batches]),
+            "one pass": lambda: torch.cat([self.model.score(rows) for rows in batches]),
             "20 passes": lambda: torch.cat([ranking.scores(self.model, rows, one_pass=False)[0] for rows in batches]),
         }
         return ways, largest_difference
@@ -245,10 +245,10 @@ def answer_by_length(model: LanguageRecommender, questions: Questions, together:
 
 
 class Apart:
-    """A language recommender without the pass that both ranks and writes."""
+    """A language recommender without the pass that both scores and writes."""
 
     def __init__(self, model: LanguageRecommender) -> None:
-        self.rank, self.generate, self.device = model.rank, model.generate, model.device
+        self.score, self.generate, self.device = model.score, model.generate, model.device
 
 
 # ---------------------------------------------------------------- serving

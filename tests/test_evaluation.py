@@ -76,7 +76,7 @@ def test_the_answer_is_the_candidate_with_the_highest_score():
     assert result["valid"].all()
 
 
-def test_the_answer_of_a_system_that_only_ranks_is_the_top_ranked():
+def test_the_answer_of_a_system_that_only_scores_is_the_top_ranked():
     some_questions = questions(users=8)
     popularity = Popularity(ITEMS).train()
     popularity.counts += torch.randperm(ITEMS)
@@ -90,14 +90,14 @@ def test_the_answer_of_a_system_that_only_ranks_is_the_top_ranked():
 
 
 class Generator:
-    """Generates the target if it is even, else an invalid prediction; cannot rank, like a chat model."""
+    """Generates the target if it is even, else an invalid prediction; cannot score, like a chat model."""
 
     def generate(self, rows):
         return [None if target % 2 else list(candidates).index(target) for _, candidates, target in rows]
 
 
 class Oracle(Generator):
-    """Can rank as well, like a LanguageRecommender."""
+    """Can score as well, like a LanguageRecommender."""
 
     def __init__(self):
         self.sizes = []
@@ -105,12 +105,12 @@ class Oracle(Generator):
     def length(self, row):
         return int(row[0][0])  # any order other than that of the questions
 
-    def rank(self, rows):
+    def score(self, rows):
         self.sizes.append(len(rows))
         return torch.tensor(np.array([-np.abs(candidates - target + 0.4) for _, candidates, target in rows]))
 
     def answer(self, rows):
-        return self.rank(rows), self.generate(rows)
+        return self.score(rows), self.generate(rows)
 
 
 def test_outcomes_are_in_the_order_of_the_questions():
@@ -137,8 +137,8 @@ def test_without_generation_the_answer_is_the_top_ranked():
 def test_questions_of_similar_length_share_a_batch(monkeypatch):
     monkeypatch.setattr(outcomes, "SORT_WINDOW", 24)
     some_questions, oracle, lengths = questions(), Oracle(), []
-    plain = oracle.rank
-    oracle.rank = lambda rows: lengths.append([oracle.length(row) for row in rows]) or plain(rows)
+    plain = oracle.score
+    oracle.score = lambda rows: lengths.append([oracle.length(row) for row in rows]) or plain(rows)
     result = evaluate(oracle, some_questions, batch_size=10)
     assert [len(batch) for batch in lengths] == [10, 10, 4, 10, 6]  # 24 of the 40 sorted, then the others
     for window in (lengths[:3], lengths[3:]):
@@ -190,34 +190,34 @@ class Broken:
         return [self.column] * (len(rows) - self.short)
 
 
-class Ranks(Broken):
-    rank = Broken.scores
+class Scores(Broken):
+    score = Broken.scores
 
 
 class Generates(Broken):
     generate = Broken.columns
 
 
-class Both(Ranks, Generates):
+class Both(Scores, Generates):
     pass
 
 
 class Together(Both):
-    """Ranks and generates together."""
+    """Scores and generates together."""
 
     def answer(self, rows):
         return self.scores(rows), [0] * len(rows)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-@pytest.mark.parametrize("kind", [Ranks, Both, Together])
+@pytest.mark.parametrize("kind", [Scores, Both, Together])
 def test_scores_that_are_not_numbers_are_refused(kind, value):
     with pytest.raises(UserError, match=f"{kind.__name__} gives 1 of 640 scores that are NaN or infinite"):
         evaluate(kind(value=value), questions())
     assert evaluate(kind(value=-np.inf), questions())["rank"].between(1, 20).all()
 
 
-@pytest.mark.parametrize("kind", [Ranks, Generates, Both])
+@pytest.mark.parametrize("kind", [Scores, Generates, Both])
 def test_a_wrong_number_of_scores_or_answers_is_refused(kind):
     message = "answers to 32 questions" if kind is Generates else r"of shape \(32, 19\), not \(32, 20\)"
     with pytest.raises(UserError, match=f"{kind.__name__} gives .*{message}"):

@@ -1,4 +1,4 @@
-"""Every family of causal language models trains, and ranks and writes as its plain forward pass says."""
+"""Every family of causal language models trains, and scores and writes as its plain forward pass says."""
 
 import copy
 import json
@@ -139,7 +139,7 @@ def greedy(model, row):
 @pytest.mark.parametrize("experts", [1, 4], ids=["LoRA", "iLoRA"])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.slow
-def test_a_family_trains_ranks_and_writes_as_its_forward_pass_says(family, experts, tokenizer, caplog, monkeypatch):
+def test_a_family_trains_scores_and_writes_as_its_forward_pass_says(family, experts, tokenizer, caplog, monkeypatch):
     with caplog.at_level(logging.INFO, logger="ilora"):
         model, rows = recommender(family, tokenizer, experts), some_rows()
     _, packs, names = FAMILIES[family]
@@ -167,7 +167,7 @@ def test_a_family_trains_ranks_and_writes_as_its_forward_pass_says(family, exper
     expected = torch.stack([torch.stack([plain_score(model, row, item) for item in row[1]]) for row in rows])
     loss = model(model.collate(rows))
     torch.testing.assert_close(loss, -expected[:, 0].mean(), rtol=1e-4, atol=1e-4)  # the target is the first candidate
-    torch.testing.assert_close(model.rank(rows), expected, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(model.score(rows), expected, rtol=1e-4, atol=1e-3)
     assert expected.std(1).min() > 0.1
     assert model.packs == packs, caplog.text
 
@@ -294,7 +294,7 @@ def test_an_adapter_comes_back_around_a_base_without_the_item_token(tokenizer, t
             torch.nn.init.normal_(parameter, std=0.3)
     model.eval().save_pretrained(tmp_path / "kept", str(tmp_path / "base"))
     again = LanguageRecommender.from_pretrained(tmp_path / "kept", device="cpu")
-    torch.testing.assert_close(again.rank(rows), model.rank(rows), rtol=0, atol=0)
+    torch.testing.assert_close(again.score(rows), model.score(rows), rtol=0, atol=0)
     assert again.generate(rows) == model.generate(rows)
 
 
@@ -321,7 +321,7 @@ def test_a_prompt_beyond_the_models_positions_is_refused(family, limit, tokenize
     longest = max(map(model.length, rows)) + model.prompts.longest
     for positions, fits in ((longest, True), (longest - 1, False)):
         model = recommender(family, tokenizer, **{limit: positions}).eval()
-        for work in (model.check, model.generate, model.rank, lambda rows, model=model: model(model.collate(rows))):
+        for work in (model.check, model.generate, model.score, lambda rows, model=model: model(model.collate(rows))):
             if fits:
                 work(rows)
             else:
@@ -337,7 +337,7 @@ def test_a_models_padding_token_does_not_matter(tokenizer):
     prompts, rows = Prompts(other, TITLES, "story", "read"), some_rows()
     model = LanguageRecommender(base("Llama", tokenizer), prompts).eval()
     plain = LanguageRecommender(base("Llama", tokenizer), Prompts(tokenizer, TITLES, "story", "read")).eval()
-    torch.testing.assert_close(model.rank(rows), plain.rank(rows))
+    torch.testing.assert_close(model.score(rows), plain.score(rows))
     assert model.generate(rows) == plain.generate(rows)
 
 

@@ -98,37 +98,37 @@ def reference_score(model, history, candidates, item, hybrid=True):
     return sum(probability[len(tokens) - 1 + place, token] for place, token in enumerate(answer))
 
 
-# ---------------------------------------------------------------- rank
+# ---------------------------------------------------------------- score
 
 
 @torch.no_grad()
-def test_rank_equals_independent_forward_passes(model):
+def test_score_equals_independent_forward_passes(model):
     rows = question_rows()
-    ranked = model.rank(rows)
-    assert ranked.shape == (4, 20)
+    scores = model.score(rows)
+    assert scores.shape == (4, 20)
     expected = [[reference_score(model, row[0], row[1], item) for item in row[1]] for row in rows]
-    torch.testing.assert_close(ranked, torch.tensor(expected), rtol=1e-4, atol=1e-3)
-    assert ranked.std(1).min() > 0.1  # far above the tolerance
+    torch.testing.assert_close(scores, torch.tensor(expected), rtol=1e-4, atol=1e-3)
+    assert scores.std(1).min() > 0.1  # far above the tolerance
 
 
-def test_rank_under_eager_attention_is_the_same(model):
+def test_score_under_eager_attention_is_the_same(model):
     rows = question_rows()
-    expected = model.rank(rows)
+    expected = model.score(rows)
     inner = model.language_model.get_base_model() if model.gated else model.language_model
     if not hasattr(inner, "set_attn_implementation"):
         inner = inner.get_base_model()
     inner.set_attn_implementation("eager")
     try:
-        torch.testing.assert_close(model.rank(rows), expected, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(model.score(rows), expected, rtol=1e-4, atol=1e-3)
     finally:
         inner.set_attn_implementation("sdpa")
 
 
 def test_padding_and_the_order_of_a_batch_change_nothing(model):
     rows = question_rows()
-    together = model.rank(rows)
-    torch.testing.assert_close(model.rank(rows[::-1]).flip(0), together, rtol=1e-4, atol=1e-3)
-    alone = torch.cat([model.rank([row]) for row in rows])
+    together = model.score(rows)
+    torch.testing.assert_close(model.score(rows[::-1]).flip(0), together, rtol=1e-4, atol=1e-3)
+    alone = torch.cat([model.score([row]) for row in rows])
     torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-3)
     answers = model.generate(rows)
     assert model.generate(rows[::-1])[::-1] == answers
@@ -137,9 +137,9 @@ def test_padding_and_the_order_of_a_batch_change_nothing(model):
 
 def test_a_candidates_score_depends_on_the_question_not_on_the_target(model):
     history, candidates, _ = question_rows()[1]
-    first, second = (model.rank([(history, candidates, int(target))]) for target in candidates[:2])
+    first, second = (model.score([(history, candidates, int(target))]) for target in candidates[:2])
     torch.testing.assert_close(first, second, rtol=0, atol=0)
-    changed = model.rank([(history[::-1], candidates, 0)])
+    changed = model.score([(history[::-1], candidates, 0)])
     assert (changed - first).abs().max() > 1e-2
 
 
@@ -185,10 +185,10 @@ def test_generate_is_greedy_whatever_the_models_defaults_are(model):
 # ---------------------------------------------------------------- both at once
 
 
-def test_answer_is_rank_and_generate(model, monkeypatch):
+def test_answer_is_score_and_generate(model, monkeypatch):
     """Also if the generated text is not a candidate's title: only such rows are generated to the end."""
     rows = question_rows(lengths=(1, 6, 3, 4, 2, 5, 6, 1), seed=3)
-    scores, written = model.rank(rows), model.generate(rows)
+    scores, written = model.score(rows), model.generate(rows)
     named = {id(row) for row, column in zip(rows, written, strict=True) if column is not None}
     generated, plain = [], model.generate
     monkeypatch.setattr(model, "generate", lambda rows: generated.extend(rows) or plain(rows))
@@ -207,7 +207,7 @@ def test_candidates_of_different_lengths_are_not_padded_to_the_longest(model):
     hook = embedded.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
     )
-    model.rank(rows)
+    model.score(rows)
     hook.remove()
     prompt = [len(model.prompts.write(*row[:2], model.encoder is not None)) for row in rows]
     titles = [sum(len(model.prompts.answers[item]) for item in row[1]) for row in rows]
@@ -237,7 +237,7 @@ def test_loss_of_a_batch_is_the_mean_of_its_rows(model):
 
 def test_scores_of_a_few_rows_at_once_are_the_same(model, monkeypatch):
     rows = question_rows()
-    expected, sizes, one_batch = model.rank(rows), [], ranking._scores
+    expected, sizes, one_batch = model.score(rows), [], ranking._scores
 
     def counted(model, rows, answers):
         sizes.append(len(rows))
@@ -245,7 +245,7 @@ def test_scores_of_a_few_rows_at_once_are_the_same(model, monkeypatch):
 
     monkeypatch.setattr(ranking, "_scores", counted)
     monkeypatch.setattr(ranking, "LOGITS", 1)
-    torch.testing.assert_close(model.rank(rows), expected, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(model.score(rows), expected, rtol=1e-4, atol=1e-3)
     assert set(sizes) == {1}
 
 
@@ -253,13 +253,13 @@ def test_scores_of_a_few_rows_at_once_are_the_same(model, monkeypatch):
 def test_padding_to_a_multiple_changes_shapes_only(model, multiple, monkeypatch):
     rows = question_rows()
     with torch.no_grad():
-        expected, ranked = model(model.collate(rows)), model.rank(rows)
+        expected, scores = model(model.collate(rows)), model.score(rows)
         monkeypatch.setattr(model.prompts, "pad_to_multiple_of", multiple)
         batch = model.collate(rows)
         assert all(batch[name].shape[1] % multiple == 0 for name in ("input_ids", "part"))
         assert batch["labels"].shape[1] == batch["at"].shape[1] < 32  # only layers are compiled, the loss is not
         torch.testing.assert_close(model(batch), expected)
-        torch.testing.assert_close(model.rank(rows), ranked, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(model.score(rows), scores, rtol=1e-4, atol=1e-3)
 
 
 @torch.no_grad()
@@ -352,7 +352,7 @@ def test_the_gate_sees_the_encoders_representation_of_the_history():
     rows = question_rows()
     expected = torch.cat([model.encoder.encode(padded(model, row[0])) for row in rows])
     model(model.collate(rows))
-    model.rank(rows)
+    model.score(rows)
     model.generate(rows)
     assert len(seen) > 3
     for z, _ in seen[:3]:
@@ -420,8 +420,8 @@ def test_ranking_and_loss_have_the_prompts_guidance(kind, monkeypatch):
     assert model.packs
     gate = model.language_model.base_model.lora_gate["default"]
     gate.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    together = model.rank(rows)
-    torch.testing.assert_close(torch.cat([model.rank([row]) for row in rows]), together, rtol=1e-4, atol=1e-3)
+    together = model.score(rows)
+    torch.testing.assert_close(torch.cat([model.score([row]) for row in rows]), together, rtol=1e-4, atol=1e-3)
     model(model.collate(rows))
     model.generate(rows)
     for z in (torch.cat(seen[1:5]), *seen[5:7]):
@@ -429,7 +429,7 @@ def test_ranking_and_loss_have_the_prompts_guidance(kind, monkeypatch):
     assert len(seen) > 7
     for z in seen[7:]:  # of the rows that are still written
         assert (z[:, None] - seen[0]).abs().amax(-1).amin(1).max() < 1e-5
-    assert (model.rank([rows[0]]) - make("ilora").rank([rows[0]])).abs().max() > 1e-3  # and it has an effect
+    assert (model.score([rows[0]]) - make("ilora").score([rows[0]])).abs().max() > 1e-3  # and it has an effect
 
 
 def test_an_unknown_guidance_is_refused():
@@ -458,14 +458,14 @@ def test_any_sequence_model_may_be_the_encoder(tmp_path, kind):
         for name, parameter in model.named_parameters():
             if "lora_B" in name or "projector" in name:
                 parameter += 0.03 * torch.randn_like(parameter)
-    ranked = model.rank(rows)
-    for row, scores in zip(rows[:2], ranked, strict=False):
+    every = model.score(rows)
+    for row, scores in zip(rows[:2], every, strict=False):
         expected = torch.stack([reference_score(model, row[0], row[1], item) for item in row[1]])
         torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-3)
     model.save_pretrained(tmp_path / "kept", base_model="embedded")
     again = LanguageRecommender.from_pretrained(tmp_path / "kept", device="cpu")
     assert type(again.encoder) is kind
-    torch.testing.assert_close(again.rank(rows), ranked, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(again.score(rows), every, rtol=1e-5, atol=1e-4)
 
 
 def test_a_fresh_adapter_answers_as_the_language_model_does():
@@ -474,10 +474,10 @@ def test_a_fresh_adapter_answers_as_the_language_model_does():
     torch.manual_seed(0)
     encoder = SASRec(len(TITLES), window=6)
     plain = LanguageRecommender(language_model, prompts, encoder).eval()
-    expected = plain.rank(rows)
+    expected = plain.score(rows)
     adapted = LanguageRecommender(language_model, prompts, encoder, adapter_config(experts=4)).eval()
     adapted.projector.load_state_dict(plain.projector.state_dict())
-    torch.testing.assert_close(adapted.rank(rows), expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(adapted.score(rows), expected, rtol=1e-5, atol=1e-4)
 
 
 def test_the_seed_decides_the_start():
@@ -539,7 +539,7 @@ def test_a_saved_recommender_gives_identical_answers(kind, tmp_path):
     model, rows = make(kind), question_rows()
     model.save_pretrained(tmp_path / "kept", base_model="embedded")
     again = LanguageRecommender.from_pretrained(tmp_path / "kept", device="cpu")
-    torch.testing.assert_close(again.rank(rows), model.rank(rows), rtol=0, atol=0)
+    torch.testing.assert_close(again.score(rows), model.score(rows), rtol=0, atol=0)
     assert again.generate(rows) == model.generate(rows)
     assert again.gated == model.gated and not again.training
     assert not list((tmp_path / "kept").rglob("*.bin")) and not list((tmp_path / "kept").rglob("*.p*[kt]"))
@@ -628,7 +628,7 @@ def test_compiled_layers_train_alike_and_only_in_training(tmp_path, monkeypatch,
         arguments = TrainingArguments(3, 8, 1e-3, device="cpu", compile=choice)
         losses.append(fit(model, train, arguments, tmp_path / choice)["loss"])
         before = len(compiled)
-        model.rank(train[:3])
+        model.score(train[:3])
         model(model.collate(train[:3]))
         assert len(compiled) == before
         assert not any("_orig_mod" in name for name in model.state_dict())

@@ -169,7 +169,7 @@ def test_it_can_be_the_encoder_of_a_language_model(tmp_path, model):
     recommender.eval().save_pretrained(tmp_path / "saved", base_model="embedded")
     loaded = LanguageRecommender.from_pretrained(tmp_path / "saved", device="cpu")
     assert type(loaded.encoder) is MoRec
-    torch.testing.assert_close(loaded.rank(rows), recommender.rank(rows), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(loaded.score(rows), recommender.score(rows), rtol=1e-5, atol=1e-4)
 
 
 # ---------------------------------------------------------------- files

@@ -30,6 +30,7 @@ from ilora.language.pretraining import EMBEDDED
 pytestmark = pytest.mark.book
 
 SMALL = {"users": 60, "encoder_epochs": 1, "train_limit": 64, "test_limit": 16, "gradient_limit": 64, "rank": 4}
+FEWER = {"users": 40, "train_limit": 32}  # validation, after each epoch, is most of the time
 CHAPTERS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
 KERNELS = {"JUPYTER_PATH": f"{sys.prefix}/share/jupyter"}  # the kernel python3 is that of this environment
 
@@ -94,7 +95,7 @@ def test_a_chapter_runs_and_leaves_its_result(kernel, home, name):
 
 
 def test_the_gates_of_ablations_run_and_say_what_they_are(kernel, home):
-    given = known("04_ilora", SMALL) | {"epochs": 2, "gate_per_layer": True, "gate_top_k": 2}
+    given = known("04_ilora", SMALL | FEWER) | {"epochs": 2, "gate_per_layer": True, "gate_top_k": 2}
     _, result = run(kernel, home, "04_ilora", *solutions("04_ilora"), **given)
     metrics = result["metrics"]
     assert len(result["outcomes"]["hit"]) == SMALL["test_limit"]
@@ -173,11 +174,11 @@ def test_the_page_of_speed_can_be_made_of_one_benchmark(kernel, tmp_path, name):
 @pytest.mark.parametrize("name", ["04_ilora", "06_gradients"])
 def test_chapters_4_and_6_run_where_no_groups_of_users_are_known(kernel, tmp_path, name):
     """On the world as a reader's CSV, whose words the embedded model knows: it is not trained first."""
-    world, folder = data.make_world(users=60), tmp_path / "csv"
+    world, folder = data.make_world(users=FEWER["users"]), tmp_path / "csv"
     folder.mkdir()
     world.items.to_csv(folder / "items.csv", index=False)
     world.events.to_csv(folder / "events.csv", index=False)
-    given = known(name, SMALL) | {"dataset": "csv", "data_dir": str(folder), "base_model": str(EMBEDDED)}
+    given = known(name, SMALL | FEWER) | {"dataset": "csv", "data_dir": str(folder), "base_model": str(EMBEDDED)}
     notebook, result = run(kernel, tmp_path, name, *solutions(name), **given)
     assert "between groups" not in result["metrics"]["gate"]
     glued = [

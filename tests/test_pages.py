@@ -104,19 +104,40 @@ def soup(html, name):
 # ---------------------------------------------------------------- what a browser sees
 
 
+@functools.cache
+def visited(window, html, name):
+    """What one visit to a page shows: each page is opened and laid out once for all tests that only look at it.
+
+    axe-core's violations are in the light and the dark theme; `sizes` are those of MEASURE, by width of the window.
+    """
+    tab = look(window, (html / f"{name}.html").as_uri())
+    seen = {"problems": list(tab.problems), "requests": list(tab.requests)}
+    seen["formulas"], seen["typeset"] = tab.locator(".math").count(), tab.locator(".math:has(mjx-container)").count()
+    seen["text"] = tab.locator("article").inner_text().replace(code(tab), "")
+    theme = tab.evaluate("document.documentElement.dataset.theme")
+    seen["light"] = violations(tab)
+    tab.evaluate("document.documentElement.dataset.theme = 'dark'")
+    seen["dark"] = violations(tab, "color-contrast")
+    tab.evaluate("theme => { document.documentElement.dataset.theme = theme; }", theme)
+    tab.set_viewport_size({"width": 390, "height": 844})  # a phone
+    seen["width on a phone"] = tab.evaluate("document.documentElement.scrollWidth")
+    seen["sizes"] = {}
+    for width in (1280, 390):
+        tab.set_viewport_size({"width": width, "height": 844})
+        seen["sizes"][width] = tab.evaluate(MEASURE)
+    return seen
+
+
 @pages
 def test_a_page_opened_as_a_file_is_whole_and_reaches_everybody(window, html, name):
-    tab = look(window, (html / f"{name}.html").as_uri())
-    assert not tab.problems
-    assert not [url for url in tab.requests if urlsplit(url).scheme not in ("file", "data")]
-    formulas = tab.locator(".math")
-    assert formulas.count() == tab.locator(".math:has(mjx-container)").count()
-    assert not re.search(r"\\\(|\\\[|\\begin\{", tab.locator("article").inner_text().replace(code(tab), ""))
-    assert not violations(tab)
-    tab.evaluate("document.documentElement.dataset.theme = 'dark'")
-    assert not violations(tab, "color-contrast")
-    tab.set_viewport_size({"width": 390, "height": 844})  # a phone
-    assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+    seen = visited(window, html, name)
+    assert not seen["problems"]
+    assert not [url for url in seen["requests"] if urlsplit(url).scheme not in ("file", "data")]
+    assert seen["formulas"] == seen["typeset"]
+    assert not re.search(r"\\\(|\\\[|\\begin\{", seen["text"])
+    assert not seen["light"]
+    assert not seen["dark"]
+    assert seen["width on a phone"] <= 390
 
 
 def code(tab):
@@ -164,8 +185,9 @@ def sliders(html):
 
 def test_each_slider_is_moved_by_keys_and_shows_another_picture(window, html, sliders):
     assert len(sliders) >= 2
-    for name, slider in sliders:
-        tab = look(window, (html / f"{name}.html").as_uri())
+    tabs = {}
+    for name, slider in sliders:  # page after page
+        tab = tabs[name] = tabs.get(name) or look(window, (html / f"{name}.html").as_uri())
         knob = tab.locator(f"#{slider} input")
         last = int(knob.get_attribute("max"))
         label = tab.locator(f"#{slider} label").inner_text()
@@ -354,6 +376,7 @@ def test_a_chapter_begins_with_a_question_and_has_takeaways_with_numbers(html, n
 
 # ---------------------------------------------------------------- what can be measured
 
+# Height of a page, tops of its figures, pictures with their widths, and sizes of text in inline SVG.
 MEASURE = """() => {
     const box = element => element.getBoundingClientRect(), wide = element => box(element).width > 150;
     const pixels = (svg, text) =>
@@ -369,16 +392,6 @@ MEASURE = """() => {
 }"""
 
 
-@functools.cache
-def measured(window, html, name):
-    """Height of a page, tops of its figures, pictures with their widths, and sizes of text in inline SVG, by width."""
-    tab, sizes = look(window, (html / f"{name}.html").as_uri()), {}
-    for width in (1280, 390):
-        tab.set_viewport_size({"width": width, "height": 844})
-        sizes[width] = tab.evaluate(MEASURE)
-    return sizes
-
-
 def smallest_text(path, width):
     """Pixels of the smallest text in an SVG file that is shown with this width; Matplotlib's paths are 100 high."""
     svg = path.read_text(encoding="utf-8")
@@ -389,17 +402,17 @@ def smallest_text(path, width):
 
 @pages
 def test_a_page_is_at_most_8000_pixels_high(window, html, name):
-    assert measured(window, html, name)[1280]["height"] <= 8000
+    assert visited(window, html, name)["sizes"][1280]["height"] <= 8000
 
 
 @chapters
 def test_the_first_screen_of_a_chapter_has_a_figure(window, html, name):
-    assert min(measured(window, html, name)[1280]["tops"]) <= 800
+    assert min(visited(window, html, name)["sizes"][1280]["tops"]) <= 800
 
 
 @pages
 def test_text_in_figures_can_be_read_on_a_phone(window, html, name):
-    on_a_phone = measured(window, html, name)[390]
+    on_a_phone = visited(window, html, name)["sizes"][390]
     sizes = {src: smallest_text(html / src, width) for src, width in on_a_phone["pictures"]}
     assert not {src: size for src, size in sizes.items() if size < 9}
     assert min(on_a_phone["texts"], default=9) >= 9

@@ -99,14 +99,14 @@ def test_a_history_longer_than_the_window_is_an_error(model):
         model.encode(torch.zeros(1, 7, dtype=torch.long))
 
 
-def test_rank_scores_the_candidates_of_questions():
+def test_score_gives_the_scores_of_the_candidates_of_questions():
     rows = sequences(dataset(), "test", window=9)
     questions = Questions(rows, ITEMS, seed=0)
     batch = [questions[i] for i in range(len(questions))]
     assert {(history < ITEMS).sum() for history, _, _ in batch} == {3, 4, 5, 6, 7, 8, 9}
     recent = torch.from_numpy(rows.history[:, 3:])  # the last 6 items: the models' window
     for recommender in (make(SASRec), make(GRU4Rec), make(Caser), Popularity.from_dataset(dataset())):
-        scores, every = recommender.rank(batch), recommender.score_all(recent)
+        scores, every = recommender.score(batch), recommender.score_all(recent)
         assert scores.shape == (len(questions), 20) and not scores.requires_grad
         for row, candidates in enumerate(questions.candidates):
             torch.testing.assert_close(scores[row], every[row, candidates])

@@ -94,14 +94,14 @@ def test_the_trained_model_is_the_reloaded_one_and_is_alone_in_memory(world, exp
         model, _, _ = tuned(world, encoder, experts=experts, epochs=2)
         assert bases() == before + 1
         rows = [data.questions(world, "test", 6)[row] for row in range(6)]
-        ranked, written = model.rank(rows), model.generate(rows)
+        scores, written = model.score(rows), model.generate(rows)
         assert not model.training
         del model
         again, _, _ = tuned(world, encoder, experts=experts, epochs=2)
         assert bases() == before + 1
     finally:
         gc.enable()
-    torch.testing.assert_close(again.rank(rows), ranked, rtol=0, atol=0)
+    torch.testing.assert_close(again.score(rows), scores, rtol=0, atol=0)
     assert again.generate(rows) == written
 
 

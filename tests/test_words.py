@@ -177,4 +177,4 @@ def test_a_quantised_base_becomes_a_recommender_as_the_page_of_gpus_says(somewhe
     rows = [questions[row] for row in range(4)]
     model(model.collate(rows)).backward()
     assert any(value.grad is not None and value.grad.abs().max() > 0 for value in model.parameters())
-    assert model.eval().rank(rows).shape == (4, data.CANDIDATES)
+    assert model.eval().score(rows).shape == (4, data.CANDIDATES)

@@ -20,13 +20,13 @@ SORT_WINDOW = 4096  # questions that are sorted by length together, which bounds
 
 
 class System(Protocol):
-    """A system to evaluate: it has `rank` or `generate`, or both. A row is an element of Questions.
+    """A system to evaluate: it has `score` or `generate`, or both. A row is an element of Questions.
 
     Optional: `check(questions)` raises UserError for questions that the system cannot process; `answer(rows)` returns
-    the results of `rank` and `generate` in less time; `length(row)` lets questions of similar length share a batch.
+    the results of `score` and `generate` in less time; `length(row)` lets questions of similar length share a batch.
     """
 
-    def rank(self, rows: list[Row]) -> Tensor:
+    def score(self, rows: list[Row]) -> Tensor:
         """(rows, candidates) scores of the candidates."""
 
     def generate(self, rows: list[Row]) -> list[int | None]:
@@ -38,10 +38,10 @@ def evaluate(system: System, questions: Questions, batch_size: int = 0, generate
 
     Columns: those of `question_ids`; answer: the item that `generate` names, or NO_ANSWER if invalid; valid; hit; rank:
     the target's place among the candidates, from 1. Without `generate`, or with `generate=False`, the answer is the
-    top-ranked candidate; without `rank` there is no column rank. batch_size 0: 64 on a GPU, else 32.
+    top-ranked candidate; without `score` there is no column rank. batch_size 0: 64 on a GPU, else 32.
     """
-    generates, ranks = generate and hasattr(system, "generate"), hasattr(system, "rank")
-    if not generates and not ranks:
+    generates, gives_scores = generate and hasattr(system, "generate"), hasattr(system, "score")
+    if not generates and not gives_scores:
         raise ValueError(f"{type(system).__name__} can only generate: evaluate it with generate=True")
     if isinstance(system, nn.Module):
         system.eval()
@@ -51,18 +51,18 @@ def evaluate(system: System, questions: Questions, batch_size: int = 0, generate
     scores, columns = np.zeros(questions.candidates.shape), np.zeros(len(questions), int)
     with tqdm(total=len(questions), unit="question", desc="evaluating", mininterval=1, delay=1) as bar:
         for numbers, rows in batches_by_length(system, questions, batch_size):
-            scores[numbers], columns[numbers] = _predict(system, rows, ranks, generates)
+            scores[numbers], columns[numbers] = _predict(system, rows, gives_scores, generates)
             bar.update(len(rows))
-    return _outcomes(questions, columns, scores if ranks else None)
+    return _outcomes(questions, columns, scores if gives_scores else None)
 
 
-def _predict(system: System, rows: list[Row], ranks: bool, generates: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Scores of the candidates, 0 unless `ranks`, and the columns of the answers, both checked."""
+def _predict(system: System, rows: list[Row], gives_scores: bool, generates: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Scores of the candidates, 0 unless `gives_scores`, and the columns of the answers, both checked."""
     name, shape = type(system).__name__, (len(rows), len(rows[0][1]))
-    if ranks and generates and hasattr(system, "answer"):
+    if gives_scores and generates and hasattr(system, "answer"):
         scores, columns = system.answer(rows)
     else:
-        scores = system.rank(rows) if ranks else np.zeros(shape)
+        scores = system.score(rows) if gives_scores else np.zeros(shape)
         columns = system.generate(rows) if generates else None
     scores = check_scores(torch.as_tensor(scores).cpu().double().numpy(), shape, name)
     columns = scores.argmax(1) if columns is None else columns

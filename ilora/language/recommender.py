@@ -185,7 +185,7 @@ class LanguageRecommender(nn.Module):
 
     packs = cached_property(ranking.fits_one_pass)  # whether all candidates are scored in one pass
 
-    def rank(self, rows: list[Row]) -> Tensor:
+    def score(self, rows: list[Row]) -> Tensor:
         """(rows, candidates) log P(title and end | prompt)."""
         return ranking.scores(self, rows, self.packs)[0]
 
@@ -204,7 +204,7 @@ class LanguageRecommender(nn.Module):
         return list(map(read_answer, texts, offered))
 
     def answer(self, rows: list[Row]) -> tuple[Tensor, list[int | None]]:
-        """What `rank` and `generate` give; only rows in which greedy decoding writes no candidate are generated."""
+        """What `score` and `generate` give; only rows in which greedy decoding writes no candidate are generated."""
         scores, written = ranking.scores(self, rows, self.packs)
         columns = dict(reversed(written.nonzero().tolist()))  # row number -> the first candidate that it writes
         rest = [number for number in range(len(rows)) if number not in columns]

@@ -40,7 +40,7 @@ class Recommender(nn.Module):
         return torch.from_numpy(np.array([[*padding, *history][-self.window :] for history in histories]))
 
     @torch.no_grad()
-    def rank(self, rows: list[tuple[np.ndarray, np.ndarray, int]]) -> Tensor:
+    def score(self, rows: list[tuple[np.ndarray, np.ndarray, int]]) -> Tensor:
         """Score the candidates of rows of `data.Questions`: (rows, candidates)."""
         histories, candidates, _ = zip(*rows, strict=True)
         scores = self.score_all(self.stack(histories).to(self.device))

@@ -40,7 +40,7 @@ class Player(widgets.VBox):
             return
         history, candidates, _ = row = self.row()
         read, offered = ([self.titles[item] for item in items] for items in (history, candidates))
-        shares = {"share of the twenty": self.recommender.rank([row]).softmax(-1)[0].cpu().numpy()}
+        shares = {"share of the twenty": self.recommender.score([row]).softmax(-1)[0].cpu().numpy()}
         gate = self.recommender.gate_weights([row]).numpy()[0]
         self.question.value = question("What comes next?", read, offered, shares, gate)
         tokens = self.recommender.prompts.write(history, candidates, hybrid=True)
