@@ -11,9 +11,11 @@ document.addEventListener("DOMContentLoaded", () => {
     const mark = () => link.classList.toggle("fits", picture.naturalWidth <= 520);
     picture.complete ? mark() : picture.addEventListener("load", mark);
   }
-  // An interval stays in one line, so that a narrow cell breaks between a value and its interval.  The headline may break it.
+  // An interval stays in one line, so that a narrow cell breaks between a value and its interval.  On a phone, the
+  // headline may break it.
+  const phone = matchMedia("(max-width: 600px)").matches;
   for (const text of document.querySelectorAll("article td, article td *")) {
-    if (text.children.length > 0 || text.closest(".headline")) continue;
+    if (text.children.length > 0 || (phone && text.closest(".headline"))) continue;
     text.textContent = text.textContent.replace(/(\[[-\d.]+,) /g, "$1\u00a0");
   }
   // What scrolls sideways fades at the side where more is hidden.
