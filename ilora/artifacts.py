@@ -92,7 +92,7 @@ def hub_commit(name: str) -> str:
         return Path(hf_hub_download(name, "config.json")).parent.name  # .../snapshots/<commit>/config.json
     except (OSError, ValueError) as error:
         problem = f"model {name!r} is no folder, and not found on the hub ({str(error).splitlines()[0]})"
-        raise UserError(f"{problem}: check the name, and be online the first time") from error
+        raise UserError(f"{problem}: check the name, be online, and log in (hf auth login) if it is gated") from error
 
 
 @contextmanager

@@ -438,6 +438,8 @@ def test_representations_that_are_not_finite(kind, tmp_path):
     for value in (np.nan, np.inf):
         z = users().clone()
         z[0, 0] = value
+        with pytest.raises(UserError, match="sequence_embeds has values that are not finite"):
+            model(tokens(), sequence_embeds=z)
         with pytest.raises(UserError, match="not finite"):
             model.generate(tokens(), sequence_embeds=z, max_new_tokens=1)
         with pytest.raises(UserError, match="not finite"):

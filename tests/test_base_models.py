@@ -4,6 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from transformers import BertConfig
 
 from ilora import data
 from ilora.data import Questions, make_world
@@ -119,6 +120,12 @@ def test_a_base_model_that_is_no_name_and_no_folder_is_refused(name):
 
 def test_a_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(UserError, match="base_model"):
+        load_language_model(str(tmp_path), device="cpu")
+
+
+def test_a_masked_language_model_is_refused_before_its_weights_are_read(tmp_path):
+    BertConfig(architectures=["BertForMaskedLM"]).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"could not be loaded \(.* masked one, as BERT is\): name a causal"):
         load_language_model(str(tmp_path), device="cpu")
 
 

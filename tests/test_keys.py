@@ -291,6 +291,7 @@ def test_a_model_without_a_commit_is_refused_in_one_sentence():
     with pytest.raises(UserError) as error:
         cell(base_model="nobody/nothing")
     assert "model 'nobody/nothing' is no folder, and not found on the hub" in str(error.value)
+    assert str(error.value).endswith("and log in (hf auth login) if it is gated")
     assert "\n" not in str(error.value)
 
 

@@ -145,9 +145,7 @@ def test_the_live_chapter_runs_and_its_widgets_follow_the_history_and_the_draw(k
 
 def test_the_solutions_of_chapter_5_run_and_its_p_values_are_adjusted(kernel, tmp_path):
     notebook, result = run(kernel, tmp_path, "05_ablations", *solutions("05_ablations"))
-    seeds, simulated = (cell.outputs[0]["text"].split() for cell in notebook.cells[-2:])
-    assert int(seeds[0]) > 2 and seeds[1] == "seeds"
-    assert float(simulated[0]) == pytest.approx(0.64, abs=0.05) and float(simulated[1]) < 0.08
+    assert notebook.cells[-1].outputs[0]["text"].split() == ["0.636", "0.043"]  # as the solution says
     (table,) = (cell for cell in notebook.cells if "adjusted p" in cell.source and "cummin" in cell.source)
     assert "adjusted p" in table.outputs[0]["data"]["text/html"]
     p = pd.DataFrame(result["metrics"]["differences"])[["p", "adjusted p"]].dropna()

@@ -45,6 +45,22 @@ def test_runs_are_paired_by_their_seed(other):
     assert row["value"] == row["low"] == row["high"] == 0
 
 
+def test_a_difference_is_that_of_the_two_means_if_both_have_the_same_runs():
+    rng, users = np.random.default_rng(0), np.repeat(np.arange(10), 3)
+    hits = {name: rng.random((3, 2, 30)) < share for name, share in (("iLoRA", 0.6), ("LLaRA", 0.4), ("SASRec", 0.5))}
+    outcomes = {
+        name: table_results.Outcomes((0, 1, 2), hit, hit, users, ("a", "b"), np.arange(30))
+        for name, hit in hits.items()
+    }
+    means = table_results.system_means(outcomes)["value"].astype(float)
+    for system in outcomes:
+        compared = table_results.compare_systems(outcomes, system)["value"].astype(float)
+        assert set(compared.index) == outcomes.keys() - {system}
+        expected = means[system] - means[compared.index]
+        np.testing.assert_allclose(compared, expected, atol=1e-12)
+        assert expected.abs().min() > 0.01
+
+
 def test_a_sample_is_compared_on_its_rows_alone():
     rng, users, rows = np.random.default_rng(0), np.repeat(np.arange(10), 3), np.array([1, 2, 5, 17, 18, 29])
     ours, theirs = rng.random((3, 2, 30)) < 0.6, rng.random((1, 2, 30)) < 0.3

@@ -11,8 +11,18 @@ document.addEventListener("DOMContentLoaded", () => {
     const mark = () => link.classList.toggle("fits", picture.naturalWidth <= 520);
     picture.complete ? mark() : picture.addEventListener("load", mark);
   }
-  // An interval stays in one line, so that a narrow cell breaks between a value and its interval.
+  // An interval stays in one line, so that a narrow cell breaks between a value and its interval.  On a phone, the
+  // headline may break it.
+  const phone = matchMedia("(max-width: 600px)").matches;
   for (const text of document.querySelectorAll("article td, article td *")) {
-    if (text.children.length === 0) text.textContent = text.textContent.replace(/(\[[-\d.]+,) /g, "$1\u00a0");
+    if (text.children.length > 0 || (phone && text.closest(".headline"))) continue;
+    text.textContent = text.textContent.replace(/(\[[-\d.]+,) /g, "$1\u00a0");
+  }
+  // What scrolls sideways fades at the side where more is hidden.
+  const wide = "pre, .output, .pst-scrollable-table-container, .sortable, div.math, .whole-figure, .slider figure";
+  for (const box of document.querySelectorAll(`article :is(${wide})`)) {
+    const mark = () => box.classList.toggle("more", box.scrollWidth - box.clientWidth - box.scrollLeft > 4);
+    box.addEventListener("scroll", mark, {passive: true});
+    new ResizeObserver(mark).observe(box);
   }
 });

@@ -83,8 +83,10 @@ class Conditioning:
             del conditions[conditions.index(condition) :]
 
     def representations(self, z: Tensor | None) -> Tensor | None:
-        """The z given to a starting call, else the context's.  Raises UserError if the model is merged."""
+        """The z given to a starting call, else the context's.  Raises UserError for NaN, or if the model is merged."""
         self._end_forward()  # one that was interrupted
+        if isinstance(z, Tensor) and not torch.compiler.is_compiling() and not (z.is_meta or z.isfinite().all()):
+            raise UserError("sequence_embeds has values that are not finite: correct the encoder that computes them.")
         context = self.running
         if context is not None and not torch.compiler.is_compiling() and context.task is not current_task():
             raise UserError("another asyncio task is inside `with model.sequence_embeds(z):`: do not await inside it.")

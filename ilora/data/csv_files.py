@@ -59,7 +59,7 @@ def _records(file: Path) -> pd.Series:
                     raise csv.Error("a quoted field goes on over lines that look like rows")
             line = reader.line_num + 1
     except csv.Error as error:
-        raise UserError(f"{file}, line {line}: not a record of CSV ({error}); close and double its quotes") from error
+        raise UserError(f"{file}, line {line}: not CSV ({error}); use commas, close and double its quotes") from error
     return pd.Series(rows, dtype=object)
 
 

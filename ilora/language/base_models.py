@@ -32,13 +32,13 @@ def load_language_model(
     elif base_model == "smollm2":
         folder = smollm2.folder()
     elif not Path(base_model).is_dir() and base_model.count("/") != 1:
-        raise UserError(f"base_model {base_model!r} is no folder and no name of the form owner/model")
+        raise UserError(f"base_model {base_model!r} is no folder and no name owner/model: correct the name")
     place, pinned = devices.pick_device(device), {"trust_remote_code": False} | artifacts.revision(folder)
     dtype = torch.float32 if place.type == "cpu" else torch.bfloat16
     options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     try:
-        if AutoConfig.from_pretrained(folder, **pinned).is_encoder_decoder:
-            raise ValueError("it is an encoder-decoder model")
+        if (config := AutoConfig.from_pretrained(folder, **pinned)).is_encoder_decoder or "MaskedLM" in str(config):
+            raise ValueError("it is an encoder-decoder model, as T5 is, or a masked one, as BERT is")
         tokenizer = AutoTokenizer.from_pretrained(folder, **pinned)
         model, info = AutoModelForCausalLM.from_pretrained(folder, **options, **pinned)
         if info["missing_keys"]:
