@@ -17,7 +17,7 @@ import ilora
 from ilora import artifacts, data, language, recommenders
 from ilora.errors import UserError
 from ilora.language import load_language_model, pretraining
-from ilora.language.pretraining import EMBEDDED, Recipe
+from ilora.language.pretraining import EMBEDDED, RECIPE
 from ilora.recommenders import SASRec
 from ilora.study import chat, commands, notebooks, parameters, table_runner
 
@@ -177,7 +177,7 @@ CHANGES = {
         "batch_size": 64, "l2": 0.1, "dropout": 0.1,
     },
     "MoRec": {"key": "data-2", "text_encoder": "ada/other", "seed": 1},
-    "base": {"key": "data-2", "seed": 1, "recipe": Recipe(from_history=0.5)},
+    "base": {"key": "data-2", "seed": 1, "recipe": RECIPE | {"from_history": 0.5}},
     "adapter": {
         "key": "data-2", "encoder": "other weights", "base_model": "ada/small", "rank": 16, "alpha": 16, "dropout": 0.1,
         "experts": 2, "gate": "convolutional", "gate_per_layer": True, "gate_top_k": 2, "guidance": "random",

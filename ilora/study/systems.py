@@ -9,7 +9,7 @@ from ilora import data, evaluation
 from ilora.errors import UserError
 from ilora.language import tuning
 from ilora.recommenders.base import Recommender
-from ilora.recommenders.popularity import Popularity
+from ilora.recommenders.baselines import Popularity
 from ilora.recommenders.training import EPOCHS, choose_regularisation, fit_recommender
 from ilora.study.chat import ChatRec
 
