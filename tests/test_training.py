@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,7 @@ import pytest
 import torch
 from torch import nn
 
+from ilora.devices import memory_for
 from ilora.errors import UserError
 from ilora.training import TrainingArguments, fit, load_snapshot, loop
 
@@ -218,7 +220,7 @@ def without_time(history):
     return history.drop(columns="seconds")
 
 
-@pytest.mark.parametrize(("room", "size"), [(100, 16), (16, 16), (15, 8), (7, 6), (5, 4), (4, 4), (1, 1)])
+@pytest.mark.parametrize(("room", "size"), [(100, 16), (17, 16), (16, 8), (8, 4), (5, 4), (1, 1)])
 def test_the_largest_micro_batch_that_fits_trains_as_if_it_were_given(tmp_path, room, size):
     model, given = Small(room, dropout=0.1), Toy(dropout=0.1)
     given.length = model.length
@@ -228,6 +230,23 @@ def test_the_largest_micro_batch_that_fits_trains_as_if_it_were_given(tmp_path, 
     assert sorted(row % 10 for row in model.collated[0])[0] >= 8  # the longest of 90 rows were tried
     pd.testing.assert_frame_equal(without_time(history), without_time(expected))
     torch.testing.assert_close(weights(model), weights(given), **BITS)
+
+
+def test_compiled_layers_and_validation_that_need_more_memory_get_fewer_rows(tmp_path):
+    model = Small(17)
+    model.compile_layers = lambda: setattr(model, "room", 9)
+
+    def validate():
+        with memory_for(model.batch_size):
+            if model.batch_size > 4:
+                raise torch.OutOfMemoryError
+
+    arguments = replace(ARGUMENTS, micro_batch_size=0)
+    fit(model, ROWS, replace(arguments, compile="yes"), tmp_path / "0", try_validation=validate)
+    assert model.batch_size == 4
+    wrong = UserError("not of memory")
+    with pytest.raises(UserError, match="not of memory"):
+        fit(Small(17), ROWS, arguments, tmp_path / "1", try_validation=Mock(side_effect=wrong))
 
 
 def test_a_run_with_a_chosen_micro_batch_resumes_with_the_same_bits(tmp_path):

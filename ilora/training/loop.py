@@ -6,7 +6,6 @@ All randomness of a step is derived from (seed, step, micro-batch), so a resumed
 import heapq
 import math
 import time
-from bisect import bisect_left
 from collections.abc import Callable, Sized
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -139,36 +138,38 @@ class _Run:
 
     def prepare(self, try_validation: Callable) -> None:
         """Set the model's `batch_size` and compile; on a GPU, or to find what fits, try a step before the first."""
-        gpu, size = self.device.type != "cpu", self.arguments.micro_batch_size
-        tried = (gpu or size == 0) and len(self.history) < self.total_steps
+        chosen, size = self.arguments.micro_batch_size == 0, self.arguments.micro_batch_size or self.share
+        tried = (chosen or self.device.type != "cpu") and len(self.history) < self.total_steps
         if self.arguments.gradient_checkpointing:
             getattr(self.inner, "checkpoint_layers", lambda: None)()
         rows = (self.train[i] for i in range(len(self.train))) if tried else ()
-        longest = heapq.nlargest(self.share, rows, getattr(self.inner, "length", lambda row: 0))
-        if size == 0 and tried:  # before layers are compiled, which takes time for each size
-            sizes = [math.ceil(self.share / parts) for parts in range(1, self.share + 1)]  # the last is 1
-            size = min(gather_object([sizes[bisect_left(sizes[:-1], True, key=lambda n: self._fits(longest[:n]))]]))
-            self.bar.set_description(f"{size} rows at once")
-        self.inner.batch_size = size or self.share
+        longest = heapq.nlargest(self.share + 1, rows, getattr(self.inner, "length", lambda row: 0))
+        while chosen and tried and size > 1 and not self._fits(longest[: size + 1]):  # one more leaves some room
+            size = math.ceil(size / 2)
         if self.arguments.compile == "yes" or (self.arguments.compile == "auto" and self.device.type == "cuda"):
             getattr(self.inner, "compile_layers", lambda: None)()
-        with devices.memory_for(self.inner.batch_size), torch.no_grad():
-            if tried and not self._fits(longest[: self.inner.batch_size]):
-                raise torch.OutOfMemoryError
-            if tried and gpu:
-                try_validation()
+        while tried and not self._fits(longest[:size], try_validation):
+            with devices.memory_for(size):
+                if size == 1 or not chosen:
+                    raise torch.OutOfMemoryError
+            size = math.ceil(size / 2)
+        self.inner.batch_size = min(gather_object([size]))
+        self.bar.set_description(f"{self.inner.batch_size} rows at once" if chosen else None, refresh=False)
 
-    @torch.enable_grad()
-    def _fits(self, rows: list) -> bool:
-        """Whether memory suffices for the gradients of these rows and for AdamW's moments; nothing is changed."""
+    def _fits(self, rows: list, try_validation: Callable = lambda: None) -> bool:
+        """Whether memory suffices for gradients of these rows, AdamW's moments and validation; nothing is changed."""
         clear_device_cache(garbage_collection=True)
-        before = copied(self.state["model"])
+        before, self.inner.batch_size = copied(self.state["model"]), len(rows)
         self.inner.train()
         try:
             _room = [torch.empty_like(value) for value in 3 * self.trained]
             self._loss(self.inner, rows, progress=1.0, step_seed=0).backward()
+            self.inner.eval()
+            torch.no_grad()(try_validation)()
             return True
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, UserError) as error:
+            if torch.OutOfMemoryError not in (type(error), type(error.__cause__)):
+                raise
             return False
         finally:
             self.optimizer.zero_grad()
