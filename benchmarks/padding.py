@@ -16,7 +16,6 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from ilora import data
-from ilora.evaluation.outcomes import SORT_WINDOW
 from ilora.language import Prompts
 from ilora.language.pretraining import EMBEDDED
 
@@ -52,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     shares = {
         "as they come": share(length, options.micro_batch_size, options.micro_batch_size),
         "training": share(length, options.batch_size, options.micro_batch_size),
-        "evaluation": share(length, SORT_WINDOW, options.micro_batch_size),
+        "evaluation": share(length, len(length), options.micro_batch_size),
     }
     tokens = {"shortest": length.min(), "mean": length.mean(), "longest": length.max()}
     for name, value in shares.items():

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from operator import methodcaller
 from pathlib import Path
@@ -177,31 +177,21 @@ class Run:
     def save(self, metrics: Mapping[str, Any], outcomes: Mapping | None = None, path: Path | None = None) -> Path:
         """Write metrics and outcomes (a DataFrame, or name -> a value per question) to `path` or `result_path`."""
         path = path or result_path(self.name, self.parameters, self.inputs)
-        versions = {"python": platform.python_version(), "ilora": ilora.__version__}
-        result = {
-            "name": self.name,
-            "parameters": self.parameters,
-            "inputs": self.inputs,
-            "metrics": dict(metrics),
-            "seconds": round(time.perf_counter() - self.started, 1),
-            "peak_memory_mib": round(peak_memory_mib(self.device)),
-            "device": describe_device(self.device),
-            "versions": versions | {package: version(package) for package in PACKAGES},
-            "commit": commit(),
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "outcomes": {column: list(outcomes[column]) for column in outcomes} if outcomes is not None else {},
-        }
+        result = {"name": self.name, "parameters": self.parameters, "inputs": self.inputs, "metrics": dict(metrics)}
+        result |= {"seconds": round(time.perf_counter() - self.started, 1), "device": describe_device(self.device)}
+        result["versions"] = {"python": platform.python_version(), "ilora": ilora.__version__}
+        result["versions"] |= {package: version(package) for package in PACKAGES}
+        result |= {"commit": commit(), "peak_memory_mib": round(peak_memory_mib(self.device))}
+        result["date"] = datetime.now(UTC).isoformat(timespec="seconds")
+        result["outcomes"] = {column: list(outcomes[column]) for column in outcomes} if outcomes is not None else {}
         write_json(path, result)
         return path
 
 
 def commit() -> str:
     """Git commit of the checkout that the package runs from; `+dirty` if package or notebooks are changed."""
-    here = Path(__file__).resolve().parent
-
-    def git(*arguments: str) -> str:  # prints nothing to stdout outside a checkout
-        return subprocess.run(["git", "-C", here, *arguments], capture_output=True, text=True).stdout.strip()
-
-    if shutil.which("git") is None or not git("ls-files", "artifacts.py"):
+    git = partial(subprocess.run, cwd=Path(__file__).parent, capture_output=True, text=True)
+    if shutil.which("git") is None or not git(["git", "ls-files", "artifacts.py"]).stdout:
         return "unknown (not a checkout)"
-    return git("rev-parse", "HEAD") + ("+dirty" if git("status", "--porcelain", "--", ".", "../notebooks") else "")
+    changed = git(["git", "status", "--porcelain", "--", ".", "../notebooks"]).stdout
+    return git(["git", "rev-parse", "HEAD"]).stdout.strip() + ("+dirty" if changed else "")

@@ -3,6 +3,8 @@
 import platform
 import random
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -32,6 +34,18 @@ def pick_device(device: str = "auto") -> torch.device:
     if int(index or 0) >= counts[kind]:
         raise UserError(f"device {device!r} is not on this machine: choose 'auto' or 'cpu'")
     return torch.device(device)
+
+
+@contextmanager
+def memory_for(rows: int) -> Iterator[None]:
+    """Raise UserError where the memory of the device is too small for the model and so many rows at once."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        fewer = "a smaller micro_batch_size (0: the largest that fits), " if rows > 1 else ""
+        remedy = f"{fewer}gradient_checkpointing=True, quantize='8bit' or '4bit', or a smaller window"
+        problem = f"the device's memory is too small for the model and a batch of {rows}"
+        raise UserError(f"{problem}: choose {remedy}") from error
 
 
 def peak_memory_mib(device: torch.device) -> float:

@@ -134,22 +134,19 @@ def test_without_generation_the_answer_is_the_top_ranked():
     np.testing.assert_array_equal(result["hit"], result["rank"] == 1)
 
 
-def test_questions_of_similar_length_share_a_batch(monkeypatch):
-    monkeypatch.setattr(outcomes, "SORT_WINDOW", 24)
+def test_questions_of_similar_length_share_a_batch():
     some_questions, oracle, lengths = questions(), Oracle(), []
     plain = oracle.score
     oracle.score = lambda rows: lengths.append([oracle.length(row) for row in rows]) or plain(rows)
     result = evaluate(oracle, some_questions, batch_size=10)
-    assert [len(batch) for batch in lengths] == [10, 10, 4, 10, 6]  # 24 of the 40 sorted, then the others
-    for window in (lengths[:3], lengths[3:]):
-        assert sum(window, []) == sorted(sum(window, []))  # noqa: RUF017
+    assert [len(batch) for batch in lengths] == [10, 10, 10, 10]
+    assert sum(lengths, []) == sorted(sum(lengths, []))  # noqa: RUF017
     np.testing.assert_array_equal(result["target"], some_questions.sequences.target)
     assert (result["rank"] == 1).all()
 
 
 def test_memory_does_not_grow_with_the_number_of_questions(monkeypatch):
     """Except for the scores and the prediction of a question, 168 bytes; its row takes some hundred more."""
-    monkeypatch.setattr(outcomes, "SORT_WINDOW", 100)
     peaks = []
     monkeypatch.setattr(outcomes, "_outcomes", lambda *_: peaks.append(tracemalloc.get_traced_memory()[1]))
     for rows in (200, 200, 2200):  # the first run pays for one-time allocations

@@ -17,7 +17,7 @@ import ilora
 from ilora import artifacts, data, language, recommenders
 from ilora.errors import UserError
 from ilora.language import load_language_model, pretraining
-from ilora.language.pretraining import EMBEDDED, Recipe
+from ilora.language.pretraining import EMBEDDED, RECIPE
 from ilora.recommenders import SASRec
 from ilora.study import chat, commands, notebooks, parameters, table_runner
 
@@ -102,7 +102,7 @@ def recommender(key="data-1", dataset=None, **settings):
 
 
 def adapter(key="data-1", encoder="one", **settings):
-    places = {"base_model", "window", "train_limit"} & settings.keys()
+    places = {"base_model", "window", "train_limit", "quantize"} & settings.keys()
     rest = {name: settings.pop(name) for name in places}
     names = {field.name for field in dataclasses.fields(language.AdapterSettings)} & settings.keys()
     chosen = language.AdapterSettings(**{name: settings.pop(name) for name in names})
@@ -177,18 +177,19 @@ CHANGES = {
         "batch_size": 64, "l2": 0.1, "dropout": 0.1,
     },
     "MoRec": {"key": "data-2", "text_encoder": "ada/other", "seed": 1},
-    "base": {"key": "data-2", "seed": 1, "recipe": Recipe(from_history=0.5)},
+    "base": {"key": "data-2", "seed": 1, "recipe": RECIPE | {"from_history": 0.5}},
     "adapter": {
         "key": "data-2", "encoder": "other weights", "base_model": "ada/small", "rank": 16, "alpha": 16, "dropout": 0.1,
         "experts": 2, "gate": "convolutional", "gate_per_layer": True, "gate_top_k": 2, "guidance": "random",
         "epochs": 2, "learning_rate": 1e-3, "batch_size": 16, "train_limit": 20, "seed": 1, "window": 5,
+        "quantize": "4bit",
     },
     "adapter on text": {"key": "data-2", "window": 5, "base_model": "ada/small"},
     "cell": {
         "system": "LLaRA", "seed": 1, "draws": 3, "conflict": 0.1, "users": 41, "repeats": "drop", "window": 5,
         "base_model": "ada/small",
         "rank": 16, "alpha": 16.0, "dropout": 0.1, "experts": 2, "epochs": 2, "learning_rate": 1e-3, "batch_size": 16,
-        "train_limit": 10, "test_limit": 10,
+        "train_limit": 10, "test_limit": 10, "quantize": "4bit",
     },
     "cell of MoRec": {"text_encoder": "ada/other"},
     "cell of ChatRec": {"chat_url": "http://localhost/v2", "chat_model": "b", "chat_limit": 5},
@@ -204,6 +205,24 @@ def test_each_setting_and_input_makes_another_key(kept, kind, name):
     make, settings = MADE[kind]
     first, again = kept(make, **settings), kept(make, **settings)
     assert first == again != kept(make, **settings | {name: CHANGES[kind][name]})
+
+
+@pytest.mark.parametrize("change", [{"micro_batch_size": 0}, {"gradient_checkpointing": True}, {"compile": "no"}])
+def test_what_changes_only_rounding_makes_no_other_key(kept, change):
+    assert kept(adapter, experts=4, **change) == kept(adapter, experts=4)
+    assert cell(**change) == cell()
+
+
+def test_newer_parameters_at_their_defaults_do_not_change_the_names_of_results():
+    for path in sorted((notebooks.ROOT / "book" / "results" / "control").glob("04_ilora-*.json")):
+        was = json.loads(path.read_text())["parameters"]
+        defaults = parameters.notebook_parameters(notebooks.ROOT / "notebooks" / "04_ilora.ipynb")
+        given = {name: value for name, value in was.items() if value != defaults[name]}
+        (planned,) = notebooks.plan(given, ["04"])
+        assert planned.parameters == was
+    (planned,) = notebooks.plan({"micro_batch_size": 0, "compile": "auto"}, ["04"])
+    assert planned.parameters.items() >= {"micro_batch_size": 0, "seed": 0}.items()
+    assert not planned.parameters.keys() & {"compile", "quantize", "gradient_checkpointing"}
 
 
 def test_an_encoder_is_known_by_its_weights_and_its_shape(kept):

@@ -58,6 +58,8 @@ REFUSED = [
     ),
     ({"gate_per_layer": "true"}, "'gate_per_layer' must be True or False, not 'true' (str)"),
     ({"gate_per_layer": 1}, "'gate_per_layer' must be True or False, not 1 (int)"),
+    ({"quantize": "2bit"}, "'quantize' must be empty or, after `pip install bitsandbytes`, 8bit or 4bit, not '2bit'"),
+    ({"micro_batch_size": -1}, "'micro_batch_size' must be at least 0, not -1"),
     ({"gate_top_k": 1}, "'gate_top_k' must be 0 or at least 2, not 1"),
     ({"gate_top_k": 4, "experts": 2}, "gate_top_k = 4 keeps more than experts = 2: choose at most that many, or 0"),
     ({"dataset": "csv", "data_dir": ""}, "dataset = 'csv' needs data_dir"),

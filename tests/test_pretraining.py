@@ -1,6 +1,5 @@
 import re
 from collections import Counter
-from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -12,7 +11,7 @@ from torch.nn import functional
 from ilora.data import Dataset
 from ilora.data.world import titles
 from ilora.language import ITEM_TOKEN, NO_LABEL, Prompts, load_language_model, pretraining, wording
-from ilora.language.pretraining import Documents, Pretraining, Recipe, embedded_with, train_tokenizer
+from ilora.language.pretraining import RECIPE, Documents, Pretraining, embedded_with, train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +34,7 @@ def small_dataset(users=40):
 def documents_of(base, seed=0, **recipe):
     dataset = small_dataset()
     prompts = Prompts(base[1], list(dataset.items["title"]), dataset.noun, dataset.verb)
-    return Documents(dataset, prompts, Recipe(**{"documents": 400} | recipe), seed)
+    return Documents(dataset, prompts, RECIPE | {"documents": 400} | recipe, seed)
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +170,7 @@ def home(tmp_path, monkeypatch):
 
 
 def test_a_base_for_other_data_is_made_once_and_loads(home, monkeypatch):
-    dataset, recipe = small_dataset(), Recipe(documents=32, batch_size=8)
+    dataset, recipe = small_dataset(), RECIPE | {"documents": 32, "batch_size": 8}
     folder = pretraining.base_for(dataset, device="cpu", recipe=recipe)
     assert folder.is_relative_to(home) and not list((home / "training").glob("*"))
     model, tokenizer = load_language_model(str(folder), device="cpu")
@@ -179,16 +178,17 @@ def test_a_base_for_other_data_is_made_once_and_loads(home, monkeypatch):
     assert not any(parameter.requires_grad for parameter in model.parameters())
     tokens = tokenizer(" Granite Summit", add_special_tokens=False).input_ids
     assert tokenizer.decode(tokens) == " Granite Summit" and tokenizer.convert_tokens_to_ids(ITEM_TOKEN) == 3
-    monkeypatch.setattr(pretraining, "pretrain", lambda *args, **kwargs: pytest.fail("trained again"))
+    monkeypatch.setattr(pretraining, "fit", lambda *args: pytest.fail("trained again"))
     assert pretraining.base_for(dataset, device="cpu", recipe=recipe) == folder
-    for change in ({"seed": 1}, {"recipe": replace(recipe, from_history=0.6)}):
+    for change in ({"seed": 1}, {"recipe": recipe | {"from_history": 0.6}}):
         with pytest.raises(pytest.fail.Exception, match="trained again"):
             pretraining.base_for(dataset, **({"device": "cpu", "recipe": recipe} | change))
 
 
-def test_pretraining_is_the_same_twice(home):
-    weights, recipe = [], Recipe(documents=16, batch_size=8)
+def test_pretraining_is_the_same_twice(home, monkeypatch):
+    weights, recipe = [], RECIPE | {"documents": 16, "batch_size": 8}
     for name in ("one", "two"):
-        pretraining.pretrain(small_dataset(), home / name, home / f"{name}-work", recipe, device="cpu")
-        weights.append(load_language_model(str(home / name), device="cpu")[0].state_dict())
+        monkeypatch.setenv("ILORA_HOME", str(home / name))
+        folder = pretraining.base_for(small_dataset(), device="cpu", recipe=recipe)
+        weights.append(load_language_model(str(folder), device="cpu")[0].state_dict())
     assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())

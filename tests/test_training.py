@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,7 @@ import pytest
 import torch
 from torch import nn
 
+from ilora.devices import memory_for
 from ilora.errors import UserError
 from ilora.training import TrainingArguments, fit, load_snapshot, loop
 
@@ -58,6 +60,10 @@ class Toy(nn.Module):
     def score(self):
         with torch.no_grad():
             return -float(self(self.collate(ROWS), 1.0, 0))
+
+
+class Interrupted(Exception):
+    pass
 
 
 def weights(model):
@@ -191,6 +197,100 @@ def test_no_rows_are_refused(tmp_path):
         fit(Toy(), [], ARGUMENTS, tmp_path)
 
 
+# ---------------------------------------------------------------- memory
+
+
+class Small(Toy):
+    """On a device whose memory has room for some rows at once."""
+
+    def __init__(self, room, **options):
+        super().__init__(**options)
+        self.room = room
+
+    def length(self, row):
+        return row % 10
+
+    def forward(self, batch, progress, step_seed):
+        if len(batch["x"]) > self.room:
+            raise torch.OutOfMemoryError("as a GPU would")
+        return super().forward(batch, progress, step_seed)
+
+
+def without_time(history):
+    return history.drop(columns="seconds")
+
+
+@pytest.mark.parametrize(("room", "size"), [(100, 16), (17, 16), (16, 8), (8, 4), (5, 4), (1, 1)])
+def test_the_largest_micro_batch_that_fits_trains_as_if_it_were_given(tmp_path, room, size):
+    model, given = Small(room, dropout=0.1), Toy(dropout=0.1)
+    given.length = model.length
+    history = fit(model, ROWS, replace(ARGUMENTS, micro_batch_size=0), tmp_path / "chosen", lambda: 1.0)
+    assert model.batch_size == size
+    expected = fit(given, ROWS, replace(ARGUMENTS, micro_batch_size=size), tmp_path / "given", lambda: 1.0)
+    assert sorted(row % 10 for row in model.collated[0])[0] >= 8  # the longest of 90 rows were tried
+    pd.testing.assert_frame_equal(without_time(history), without_time(expected))
+    torch.testing.assert_close(weights(model), weights(given), **BITS)
+
+
+def test_compiled_layers_and_validation_that_need_more_memory_get_fewer_rows(tmp_path):
+    model = Small(17)
+    model.compile_layers = lambda: setattr(model, "room", 9)
+
+    def validate():
+        with memory_for(model.batch_size):
+            if model.batch_size > 4:
+                raise torch.OutOfMemoryError
+
+    arguments = replace(ARGUMENTS, micro_batch_size=0)
+    fit(model, ROWS, replace(arguments, compile="yes"), tmp_path / "0", try_validation=validate)
+    assert model.batch_size == 4
+    wrong = UserError("not of memory")
+    with pytest.raises(UserError, match="not of memory"):
+        fit(Small(17), ROWS, arguments, tmp_path / "1", try_validation=Mock(side_effect=wrong))
+
+
+def test_a_run_with_a_chosen_micro_batch_resumes_with_the_same_bits(tmp_path):
+    class Breaking(Small):
+        def collate(self, rows):
+            if self.interrupt and self.training and len(self.collated) > 40:
+                raise Interrupted
+            return super().collate(rows)
+
+    model, whole, again = (Breaking(5, dropout=0.1) for _ in range(3))
+    model.interrupt, whole.interrupt, again.interrupt = True, False, False
+    arguments = replace(ARGUMENTS, micro_batch_size=0)
+    with pytest.raises(Interrupted):
+        fit(model, ROWS, arguments, tmp_path / "broken")
+    assert checkpoints(tmp_path / "broken")
+    resumed = fit(again, ROWS, arguments, tmp_path / "broken")
+    expected = fit(whole, ROWS, arguments, tmp_path / "whole")
+    pd.testing.assert_frame_equal(without_time(resumed), without_time(expected))
+    torch.testing.assert_close(weights(again), weights(whole), **BITS)
+
+
+def test_a_row_that_does_not_fit_is_one_sentence_before_the_first_step(tmp_path):
+    for size, rows in ((0, 1), (1, 1), (4, 4)):
+        with pytest.raises(UserError, match=f"memory.*batch of {rows}: .*gradient_check.*quantize.*window") as error:
+            fit(Small(0), ROWS, replace(ARGUMENTS, micro_batch_size=size), tmp_path / str(size))
+        assert "\n" not in str(error.value)
+        assert ("micro_batch_size (0: the largest that fits)" in str(error.value)) == (size > 1)
+
+
+def test_on_a_cpu_nothing_is_tried_unless_the_micro_batch_is_chosen(tmp_path):
+    model, calls = Toy(), []
+    fit(model, ROWS, ARGUMENTS, tmp_path / "given", try_validation=lambda: calls.append(1))
+    assert len(model.collated) == 18 and not calls
+
+
+def test_layers_are_checkpointed_if_wanted_and_a_checkpoint_may_change_it(tmp_path):
+    calls = []
+    for wanted in (False, True):
+        model = Toy()
+        model.checkpoint_layers = lambda: calls.append(1)
+        fit(model, ROWS, replace(ARGUMENTS, gradient_checkpointing=wanted), tmp_path)
+    assert calls == [1]
+
+
 # ---------------------------------------------------------------- checkpoints
 
 
@@ -262,10 +362,6 @@ def test_a_full_disk_leaves_the_checkpoints_intact(tmp_path, monkeypatch):
 
 
 SNAPSHOTS = replace(ARGUMENTS, snapshots=4)  # of 18 steps; checkpoints after every third
-
-
-class Interrupted(Exception):
-    pass
 
 
 def snapshots(folder):

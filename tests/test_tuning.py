@@ -4,10 +4,12 @@ import gc
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ilora import artifacts, data, evaluation, language
 from ilora.errors import UserError
 from ilora.language import AdapterSettings, tuning, tuning_arguments
+from ilora.language.pretraining import EMBEDDED
 from ilora.recommenders import GRU4Rec, SASRec, fit_recommender
 
 
@@ -133,3 +135,52 @@ def test_a_model_is_tuned_with_another_encoder_than_sasrec(world):
     assert type(model.encoder) is GRU4Rec and model.gated
     questions = data.questions(world, "test", 6, limit=8)
     assert len(evaluation.evaluate(model, questions)) == 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experts", [1, 4])
+def test_checkpointed_layers_and_chosen_micro_batches_train_alike(world, tmp_path, monkeypatch, experts):
+    encoder, _ = fit_recommender(world, epochs=1, window=6, device="cpu")
+    losses = []
+    for number, more in enumerate(({}, {"gradient_checkpointing": True}, {"micro_batch_size": 0})):
+        monkeypatch.setenv("ILORA_HOME", str(tmp_path / str(number)))
+        arguments = tuning_arguments(batch_size=8, device="cpu", **more)
+        settings = AdapterSettings(rank=4, experts=experts, dropout=0.1)
+        model, history, _ = language.tune(world, encoder, settings, arguments, train_limit=32)
+        assert getattr(model.language_model, "is_gradient_checkpointing", False) == (number == 1)
+        losses.append(torch.tensor(history["loss"].to_numpy()))
+    assert len(losses[0]) == 4
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(losses[2], losses[0], rtol=0, atol=0)
+    assert model.batch_size == 8
+
+
+def test_quantize_needs_bitsandbytes_and_a_known_word(world, monkeypatch):
+    with pytest.raises(UserError, match=r"quantize must be empty or.*8bit or 4bit, not '2bit'"):
+        language.untuned(world, quantize="2bit")
+    monkeypatch.setattr("ilora.language.base_models.is_bitsandbytes_available", lambda: False)
+    with pytest.raises(UserError, match="pip install bitsandbytes"):
+        language.untuned(world, quantize="4bit")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantize", ["8bit", "4bit"])
+def test_a_quantised_base_is_tuned_and_loaded_again(world, tmp_path, quantize):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: no quantised base is tested")
+    shape = AutoConfig.from_pretrained(EMBEDDED)
+    shape.intermediate_size = 128  # whole blocks of 64 weights
+    AutoModelForCausalLM.from_config(shape, dtype=torch.float32).save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(EMBEDDED).save_pretrained(tmp_path / "base")
+    encoder, _ = fit_recommender(world, epochs=1, window=6, device="cpu")
+    arguments = tuning_arguments(batch_size=8, device="cpu", gradient_checkpointing=True)
+    more = {"base_model": str(tmp_path / "base"), "train_limit": 16, "quantize": quantize}
+    model, history, files = language.tune(world, encoder, AdapterSettings(experts=4), arguments, **more)
+    assert getattr(model.language_model, f"is_loaded_in_{quantize}") and history["loss"].notna().all()
+    rows = [data.questions(world, "test", 6)[row] for row in range(3)]
+    ranked, written = model.score(rows), model.generate(rows)
+    again, _, _ = language.tune(world, encoder, AdapterSettings(experts=4), arguments, **more)
+    assert getattr(again.language_model, f"is_loaded_in_{quantize}")
+    torch.testing.assert_close(again.score(rows), ranked, rtol=0, atol=0)
+    assert again.generate(rows) == written
+    del more["quantize"]
+    assert language.tune(world, encoder, AdapterSettings(experts=4), arguments, **more)[2] != files

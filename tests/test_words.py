@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT
 from peft import get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from ilora import data
 from ilora.errors import UserError
@@ -151,30 +151,3 @@ def test_files_that_pages_name_are_there():
     for page in PAGES:
         for name in re.findall(r"`((?:ilora|notebooks|book|tests)/[\w/.]+\.\w+)`", page.read_text(encoding="utf-8")):
             assert (ROOT / name).is_file() or "NN_name" in name, (page.name, name)
-
-
-@pytest.mark.slow
-def test_a_quantised_base_becomes_a_recommender_as_the_page_of_gpus_says(somewhere, monkeypatch):
-    """The block of the page runs on a CPU, with the world and a random Llama that has whole blocks of 64 weights."""
-    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: no quantised base is tested")
-    model_of, tokenizer_of = AutoModelForCausalLM.from_pretrained, AutoTokenizer.from_pretrained
-
-    def load(_, quantization_config, device_map):
-        assert quantization_config.load_in_4bit and device_map == {"": 0}
-        return model_of(somewhere / "base", quantization_config=quantization_config, device_map="cpu")
-
-    shape = AutoConfig.from_pretrained(EMBEDDED)
-    shape.intermediate_size = 128
-    AutoModelForCausalLM.from_config(shape, dtype=torch.float32).save_pretrained(somewhere / "base")
-
-    world = data.load("world", users=120)
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda _: tokenizer_of(EMBEDDED))
-    monkeypatch.setattr(data, "load", lambda _: world)
-    names, (block,) = {}, [block for block in blocks("own_gpus", "python") if "load_in_4bit" in block]
-    exec(block, names)
-    model, questions = names["model"], data.questions(world, "train", limit=4)
-    rows = [questions[row] for row in range(4)]
-    model(model.collate(rows)).backward()
-    assert any(value.grad is not None and value.grad.abs().max() > 0 for value in model.parameters())
-    assert model.eval().score(rows).shape == (4, data.CANDIDATES)

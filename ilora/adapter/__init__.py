@@ -12,6 +12,7 @@ Letters, as in the paper's section 3.2:
 The layers multiply the r-wide middle of LoRA by one factor per row; no expert's output is ever formed. The scale is
 the released code's alpha / p = K alpha / r: a uniform gate is LoRA with scale alpha / r, and num_experts=1 is LoRA.
 """
+# ruff: noqa: F401
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
@@ -19,8 +20,6 @@ from ilora.adapter.config import ILORA, ILoraConfig
 from ilora.adapter.export import export_lora, gate_weights
 from ilora.adapter.layer import ILoraVariant
 from ilora.adapter.model import ILoraModel
-
-__all__ = ["ILORA", "ILoraConfig", "ILoraModel", "ILoraVariant", "export_lora", "gate_weights"]
 
 # `PeftModel.from_pretrained` finds the classes of a saved adapter by its type's name
 PEFT_TYPE_TO_CONFIG_MAPPING[ILORA] = ILoraConfig

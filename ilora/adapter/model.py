@@ -37,7 +37,10 @@ class ILoraModel(LoraModel):
         if z is None:
             return base.generate(*args, **kwargs)
         check_representations(z)
-        repeats = _rows_per_prompt(base, args, kwargs)
+        configs = [value for value in (*args, *kwargs.values()) if isinstance(value, GenerationConfig)]
+        settings = [kwargs, *map(vars, configs), vars(base.generation_config)]
+        names = ("num_beams", "num_return_sequences")  # the larger one says how many rows a prompt becomes
+        repeats = max(next((s[name] for s in settings if s.get(name) is not None), 1) for name in names)
         if repeats > 1 and getattr(base.config, "is_encoder_decoder", False):
             raise UserError("encoder-decoders generate one sequence per prompt: leave beams and sequences at 1.")
         with self.sequence_embeds(z.repeat_interleave(repeats, dim=0)):
@@ -138,11 +141,3 @@ class ILoraModel(LoraModel):
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         raise UserError("iLoRA adapters do not add up by weight: export_lora a user of each and combine those.")
-
-
-def _rows_per_prompt(model: nn.Module, args: tuple, kwargs: dict) -> int:
-    """The rows that `generate` makes of each prompt: its beams or the sequences it returns."""
-    configs = [value for value in (*args, *kwargs.values()) if isinstance(value, GenerationConfig)]
-    settings = [kwargs, *map(vars, configs), vars(model.generation_config)]
-    names = ("num_beams", "num_return_sequences")
-    return max(next((s[name] for s in settings if s.get(name) is not None), 1) for name in names)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ilora.data.dataset import Dataset, assemble, item_table, refuse_rows, same_title
+from ilora.data.dataset import Dataset, assemble, item_table, refuse_rows, title_key
 from ilora.errors import UserError
 
 
@@ -22,7 +22,7 @@ def read_csv(files: list[Path]) -> Dataset:
     refuse_rows(item_file, titles == "", "the title of item {!r} is empty; give it one", ids)
     _refuse_repeats(item_file, ids, "id {!r} is on line {} too; keep one of them", ids)
     message = "title {!r} is on line {} too (case and spaces do not count) and a prediction is matched by its title; "
-    _refuse_repeats(item_file, same_title(titles), message + "make them differ, by a year for example", titles)
+    _refuse_repeats(item_file, titles.map(title_key), message + "make them differ, by a year for example", titles)
     events = _read_columns(event_file, "user", "item", "time")
     item = pd.Series(pd.Index(ids).get_indexer(events["item"]), events.index)  # as text: "01" and "1" are two items
     refuse_rows(event_file, events["user"] == "", "the user is empty; name one or drop the line")

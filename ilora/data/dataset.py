@@ -34,11 +34,6 @@ class Dataset:
     verb: str = "chose"
     notes: tuple[str, ...] = ()  # what a reader of the results must know about this copy
 
-    @property
-    def padding(self) -> int:
-        """The id that pads histories: one past the last item."""
-        return len(self.items)
-
     def save(self, folder: str | Path) -> None:
         """Write items.csv, events.csv, users.csv and dataset.json to `folder`: all of them or none."""
         with artifacts.atomic_folder(folder, "dataset.json") as temporary:
@@ -85,17 +80,17 @@ def one_line(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
-def same_title(titles: pd.Series) -> pd.Series:
-    """A form of each title that is equal for titles that count as the same."""
-    return titles.astype(str).map(one_line).str.casefold()
+def title_key(title: str) -> str:
+    """Equal for titles that count as the same."""
+    return one_line(one_line(title).casefold())
 
 
 def unique_titles(titles: Sequence[str], years: Sequence[str] | str = "") -> list[str]:
     """Add the year to a title with several years, then (2), (3), ... to repeated titles."""
     table = pd.DataFrame({"title": [one_line(title) for title in titles], "year": years}, dtype=str)
-    differ = table.groupby(same_title(table["title"]))["year"].transform("nunique") > 1
+    differ = table.groupby(table["title"].map(title_key))["year"].transform("nunique") > 1
     title = table["title"].mask(differ & (table["year"] != ""), table["title"] + " (" + table["year"] + ")")
-    while (number := title.groupby(same_title(title)).cumcount() + 1).max() > 1:  # "A (2)" may be a title already
+    while (number := title.groupby(title.map(title_key)).cumcount() + 1).max() > 1:  # "A (2)" may be a title already
         title = title.mask(number > 1, title + " (" + number.astype(str) + ")")
     return list(title)
 

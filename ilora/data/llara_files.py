@@ -21,8 +21,13 @@ _DAMAGE = (ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, 
 
 def read_splits(files: list[Path], items: pd.DataFrame) -> Dataset:
     """The rows of the three splits' files as users; overlapping train windows are joined.  Raises UserError."""
-    train, *others = (read_rows(file, len(items)) for file in files)
-    parts = [_join_windows(*train), *(rows for rows, _ in others)]
+    (train, window), *others = (read_rows(file, len(items)) for file in files)
+    histories = [[]]
+    for *history, target in train:
+        if len(histories) == 1 or history != histories[-1][-window:]:  # else it is the same user's next window
+            histories.append(history)
+        histories[-1].append(target)
+    parts = [histories[1:], *(rows for rows, _ in others)]
     split = np.repeat(SPLITS, [len(part) for part in parts])
     events = pd.Series([history for part in parts for history in part]).explode()
     events = pd.DataFrame({"user": events.index, "item": events.to_numpy(np.int64)})
@@ -30,17 +35,6 @@ def read_splits(files: list[Path], items: pd.DataFrame) -> Dataset:
     note = f"train_data.df is missing, so train users are the {len(parts[0])} of {files[0].name}"
     notes = () if files[0].name == "train_data.df" else (note,)
     return Dataset(items, events, user_table(split, range(len(split))), notes=notes)
-
-
-def _join_windows(rows: list[list[int]], window: int) -> list[list[int]]:
-    """Append a row's target to the history before it where the row's window is that history's last items."""
-    histories = []
-    for *history, target in rows:
-        if histories and history == histories[-1][-window:]:
-            histories[-1].append(target)
-        else:
-            histories.append([*history, target])
-    return histories
 
 
 def read_rows(file: Path, n_items: int) -> tuple[list[list[int]], int]:

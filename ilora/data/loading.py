@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,14 +15,10 @@ from ilora.errors import UserError
 
 log = logging.getLogger(__name__)
 REPEATS = ("keep", "drop")
-WORDS = {  # noun and verb of a data set, for prompts
-    "world": ("story", "read"),
-    "movielens": ("movie", "watched"),
-    "lastfm": ("artist", "listened to"),  # LLaRA lists each user's artists in one global order, not by time
-    "steam": ("game", "played"),
-    "llara": ("item", "chose"),
-    "csv": ("item", "chose"),
-}
+WORDS = {  # noun and verb of a data set, for prompts; LLaRA lists lastfm's artists in one global order, not by time
+    "world": ("story", "read"), "movielens": ("movie", "watched"), "lastfm": ("artist", "listened to"),
+    "steam": ("game", "played"), "llara": ("item", "chose"), "csv": ("item", "chose"),
+}  # fmt: skip
 
 
 def load(
@@ -47,9 +42,14 @@ def load(
             events = events[~repeated].reset_index(drop=True)
         key, (noun, verb) = artifacts.key(settings, inputs), WORDS[dataset]
         notes += _notes(events)
-        made = replace(source, events=events, name=dataset, key=key, noun=noun, verb=verb, notes=notes)
-        _check_usable(made)
-        made.save(folder)
+        if (n := len(source.items)) < CANDIDATES:
+            raise UserError(f"{dataset} has {n} items, but each question offers {CANDIDATES}: add items")
+        usable = source.users["split"][events["user"][events.groupby("user").cumcount() == MIN_HISTORY]]
+        for split in SPLITS:
+            if split not in set(usable):
+                have = f"{len(source.users)} users, {len(usable)} of them with at least {MIN_HISTORY + 1} events"
+                raise UserError(f"{dataset} has {have}, and none of them in its {split} split: add events")
+        replace(source, events=events, name=dataset, key=key, noun=noun, verb=verb, notes=notes).save(folder)
 
     loaded = load_dataset(artifacts.cached("data", settings, inputs, make, note=dataset))
     for note in loaded.notes:
@@ -62,10 +62,7 @@ def source_key(*arguments: object, **settings: object) -> str:
     return artifacts.key(*_source(*arguments, **settings)[:2])
 
 
-def _source(
-    dataset: str = "world", data_dir: str = "", conflict: float = 0.5, users: int = 2000, seed: int = 0,
-    repeats: str = "keep",
-) -> tuple[dict, dict[str, str], Callable[[], Dataset]]:  # fmt: skip
+def _source(dataset="world", data_dir="", conflict=0.5, users=2000, seed=0, repeats="keep") -> tuple:
     """Settings and inputs of a data set's key, and a function that reads it."""
     if repeats not in REPEATS:
         raise UserError(f"repeats must be one of {', '.join(REPEATS)}, not {repeats!r}")
@@ -96,14 +93,3 @@ def _notes(events: pd.DataFrame) -> tuple[str, ...]:
         "but no other candidate is, so the prompt gives the answer away (repeats='drop' prevents this)": repeated,
     }
     return tuple(f"{rows.sum()} {what}" for what, rows in counts.items() if rows.any())
-
-
-def _check_usable(dataset: Dataset) -> None:
-    if (n := len(dataset.items)) < CANDIDATES:
-        raise UserError(f"{dataset.name} has {n} items, but each question offers {CANDIDATES}: add items")
-    position = dataset.events.groupby("user").cumcount()
-    usable = dataset.users["split"][dataset.events["user"][position == MIN_HISTORY]]
-    for split in SPLITS:
-        if split not in set(usable):
-            users = f"{len(dataset.users)} users, {len(usable)} of them with at least {MIN_HISTORY + 1} events"
-            raise UserError(f"{dataset.name} has {users}, and none of them in its {split} split: add events")

@@ -127,7 +127,7 @@ def _order_equal_times(source: Dataset, split: str, file: Path) -> Dataset:
     of_split = source.events[source.events["user"].map(source.users["split"]) == split]
     histories = [(set(events["item"]), events) for _, events in of_split.groupby("user")]
     place = pd.Series(0, source.events.index)  # in LLaRA's row, from 1
-    for number, row in enumerate(llara_files.read_rows(file, source.padding)[0]):
+    for number, row in enumerate(llara_files.read_rows(file, len(source.items))[0]):
         for events in (events for items, events in histories if items.issuperset(row)):
             in_row = events["item"].isin(row)
             if events["time"][in_row].tolist() == events["time"].tail(len(row)).tolist():  # its last, but for ties

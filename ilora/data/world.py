@@ -54,11 +54,8 @@ class World:
 
     def best_choice(self, history: np.ndarray, candidates: np.ndarray, knows: str, group: np.ndarray) -> np.ndarray:
         """(n,) column that the best predictor chooses if it knows the "group" (n,), the "history" or "nothing"."""
-        weights = {
-            "group": lambda: np.eye(GROUPS)[group],
-            "history": lambda: self.group_posterior(history),
-            "nothing": lambda: np.full((len(history), GROUPS), 1 / GROUPS),
-        }[knows]()
+        weights = {"group": np.eye(GROUPS)[group], "nothing": np.full((len(history), GROUPS), 1 / GROUPS)}
+        weights = self.group_posterior(history) if knows == "history" else weights[knows]
         probability = np.einsum("ng,ngi->ni", weights, self.next_probability(history))
         return np.take_along_axis(probability, candidates, axis=1).argmax(1)
 
@@ -76,7 +73,10 @@ def make_world(users: int = 2000, conflict: float = 0.5, seed: int = 0, events_p
     by_group = np.stack([_draw_followers(rng, len(items)) for _ in range(GROUPS)])
     contested = rng.random(len(items)) < conflict
     followers = np.where(contested[:, None], by_group, shared)
-    browse = _browse_probability(public, items)
+    popularity = 1 / (10 + public.permutation(len(items)))  # decreases with a random rank
+    favoured = items["text"].factorize()[0] % GROUPS == np.arange(GROUPS)[:, None]  # by each group: a quarter of themes
+    browse = popularity * np.where(favoured, FAVOURED, 1)
+    browse = browse / browse.sum(1, keepdims=True)
     groups = rng.integers(GROUPS, size=users)
     stories = _simulate(rng, groups, followers, browse, events_per_user)
     user = np.repeat(np.arange(users), events_per_user)
@@ -89,14 +89,6 @@ def _draw_followers(rng: np.random.Generator, n_items: int) -> np.ndarray:
     order = rng.random((n_items, n_items))
     np.fill_diagonal(order, np.inf)
     return order.argsort(1)[:, : len(FOLLOWER_WEIGHTS)]
-
-
-def _browse_probability(rng: np.random.Generator, items: pd.DataFrame) -> np.ndarray:
-    """(GROUPS, items): popularity decreases with a random rank; each group favours a quarter of the themes."""
-    popularity = 1 / (10 + rng.permutation(len(items)))
-    favoured = items["text"].factorize()[0] % GROUPS == np.arange(GROUPS)[:, None]
-    weight = popularity * np.where(favoured, FAVOURED, 1)
-    return weight / weight.sum(1, keepdims=True)
 
 
 def _simulate(

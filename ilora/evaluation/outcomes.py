@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ilora.data.windows import Questions, Row
+from ilora.devices import memory_for
 from ilora.errors import UserError
 from ilora.evaluation.intervals import QUESTION_COLUMNS
 from ilora.evaluation.metrics import check_scores
 
 NO_ANSWER = -1  # in place of an item, or of a candidate's column, where the answer is invalid
-SORT_WINDOW = 4096  # questions that are sorted by length together, which bounds the memory
 
 
 class System(Protocol):
@@ -38,7 +38,7 @@ def evaluate(system: System, questions: Questions, batch_size: int = 0, generate
 
     Columns: those of `question_ids`; answer: the item that `generate` names, or NO_ANSWER if invalid; valid; hit; rank:
     the target's place among the candidates, from 1. Without `generate`, or with `generate=False`, the answer is the
-    top-ranked candidate; without `score` there is no column rank. batch_size 0: 64 on a GPU, else 32.
+    top-ranked candidate; without `score` there is no column rank. batch_size 0: 64 on a GPU, else 32, or the system's.
     """
     generates, gives_scores = generate and hasattr(system, "generate"), hasattr(system, "score")
     if not generates and not gives_scores:
@@ -47,11 +47,13 @@ def evaluate(system: System, questions: Questions, batch_size: int = 0, generate
         system.eval()
     if hasattr(system, "check"):
         system.check(questions)
-    batch_size = batch_size or (64 if getattr(system, "device", torch.device("cpu")).type == "cuda" else 32)
+    usual = 64 if getattr(system, "device", torch.device("cpu")).type == "cuda" else 32
+    batch_size = batch_size or min(usual, getattr(system, "batch_size", usual))
     scores, columns = np.zeros(questions.candidates.shape), np.zeros(len(questions), int)
     with tqdm(total=len(questions), unit="question", desc="evaluating", mininterval=1, delay=1) as bar:
         for numbers, rows in batches_by_length(system, questions, batch_size):
-            scores[numbers], columns[numbers] = _predict(system, rows, gives_scores, generates)
+            with memory_for(len(rows)):
+                scores[numbers], columns[numbers] = _predict(system, rows, gives_scores, generates)
             bar.update(len(rows))
     return _outcomes(questions, columns, scores if gives_scores else None)
 
@@ -77,11 +79,9 @@ def _predict(system: System, rows: list[Row], gives_scores: bool, generates: boo
 def batches_by_length(system: System, questions: Questions, batch_size: int) -> Iterator[tuple[np.ndarray, list[Row]]]:
     """Numbers and rows of questions, in batches of similar length if the system has `length`."""
     length = getattr(system, "length", lambda row: 0)
-    for first in range(0, len(questions), SORT_WINDOW):
-        rows = [questions[i] for i in range(first, min(first + SORT_WINDOW, len(questions)))]
-        order = np.argsort([length(row) for row in rows], kind="stable")
-        for batch in np.split(order, range(batch_size, len(order), batch_size)):
-            yield first + batch, [rows[i] for i in batch]
+    order = np.argsort(np.fromiter((length(questions[i]) for i in range(len(questions))), int), kind="stable")
+    for batch in np.split(order, range(batch_size, len(order), batch_size)):
+        yield batch, [questions[i] for i in batch]
 
 
 def outcomes_from_scores(questions: Questions, scores: np.ndarray) -> pd.DataFrame:

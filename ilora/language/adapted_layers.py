@@ -36,7 +36,10 @@ def adapted(model: nn.Module, adapter: LoraConfig) -> PeftModel:
     name, wanted, adapter = type(model).__name__, adapter.target_modules, copy.deepcopy(adapter)
     if model.config.model_type == "mpt":
         raise UserError(f"PEFT passes no embeddings to {name}: choose another base model")
-    layers, called = _layers(model), _called_with_tokens(model)
+    layers, first = _layers(model), {}  # first: module -> its first argument, if it has one
+    with register_module_forward_pre_hook(lambda module, inputs: first.update({module: [*inputs, None][0]})):
+        forward(model, [[0, 1, 2], [2, 1, 0]])
+    called = {module for module, value in first.items() if getattr(value, "ndim", 0) == 3}
     fits = {layer for layer, module in layers.items() if module in called and _is_linear(module)}
     if model.config.model_type in ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"):  # PEFT refuses them
         fits = {layer for layer in fits if not layer.endswith("out_proj")}
@@ -75,14 +78,6 @@ def _layers(model: nn.Module) -> dict[str, nn.Module]:
 def _is_linear(module: nn.Module) -> bool:
     """Also a quantised layer, which may derive from nn.Linear or only be called so."""
     return isinstance(module, nn.Linear | Conv1D) or ("Linear" in type(module).__name__ and not list(module.children()))
-
-
-def _called_with_tokens(model: nn.Module) -> set[nn.Module]:
-    """The modules that the model calls with (batch, tokens, dim)."""
-    first = {}  # module -> its first argument, if it has one
-    with register_module_forward_pre_hook(lambda module, inputs: first.update({module: [*inputs, None][0]})):
-        forward(model, [[0, 1, 2], [2, 1, 0]])
-    return {module for module, value in first.items() if getattr(value, "ndim", 0) == 3}
 
 
 def _last_names(layers: set[str]) -> str:

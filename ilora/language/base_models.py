@@ -9,6 +9,8 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers.utils import is_bitsandbytes_available
+from transformers.utils.quantization_config import BitsAndBytesConfig
 
 from ilora import artifacts, devices
 from ilora.data.dataset import Dataset
@@ -17,15 +19,22 @@ from ilora.language import smollm2
 from ilora.language.pretraining import EMBEDDED, base_for
 from ilora.language.prompts import Prompts
 
+NF4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16, "bnb_4bit_use_double_quant": True}
+QUANTIZATION = {"8bit": BitsAndBytesConfig(load_in_8bit=True), "4bit": BitsAndBytesConfig(load_in_4bit=True, **NF4)}
 
+
+@devices.memory_for(rows=1)
 def load_language_model(
-    base_model: str = "embedded", dataset: Dataset | None = None, device: str = "auto"
+    base_model: str = "embedded", dataset: Dataset | None = None, device: str = "auto", quantize: str = ""
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """A causal language model, frozen and in eval mode, and its tokenizer.
 
     base_model: a name on the Hugging Face hub, a folder, "smollm2", or "embedded", which is first trained on the titles
         and training histories of a `dataset` other than the world, once.  Raises UserError if it cannot be loaded.
+    quantize: "8bit" or "4bit" loads the linear layers so, by bitsandbytes.
     """
+    if quantize and (quantize not in QUANTIZATION or not is_bitsandbytes_available()):
+        raise UserError(f"quantize must be empty or, after `pip install bitsandbytes`, 8bit or 4bit, not {quantize!r}")
     folder = base_model
     if base_model == "embedded":
         folder = EMBEDDED if dataset is None or dataset.name == "world" else base_for(dataset, device=device)
@@ -36,6 +45,7 @@ def load_language_model(
     place, pinned = devices.pick_device(device), {"trust_remote_code": False} | artifacts.revision(folder)
     dtype = torch.float32 if place.type == "cpu" else torch.bfloat16
     options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    options |= {"quantization_config": QUANTIZATION[quantize], "device_map": {"": place}} if quantize else {}
     try:
         if (config := AutoConfig.from_pretrained(folder, **pinned)).is_encoder_decoder or "MaskedLM" in str(config):
             raise ValueError("it is an encoder-decoder model, as T5 is, or a masked one, as BERT is")
@@ -49,7 +59,12 @@ def load_language_model(
             reason = "it needs code from its repository, which is never run here"
         remedy = "name a causal language model with safetensors weights, on the Hugging Face hub or in a folder"
         raise UserError(f"base_model {base_model!r} could not be loaded ({reason}): {remedy}") from error
-    return model.to(place).eval().requires_grad_(False), tokenizer
+    return (model if quantize else model.to(place)).eval().requires_grad_(False), tokenizer
+
+
+def quantization(model: nn.Module) -> str:
+    """How a model was loaded: "8bit", "4bit" or ""."""
+    return next((kind for kind in QUANTIZATION if getattr(model, f"is_loaded_in_{kind}", False)), "")
 
 
 def check_causal(model: nn.Module, prompts: Prompts) -> None:
@@ -66,7 +81,7 @@ def check_causal(model: nn.Module, prompts: Prompts) -> None:
     logits = forward(model, [[*start, prompts.question[0]], [*start, prompts.end]])
     if logits is None or logits.shape[-1] < vocabulary:
         raise UserError(f"{name} has no language model head: load it with AutoModelForCausalLM")
-    tolerance = 1e-4 if logits.dtype == torch.float32 else 5e-2
+    tolerance = 1e-4 if logits.dtype == torch.float32 and not quantization(model) else 5e-2
     if not torch.allclose(logits[0, :-1], logits[1, :-1], rtol=tolerance, atol=tolerance):
         raise UserError(f"{name} is not causal, its predictions depend on later tokens: choose a causal language model")
 

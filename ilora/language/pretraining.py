@@ -8,8 +8,7 @@ both lists; the others are random.
 """
 
 import shutil
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -28,17 +27,8 @@ from ilora.language.prompts import NO_LABEL, Prompts, wording
 from ilora.training.loop import TrainingArguments, fit
 
 EMBEDDED = Path(__file__).parent / "embedded"
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a base learns."""
-
-    documents: int = 64_000  # each read once
-    batch_size: int = 32
-    learning_rate: float = 2e-3
-    vocabulary: int = 12_288  # at most
-    from_history: float = 0.7  # share of documents whose answer is in the history
+# How a base learns: each document is read once; `from_history` is the share of those whose answer is in the history.
+RECIPE = {"documents": 64_000, "batch_size": 32, "learning_rate": 2e-3, "vocabulary": 12_288, "from_history": 0.7}
 
 
 def base_content(base_model: str) -> str:
@@ -49,28 +39,27 @@ def base_content(base_model: str) -> str:
     return artifacts.content(smollm2.packaged_file()) if packaged else artifacts.model_content(base_model)
 
 
-def base_for(dataset: Dataset, seed: int = 0, device: str = "auto", recipe: Recipe = Recipe()) -> Path:
-    """Folder of the base for a data set; made once and kept."""
-    settings = {"seed": seed, "recipe": asdict(recipe)}
+def base_for(dataset: Dataset, seed: int = 0, device: str = "auto", recipe: Mapping = RECIPE) -> Path:
+    """Folder of the base for a data set, in bfloat16; made once and kept."""
+    settings = {"seed": seed, "recipe": dict(recipe)}
     inputs = {"data": dataset.key, "start": artifacts.content(EMBEDDED)}
     work = artifacts.home() / "training" / f"base-{artifacts.key(settings, inputs)}"
-    make = partial(pretrain, dataset, work=work, recipe=recipe, seed=seed, device=device)
+
+    def make(folder: Path) -> None:
+        titles = list(dataset.items["title"])
+        tokenizer = train_tokenizer(titles, wording(dataset.noun, dataset.verb), recipe["vocabulary"])
+        model = embedded_with(tokenizer, seed)
+        documents = Documents(dataset, Prompts(tokenizer, titles, dataset.noun, dataset.verb), recipe, seed)
+        precision = "bf16" if devices.pick_device(device).type == "cuda" else "no"
+        more = {"seed": seed, "device": device, "precision": precision}
+        arguments = TrainingArguments(1, recipe["batch_size"], recipe["learning_rate"], **more)
+        fit(Pretraining(model), documents, arguments, work)
+        model.to(torch.bfloat16).cpu().save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
     folder = artifacts.cached("base", settings, inputs, make, note=f"a small language model for {dataset.name}")
     shutil.rmtree(work, ignore_errors=True)
     return folder
-
-
-def pretrain(dataset: Dataset, folder: Path, work: Path, recipe: Recipe, seed: int = 0, device: str = "auto") -> None:
-    """Train a base and save it to `folder` in bfloat16; `work` receives the checkpoints."""
-    titles = list(dataset.items["title"])
-    tokenizer = train_tokenizer(titles, wording(dataset.noun, dataset.verb), recipe.vocabulary)
-    model = embedded_with(tokenizer, seed)
-    documents = Documents(dataset, Prompts(tokenizer, titles, dataset.noun, dataset.verb), recipe, seed)
-    precision = "bf16" if devices.pick_device(device).type == "cuda" else "no"
-    settings = {"seed": seed, "device": device, "precision": precision}
-    fit(Pretraining(model), documents, TrainingArguments(1, recipe.batch_size, recipe.learning_rate, **settings), work)
-    model.to(torch.bfloat16).cpu().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def train_tokenizer(titles: list[str], words: tuple[str, ...], vocabulary: int) -> PreTrainedTokenizerFast:
@@ -95,19 +84,19 @@ def embedded_with(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCaus
 class Documents:
     """Row i of `recipe.documents` is a document, token ids and labels, that depends on (seed, i) alone."""
 
-    def __init__(self, dataset: Dataset, prompts: Prompts, recipe: Recipe, seed: int):
+    def __init__(self, dataset: Dataset, prompts: Prompts, recipe: Mapping, seed: int):
         self.prompts, self.recipe, self.seed = prompts, recipe, seed
         self.questions = questions(dataset, "train", seed=seed)
 
     def __len__(self) -> int:
-        return self.recipe.documents
+        return self.recipe["documents"]
 
     def __getitem__(self, row: int) -> tuple[list[int], list[int]]:
         rng = np.random.default_rng([self.seed, row])
         history, offered, target = self.questions[rng.integers(len(self.questions))]
         history = history[history < self.questions.n_items]  # without padding
         answer = rng.choice(offered)
-        if rng.random() < self.recipe.from_history:
+        if rng.random() < self.recipe["from_history"]:
             answer = rng.choice(history)
             offered = np.where(offered == target, answer, offered)
         prompts, hybrid = self.prompts, rng.random() < 0.5

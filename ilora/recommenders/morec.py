@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 from ilora import artifacts
 from ilora.data.dataset import Dataset
 from ilora.errors import UserError
-from ilora.recommenders.popularity import Popularity
+from ilora.recommenders.baselines import Popularity
 from ilora.recommenders.sasrec import SASRec
 
 NO_TOKEN = -1  # pads the tokens of titles
@@ -98,15 +98,14 @@ class TitleVectors(nn.Module):
         tokens = self.tokens[items.clamp(max=len(self.tokens) - 1)]  # (m, title_tokens); padding takes any title
         order = (tokens != NO_TOKEN).sum(1).argsort()  # batches of 64 titles of similar length
         batches = tqdm(tokens[order].split(64), "encoding titles", delay=2, disable=self.training)
-        means = torch.cat([self._mean_state(batch) for batch in batches])[order.argsort()]
-        return self.projection(self.norm(means)) * (items < len(self.tokens))[:, None]
-
-    def _mean_state(self, tokens: Tensor) -> Tensor:
-        """(m, title_tokens) -> (m, hidden)"""
-        tokens = tokens[:, : (tokens != NO_TOKEN).sum(1).max()]
-        mask = (tokens != NO_TOKEN).long()
-        states = self.text(input_ids=tokens.clamp(min=0), attention_mask=mask).last_hidden_state
-        return (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        means = []
+        for batch in batches:
+            batch = batch[:, : (batch != NO_TOKEN).sum(1).max()]
+            mask = (batch != NO_TOKEN).long()
+            states = self.text(input_ids=batch.clamp(min=0), attention_mask=mask).last_hidden_state
+            means.append((states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))  # (titles, hidden)
+        vectors = self.projection(self.norm(torch.cat(means)[order.argsort()]))
+        return vectors * (items < len(self.tokens))[:, None]
 
 
 def _load(text_encoder: str, titles: list[str]) -> tuple[nn.Module, Tensor]:

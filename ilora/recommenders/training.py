@@ -55,32 +55,28 @@ def fit_recommender(
 
     def train(folder: Path) -> None:
         devices.seed_all(seed)
-        if kind == "MoRec":
+        morec, threads = kind == "MoRec", torch.get_num_threads()
+        if morec:
             model = MoRec.from_dataset(dataset, text_encoder, **config)
         else:
             model = SequenceModel.kinds[kind](len(dataset.items), **config)
-        _fit(model, dataset, arguments, work).to_csv(folder / "history.csv", index=False)
+        validation = sequences(dataset, "validation", window)
+        # MoRec learns from every state of a row: one row covers `window` targets and encodes their titles once.
+        rows = TrainingRows(sequences(dataset, "train", window, min_history=1), window if morec else 1, seed)
+        # Small models are faster on one thread, and without the subnormal numbers that L2 leaves in Caser's filters.
+        torch.set_num_threads(threads if morec else 1)
+        torch.set_flush_denormal(not morec)
+        try:
+            history = fit(model, rows, arguments, work, lambda: hit_ratios(model, validation).mean())
+        finally:
+            torch.set_flush_denormal(False)
+            torch.set_num_threads(threads)
+        history.to_csv(folder / "history.csv", index=False)
         model.save_pretrained(folder)
 
     folder = artifacts.cached("recommenders", settings, inputs, train, note=f"{kind} on {dataset.name}")
     shutil.rmtree(work, ignore_errors=True)
     return SequenceModel.from_pretrained(folder), pd.read_csv(folder / "history.csv")
-
-
-def _fit(model: SequenceModel, dataset: Dataset, arguments: TrainingArguments, work: Path) -> pd.DataFrame:
-    morec, validation = isinstance(model, MoRec), sequences(dataset, "validation", model.window)
-    # MoRec learns from every state of a row: one row covers `window` targets and encodes their titles once.
-    step = model.window if morec else 1
-    rows = TrainingRows(sequences(dataset, "train", model.window, min_history=1), step, arguments.seed)
-    threads = torch.get_num_threads()
-    # Small models are faster on one thread, and without the subnormal numbers that L2 leaves in Caser's unused filters.
-    torch.set_num_threads(threads if morec else 1)
-    torch.set_flush_denormal(not morec)
-    try:
-        return fit(model, rows, arguments, work, lambda: hit_ratios(model, validation).mean())
-    finally:
-        torch.set_flush_denormal(False)
-        torch.set_num_threads(threads)
 
 
 def choose_regularisation(

@@ -14,7 +14,7 @@ from typing import Any
 
 from ilora import artifacts
 from ilora.errors import UserError
-from ilora.study.parameters import check_parameters, inputs, notebook_parameters, parse_parameters
+from ilora.study.parameters import check_parameters, inputs, notebook_parameters, parse_parameters, stored
 
 ROOT = Path(__file__).resolve().parents[2]
 # Variables of the kernels: python3 is this environment's, sets print in one order, and no warning of a debugger.
@@ -106,7 +106,7 @@ def plan(given: dict[str, Any], only: Sequence[str] | None) -> list[Job]:
         defaults = notebook_parameters(source)
         changed = {name: value for name, value in given.items() if name in defaults}
         with contextlib.chdir(ROOT):  # parameters name folders from here
-            jobs.append(Job(source, changed, check_parameters(defaults | changed)))
+            jobs.append(Job(source, changed, stored(check_parameters(defaults | changed))))
     for name in given:
         if not any(name in job.given for job in jobs):
             raise UserError(f"no notebook of this run has a parameter {name!r}: leave it out")

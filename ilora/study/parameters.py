@@ -6,6 +6,7 @@ import difflib
 import inspect
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from ilora.errors import UserError
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 KINDS = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
+QUANTIZE = ("", "8bit", "4bit") if find_spec("bitsandbytes") else ("",)
 
 
 class Parameter(NamedTuple):
@@ -47,18 +49,20 @@ PARAMETERS: dict[str, Parameter] = {  # the notebooks say what they mean
     "dropout": Parameter(float, "from 0 to below 1", lambda x: 0 <= x < 1),
     "gate": _one_of("linear", "convolutional"),
     "guidance": _one_of("sequence", "random", "token"),
-    "gate_per_layer": Parameter(bool, "True or False", lambda _: True),
+    **dict.fromkeys(("gate_per_layer", "gradient_checkpointing"), Parameter(bool, "True or False", lambda _: True)),
     "gate_top_k": Parameter(int, "0 or at least 2", lambda x: x == 0 or x > 1),
     "learning_rate": Parameter(float, "above 0 and below 1", lambda x: 0 < x < 1),
     "compile": _one_of("auto", "yes", "no"),
+    "quantize": Parameter(str, "empty or, after `pip install bitsandbytes`, 8bit or 4bit", QUANTIZE.__contains__),
     "eval_windows": _one_of("last", "all"),
     "text_encoder": Parameter(str, "a name", str.strip),
     **dict.fromkeys(("chat_url", "chat_model"), Parameter(str, "text", lambda _: True)),
     "device": Parameter(str, "auto, cpu, cuda, cuda:N or mps", bool),
 }
-AT_LEAST_1 = ("rank", "experts", "epochs", "batch_size", "micro_batch_size", "encoder_epochs", "chat_limit")
-AT_LEAST_0 = ("seed", "train_limit", "test_limit", "gradient_limit")
+AT_LEAST_1 = ("rank", "experts", "epochs", "batch_size", "encoder_epochs", "chat_limit")
+AT_LEAST_0 = ("seed", "micro_batch_size", "train_limit", "test_limit", "gradient_limit")
 PARAMETERS |= dict.fromkeys(AT_LEAST_1, _at_least(1)) | dict.fromkeys(AT_LEAST_0, _at_least(0))
+NEWER = {"micro_batch_size": 32, "gradient_checkpointing": False, "quantize": "", "compile": "auto"}
 
 
 def check_parameters(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,9 +77,13 @@ def check_parameters(given: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f"gate_top_k = {top_k} keeps more than experts = {experts}: choose at most that many, or 0")
     if values.get("dataset") in ("csv", "llara") and values.get("data_dir") == "":
         raise UserError(f"dataset = {values['dataset']!r} needs data_dir, the folder that holds its files")
-    if "device" in values:
-        pick_device(values["device"])
+    pick_device(values.get("device", "auto"))
     return values
+
+
+def stored(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters that a result names: newer ones only if changed, so that older results keep their names."""
+    return {name: value for name, value in values.items() if name not in NEWER or value != NEWER[name]}
 
 
 def _refuse_unknown(names: Iterable[str], known: Collection[str], where: str = "") -> None:
@@ -145,4 +153,4 @@ def start(name: str, namespace: dict[str, Any]) -> Run:
         _refuse_unknown(unknown, known, f" in {name}")
     values = check_parameters({each: namespace[each] for each in known if each in namespace})
     namespace.update(values)
-    return Run(name, values, inputs(values))
+    return Run(name, stored(values), inputs(values))

@@ -13,10 +13,10 @@ from ilora.study.notebooks import plan
 from ilora.study.paper import PRINTED_NAMES
 from ilora.study.parameters import PARAMETERS
 from ilora.study.results import load_results
-from ilora.study.table_results import compare_systems, datasets_in, outcomes_by_system
+from ilora.study.table_results import ROUNDING_ONLY, compare_systems, datasets_in, outcomes_by_system
 
 ADAPTER = ("rank", "alpha", "dropout", "experts", "gate", "guidance", "gate_per_layer", "gate_top_k")
-NEVER_COMPARED = ("seed", "data_dir", "device", "results", "encoder_epochs")  # the last is only a limit
+NEVER_COMPARED = (*ROUNDING_ONLY, "seed", "data_dir", "results", "encoder_epochs")  # the last is only a limit
 SETTING = tuple(name for name in PARAMETERS if name not in (*ADAPTER, *NEVER_COMPARED))  # data, training, base model
 MORE = ("precision", "commit", "data", "changed", "setting")
 LORA = "LoRA, no gate"

@@ -9,7 +9,7 @@ from ilora import data, evaluation
 from ilora.errors import UserError
 from ilora.language import tuning
 from ilora.recommenders.base import Recommender
-from ilora.recommenders.popularity import Popularity
+from ilora.recommenders.baselines import Popularity
 from ilora.recommenders.training import EPOCHS, choose_regularisation, fit_recommender
 from ilora.study.chat import ChatRec
 
@@ -17,7 +17,7 @@ SETTINGS = {  # notebook parameters that `python -m ilora table` has, with their
     "conflict": 0.5, "users": 2000, "repeats": "keep", "window": 10,
     "base_model": "embedded", "rank": 8, "alpha": 32.0, "dropout": 0.0, "experts": 4,
     "epochs": 1, "learning_rate": 3e-3, "batch_size": 32, "train_limit": 20000, "test_limit": 1000,
-    "micro_batch_size": 32, "compile": "auto", "device": "auto",
+    "micro_batch_size": 32, "gradient_checkpointing": False, "quantize": "", "compile": "auto", "device": "auto",
     "text_encoder": "sentence-transformers/all-MiniLM-L6-v2", "chat_url": "", "chat_model": "", "chat_limit": 100,
 }  # fmt: skip
 VARIANTS = {  # of iLoRA, which the ablations compare
@@ -25,8 +25,8 @@ VARIANTS = {  # of iLoRA, which the ablations compare
     "convolutional gate": {"gate": "convolutional"}, "top-2 gate": {"gate_top_k": 2},
     "random guidance": {"guidance": "random"}, "token guidance": {"guidance": "token"},
 }  # fmt: skip
-TUNING = ("base_model", "rank", "alpha", "dropout", "epochs", "learning_rate", "batch_size", "train_limit")
-ROUNDING_ONLY = ("device", "micro_batch_size", "compile")  # they change a result only by rounding
+TUNING = ("base_model", "rank", "alpha", "dropout", "epochs", "learning_rate", "batch_size", "train_limit", "quantize")
+ROUNDING_ONLY = ("device", "micro_batch_size", "gradient_checkpointing", "compile")  # what they change is rounding
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def _tuned(encoder: str = "", *gate: str, **fixed: Any) -> System:
         adapter = tuning.AdapterSettings(**_chosen(settings, "rank", "alpha", "dropout", *gate) | fixed)
         training = _chosen(settings, "epochs", "batch_size", "learning_rate", *ROUNDING_ONLY)
         arguments = tuning.tuning_arguments(**training, seed=seed)
-        sizes = _chosen(settings, "base_model", "window", "train_limit")
+        sizes = _chosen(settings, "base_model", "window", "train_limit", "quantize")
         model, history, _ = tuning.tune(dataset, items, adapter, arguments, **sizes)
         model.validation = history["hit_ratio"].dropna().tolist()
         return model
@@ -88,9 +88,8 @@ SYSTEMS = {
     "Popularity": System(lambda dataset, seed, settings: Popularity.from_dataset(dataset), seeds=False),
     **{kind: _recommender(kind) for kind in ("GRU4Rec", "Caser", "SASRec", "MoRec")},
     "Language model": System(  # the paper's Llama2
-        lambda dataset, seed, settings: tuning.untuned(dataset, **_chosen(settings, "base_model", "device")),
-        ("base_model",), seeds=False,
-    ),
+        lambda dataset, _, settings: tuning.untuned(dataset, **_chosen(settings, "base_model", "device", "quantize")),
+        ("base_model", "quantize"), seeds=False),
     "ChatRec": System(_chat, ("chat_url", "chat_model", "chat_limit"), seeds=False, sample="chat_limit"),
     "TALLRec": _tuned(),
     "LLaRA (GRU4Rec)": _tuned("GRU4Rec"),

@@ -21,7 +21,7 @@ from ilora.errors import UserError
 from ilora.evaluation.metrics import hit_ratios
 from ilora.recommenders.training import EPOCHS, GRID, choose_regularisation, fit_recommender
 from ilora.study import runner
-from ilora.study.parameters import inputs
+from ilora.study.parameters import inputs, stored
 from ilora.study.systems import ROUNDING_ONLY, SETTINGS, SYSTEMS
 
 
@@ -48,7 +48,7 @@ class Cell:
         uses |= {"repeats"} if self.settings["repeats"] != "keep" else set()
         cell = {"system": self.system, "dataset": self.dataset, "seed": self.seed, "draws": self.draws} | self.world
         cell |= {"sample": "of the others' questions"} if SYSTEMS[self.system].sample else {}
-        return cell | {name: self.settings[name] for name in sorted(uses)}
+        return stored(cell | {name: self.settings[name] for name in sorted(uses)})
 
     @property
     def source(self) -> dict[str, Any]:

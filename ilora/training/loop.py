@@ -3,6 +3,7 @@
 All randomness of a step is derived from (seed, step, micro-batch), so a resumed run repeats an uninterrupted one.
 """
 
+import heapq
 import math
 import time
 from collections.abc import Callable, Sized
@@ -15,7 +16,8 @@ import pandas as pd
 import safetensors.torch
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import DistributedType, broadcast_object_list, recursively_apply, send_to_device
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object, recursively_apply, send_to_device
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LinearLR
 from tqdm import tqdm
@@ -31,7 +33,7 @@ CHOICES = {"schedule": ("cosine", "constant"), "precision": ("no", "bf16"), "com
 
 @dataclass(frozen=True)
 class TrainingArguments:
-    """Settings of `fit`.  A resumed run may change the last four: they affect only rounding and dropout masks."""
+    """Settings of `fit`.  A resumed run may change the last five: they affect only rounding and dropout masks."""
 
     epochs: int
     batch_size: int  # rows of one optimizer step, over all processes and micro-batches
@@ -44,10 +46,11 @@ class TrainingArguments:
     seed: int = 0
     snapshots: int = 0  # number of evenly spaced snapshots; the last one is taken after the last step
     precision: str = "no"  # or "bf16": autocast
-    micro_batch_size: int | None = None  # rows of one forward pass in one process; None: its share of the batch
+    micro_batch_size: int | None = None  # rows at once in one process; None: its share of the batch; 0: what fits
     save_every: int = 200  # steps between checkpoints
     device: str = "auto"  # of a single process; `accelerate launch` sets those of several
     compile: str = "auto"  # "yes" or "no": call the model's `compile_layers`; auto: only on a GPU
+    gradient_checkpointing: bool = False  # call the model's `checkpoint_layers`: less memory, more time
 
     def __post_init__(self) -> None:
         for name in POSITIVE:
@@ -62,7 +65,8 @@ class TrainingArguments:
 
     def identity(self) -> dict:
         """The fields that decide the result; a checkpoint is resumed only if they are the same."""
-        return asdict(replace(self, micro_batch_size=None, save_every=1, device="", compile="auto"))
+        fields = asdict(replace(self, micro_batch_size=None, save_every=1, device="", compile="auto"))
+        return {name: value for name, value in fields.items() if name != "gradient_checkpointing"}
 
     def snapshot_steps(self, total: int) -> set[int]:
         """The steps, of `total`, after which a snapshot is taken."""
@@ -70,25 +74,30 @@ class TrainingArguments:
 
 
 def fit(
-    model: nn.Module, train: Sized, arguments: TrainingArguments, folder: Path, validate: Callable | None = None
-) -> pd.DataFrame:
+    model: nn.Module, train: Sized, arguments: TrainingArguments, folder: Path, validate: Callable | None = None,
+    try_validation: Callable = lambda: None,
+) -> pd.DataFrame:  # fmt: skip
     """Train `model` in place and return its history, one row per step.  Raises UserError.
 
     model: `collate([train[i], ...])` makes a batch; `model(batch, progress=, step_seed=)` returns its mean loss, where
         `progress` is step / all steps and `step_seed` is the same for all micro-batches of a step;
         `parameter_groups(weight_decay)` is for AdamW, and a group may have "lr_scale". Optional: `length(row)`, by
-        which a batch is sorted before it is split; `trainable_state()`, see `trained_tensors`; `compile_layers()`.
+        which a batch is sorted before it is split; `trainable_state()`, see `trained_tensors`; `compile_layers()`,
+        `checkpoint_layers()`. Its `batch_size` becomes the number of rows of one forward pass.
     train: has `len(train)`, `train[i]` and optionally `set_epoch(epoch)`.
     folder: receives checkpoints/, from which an interrupted run resumes, and snapshots/, see `load_snapshot`.
     validate: returns HitRatio@1 after each epoch, in eval mode and in every process; the best epoch's state is kept.
+    try_validation: called on a GPU before the first step, after a trial on the longest rows, which changes nothing.
     """
     run = _Run(model, train, arguments, folder)
+    run.prepare(try_validation)
     for epoch in range(len(run.history) // run.steps_per_epoch, arguments.epochs):
         getattr(train, "set_epoch", lambda epoch: None)(epoch)
         order = np.random.default_rng([arguments.seed, epoch]).permutation(len(train))
         batches = np.split(order, range(arguments.batch_size, len(train), arguments.batch_size))
         for row_numbers in batches[len(run.history) % run.steps_per_epoch :]:  # all, unless resumed within an epoch
-            run.train_step(epoch, row_numbers)
+            with devices.memory_for(model.batch_size):
+                run.train_step(epoch, row_numbers)
             if validate and len(run.history) % run.steps_per_epoch == 0:
                 run.validate(validate)
             run.save()
@@ -123,9 +132,49 @@ class _Run:
         self.started = time.monotonic() - (self.history[-1]["seconds"] if self.history else 0.0)
         self.unread = []  # records whose loss is still on the GPU, with their row numbers
         self.bar = tqdm(total=self.total_steps, initial=len(self.history), unit="step", disable=not self.main)
-        if arguments.compile == "yes" or (arguments.compile == "auto" and next(self.inner.parameters()).is_cuda):
-            getattr(self.inner, "compile_layers", lambda: None)()
+        self.device = next(self.inner.parameters()).device
+        self.share = math.ceil(arguments.batch_size / self.accelerator.num_processes)  # rows of a step in one process
         self.inner.eval()  # until a step trains
+
+    def prepare(self, try_validation: Callable) -> None:
+        """Set the model's `batch_size` and compile; on a GPU, or to find what fits, try a step before the first."""
+        chosen, size = self.arguments.micro_batch_size == 0, self.arguments.micro_batch_size or self.share
+        tried = (chosen or self.device.type != "cpu") and len(self.history) < self.total_steps
+        if self.arguments.gradient_checkpointing:
+            getattr(self.inner, "checkpoint_layers", lambda: None)()
+        rows = (self.train[i] for i in range(len(self.train))) if tried else ()
+        longest = heapq.nlargest(self.share + 1, rows, getattr(self.inner, "length", lambda row: 0))
+        while chosen and tried and size > 1 and not self._fits(longest[: size + 1]):  # one more leaves some room
+            size = math.ceil(size / 2)
+        if self.arguments.compile == "yes" or (self.arguments.compile == "auto" and self.device.type == "cuda"):
+            getattr(self.inner, "compile_layers", lambda: None)()
+        while tried and not self._fits(longest[:size], try_validation):
+            with devices.memory_for(size):
+                if size == 1 or not chosen:
+                    raise torch.OutOfMemoryError
+            size = math.ceil(size / 2)
+        self.inner.batch_size = min(gather_object([size]))
+        self.bar.set_description(f"{self.inner.batch_size} rows at once" if chosen else None, refresh=False)
+
+    def _fits(self, rows: list, try_validation: Callable = lambda: None) -> bool:
+        """Whether memory suffices for gradients of these rows, AdamW's moments and validation; nothing is changed."""
+        clear_device_cache(garbage_collection=True)
+        before, self.inner.batch_size = copied(self.state["model"]), len(rows)
+        self.inner.train()
+        try:
+            _room = [torch.empty_like(value) for value in 3 * self.trained]
+            self._loss(self.inner, rows, progress=1.0, step_seed=0).backward()
+            self.inner.eval()
+            torch.no_grad()(try_validation)()
+            return True
+        except (torch.OutOfMemoryError, UserError) as error:
+            if torch.OutOfMemoryError not in (type(error), type(error.__cause__)):
+                raise
+            return False
+        finally:
+            self.optimizer.zero_grad()
+            restore(self.state["model"], before)
+            self.inner.eval()
 
     def train_step(self, epoch: int, row_numbers: np.ndarray) -> None:
         """Update the model on a batch and add a record to the history."""
@@ -149,26 +198,29 @@ class _Run:
     def _backward(self, rows: list) -> Tensor:
         """Add the gradient of the mean loss over `rows`; return that loss, the same in every process."""
         processes, seed, step = self.accelerator.num_processes, self.arguments.seed, len(self.history)
-        at_once = processes * (self.arguments.micro_batch_size or self.arguments.batch_size)
-        parts = processes * math.ceil(self.arguments.batch_size / at_once)  # the same number in every process and step
+        parts = processes * math.ceil(self.share / self.inner.batch_size)  # the same in every process and step
         cuts = np.linspace(0, len(rows), parts + 1).round().astype(int)
         local_parts = range(self.accelerator.process_index, parts, processes)
-        losses = torch.zeros((), device=(device := next(self.inner.parameters()).device))
+        losses = torch.zeros((), device=self.device)
         for part in local_parts:
             micro_batch = rows[cuts[part] : cuts[part + 1]]
             share = len(micro_batch) / len(rows)
             devices.seed_all(combined_seed(seed, step, part))
             # A small last batch can leave a part empty: one row with weight 0 keeps the processes in step.
-            batch = self.inner.collate(micro_batch or rows[:1])
-            if device.type == "cuda":  # which copies pinned memory while the CPU goes on
-                batch = recursively_apply(Tensor.pin_memory, batch)
-            batch = send_to_device(batch, device, non_blocking=True)
+            curriculum = {"progress": step / self.total_steps, "step_seed": combined_seed(seed, step)}
             with self.accelerator.no_sync(self.model) if part != local_parts[-1] else nullcontext():
-                with torch.autocast(device.type, torch.bfloat16, enabled=self.arguments.precision == "bf16"):
-                    loss = self.model(batch, progress=step / self.total_steps, step_seed=combined_seed(seed, step))
+                loss = self._loss(self.model, micro_batch or rows[:1], **curriculum)
                 self.accelerator.backward(loss * (share * processes))  # DDP divides by the number of processes
             losses += loss.detach() * share
         return self.accelerator.reduce(losses, reduction="sum")
+
+    def _loss(self, model: nn.Module, rows: list, **curriculum: float) -> Tensor:
+        batch = self.inner.collate(rows)
+        if self.device.type == "cuda":  # which copies pinned memory while the CPU goes on
+            batch = recursively_apply(Tensor.pin_memory, batch)
+        batch = send_to_device(batch, self.device, non_blocking=True)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.arguments.precision == "bf16"):
+            return model(batch, **curriculum)
 
     def _read_losses(self, lag: int = 0) -> None:
         """Read losses and gradient norms from the device, except the last `lag`.  Raises UserError if not finite."""
