@@ -47,6 +47,11 @@ def test_halves_join_to_the_whole():
     np.testing.assert_allclose(similarity.join_halves(parts)["one"], whole["one"])
     stacked = {"one": np.stack([parts["one"], 2 * parts["one"]])}
     np.testing.assert_allclose(similarity.join_halves(stacked)["one"], [whole["one"], 2 * whole["one"]])
+    overlaps, overlap = np.unique([cut, np.arange(len(LABELS)) % 2], axis=1, return_inverse=True)  # one pass for both
+    parts = gradients.inner_products({"one": sums(overlap)})
+    for groups, labels in zip(overlaps, (cut, np.arange(len(LABELS)) % 2), strict=True):
+        expected = gradients.inner_products({"one": sums(labels)})["one"]
+        np.testing.assert_allclose(similarity.join(parts, groups)["one"], expected)
 
 
 def test_repeatability_is_the_similarity_of_another_sample():

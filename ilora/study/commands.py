@@ -14,7 +14,7 @@ from ilora.study.parameters import PARAMETERS, parse_parameters
 from ilora.study.systems import SETTINGS, SYSTEMS, TABLE
 
 BOOK = """\
-Runs notebooks/*.ipynb in order, each in a new kernel of this Python with the repository as working directory.
+Runs notebooks/*.ipynb in order, without a GPU two at a time, each in a new kernel in the repository's folder.
 For a book, chapter 10 comes last, because it reads the results of the other chapters there.
 The executed notebooks are written to $ILORA_HOME/notebooks (or artifacts/notebooks).
 

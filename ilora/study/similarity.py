@@ -8,10 +8,15 @@ from ilora.errors import UserError
 from ilora.study.gradients import GATE
 
 
+def join(products: dict[str, np.ndarray], groups: np.ndarray) -> dict[str, np.ndarray]:
+    """Inner products of sums of gradients: (..., n, n) -> (..., G, G), where gradient i is a part of sum groups[i]."""
+    part_of = np.eye(max(groups) + 1)[groups]  # (n, G)
+    return {kind: part_of.T @ matrix @ part_of for kind, matrix in products.items()}
+
+
 def join_halves(products: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Inner products of whole groups from those of `gradients.halves`: (..., 2G, 2G) -> (..., G, G)."""
-    groups = next(iter(products.values())).shape[-1] // 2
-    return {kind: part.reshape(*part.shape[:-2], groups, 2, groups, 2).sum((-3, -1)) for kind, part in products.items()}
+    return join(products, np.arange(next(iter(products.values())).shape[-1]) // 2)
 
 
 def cosines(products: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
