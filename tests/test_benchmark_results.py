@@ -47,15 +47,13 @@ def test_a_goal_is_met_missed_or_absent(value, goals, met):
     assert benchmark_results.judge(value, goals)["met"] is met
 
 
-def test_failures_and_checks_are_listed():
+def test_failures_are_listed():
     failed = list(benchmark_results.parts(RESULTS, failed=True))
     assert failed == [("a_cpu", "three", {"error": "OutOfMemoryError: no room"})]
-    assert benchmark_results.equality_checks(RESULTS)["value"].to_dict() == {("a_cpu", "one", "same"): "True"}
 
 
-@pytest.mark.parametrize("name", ["ratios", "equality_checks"])
-def test_tables_without_rows_keep_their_columns(name):
-    make = getattr(benchmark_results, name)
+def test_a_table_without_rows_keeps_its_columns():
+    make = benchmark_results.ratios
     assert make({}).empty and list(make({}).columns) == list(make(RESULTS).columns)
 
 

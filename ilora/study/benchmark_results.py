@@ -59,12 +59,3 @@ def ratios(results: Results) -> pd.DataFrame:
                 value = {"value": ratio["median"], "low": ratio["low"], "high": ratio["high"]}
                 rows[*place, name] = content | entry | seconds | value | judge(ratio["median"], entry)
     return _table(rows, "way", RATIO + STEP)
-
-
-def equality_checks(results: Results) -> pd.DataFrame:
-    """Whether the ways of a part gave the same results, or how large the largest difference is, as text."""
-    rows = {}
-    for *place, content in parts(results):
-        for name, value in content.get("agreement", {}).items():
-            rows[*place, name] = {"value": f"{value:.2g}" if isinstance(value, float) else str(value)}
-    return _table(rows, "what", ["value"])

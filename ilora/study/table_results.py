@@ -131,9 +131,3 @@ def validation_curves(folder: str | Path, seed: int = 0) -> pd.DataFrame:
                 rows += [(*cell, *point) for point in enumerate(run["metrics"].get("validation", ()), 1)]
     curves = pd.DataFrame(rows, columns=columns).replace({"dataset": PRINTED_NAMES})
     return curves.astype({"learning_rate": float}).sort_values(columns[:4], ignore_index=True)
-
-
-def failed_runs(results: Sequence[Mapping]) -> pd.DataFrame:
-    """The runs that failed, with their reasons."""
-    rows = [{**result["parameters"], "reason": result["error"]} for result in results if "error" in result]
-    return pd.DataFrame(rows, columns=["system", "dataset", "seed", "reason"])
