@@ -1,6 +1,7 @@
 """Carries the representations of a batch's rows from the caller to every adapted layer."""
 
 import asyncio
+import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -85,7 +86,7 @@ class Conditioning:
     def representations(self, z: Tensor | None) -> Tensor | None:
         """The z given to a starting call, else the context's.  Raises UserError for NaN, or if the model is merged."""
         self._end_forward()  # one that was interrupted
-        if isinstance(z, Tensor) and not torch.compiler.is_compiling() and not (z.is_meta or z.isfinite().all()):
+        if isinstance(z, Tensor) and z.is_cpu and not torch.compiler.is_compiling() and not math.isfinite(z.sum()):
             raise UserError("sequence_embeds has values that are not finite: correct the encoder that computes them.")
         context = self.running
         if context is not None and not torch.compiler.is_compiling() and context.task is not current_task():

@@ -14,12 +14,10 @@ from ilora.study.parameters import PARAMETERS, parse_parameters
 from ilora.study.systems import SETTINGS, SYSTEMS, TABLE
 
 BOOK = """\
-Runs notebooks/*.ipynb in order, without a GPU two at a time, each in a new kernel in the repository's folder.
-For a book, chapter 10 comes last, because it reads the results of the other chapters there.
-The executed notebooks are written to $ILORA_HOME/notebooks (or artifacts/notebooks).
-
-If every notebook succeeded, they and their results become the pages of book/, which is built. A run with -p leaves
-book/ unchanged; --book DIR makes a book of it in another folder.
+Runs notebooks/*.ipynb in order, without a GPU two at a time, each in a new kernel in the repository's folder, and
+writes them to $ILORA_HOME/notebooks (or artifacts/notebooks). For a book, chapter 10 comes last, because it reads the
+results of the other chapters there. If every notebook succeeded, they and their results become the pages of book/,
+which is built. A run with -p leaves book/ unchanged; --book DIR makes a book of it in another folder.
 
 More help: `python -m ilora table --help` (the paper's Table 1), `python -m ilora sweep --help` (grids)."""
 SWEEP = """\
@@ -57,8 +55,6 @@ def _make_book(arguments: Sequence[str]) -> int:
     if options.no_book or (given and not options.book):
         notebooks.run_all(jobs)
         print("executed notebooks:", *(job.executed for job in jobs), sep="\n  ")
-        if given:
-            print("book/ keeps its runs with default parameters (--book DIR makes a book of these)")
         return 0
     folder = (options.book or notebooks.ROOT / "book").resolve()
     book.check_folder(folder, given, jobs)

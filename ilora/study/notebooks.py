@@ -6,18 +6,19 @@ import itertools
 import os
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from tqdm import tqdm
 
 from ilora import artifacts
 from ilora.errors import UserError
-from ilora.study import runner
 from ilora.study.parameters import check_parameters, inputs, notebook_parameters, parse_parameters, stored
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,8 +51,8 @@ class Job:
         """Where the executed notebook is written."""
         return artifacts.home() / "notebooks" / f"{self.result.stem}.ipynb"
 
-    def run(self) -> None:
-        """Execute the notebook, with a progress bar. Raises UserError."""
+    def run(self, progress: bool = True) -> None:
+        """Execute the notebook, with a bar of its cells on stderr if `progress`. Raises UserError."""
         from nbclient.exceptions import DeadKernelError  # optional dependencies
         from papermill import PapermillExecutionError, execute_notebook
         from traitlets.config import Config
@@ -59,9 +60,9 @@ class Job:
         self.executed.parent.mkdir(parents=True, exist_ok=True)
         for name, value in KERNELS.items():
             os.environ.setdefault(name, value)
-        bar = {"desc": self.source.stem, "file": sys.stderr, "dynamic_ncols": True}
+        bar = {"desc": self.source.stem, "file": sys.stderr, "dynamic_ncols": True} if progress else False
         quiet = Config(KernelManager={"transport_encryption": "auto"})  # else each kernel warns
-        options = {"kernel_name": "python3", "cwd": self.source.parents[1], "progress_bar": bar, "config": quiet}
+        options = {"kernel_name": "python3", "cwd": ROOT, "progress_bar": bar, "config": quiet}
         try:
             execute_notebook(self.source, self.executed, self.given, coalesce_streams=True, **options)
         except PapermillExecutionError as error:
@@ -134,8 +135,14 @@ def run_all(jobs: list[Job]) -> None:
     """Run the jobs, on a CPU two at a time. Raises UserError if one fails, or first if data or models are unusable."""
     for job in jobs:
         _ = job.inputs
-    runs: Iterable = ((job, job.run()) for job in jobs)
-    if len(jobs) > 1 and not torch.cuda.is_available():  # whose memory may have no room for two models
+    several = len(jobs) > 1 and not torch.cuda.is_available()  # whose memory may not hold two models
+    if several:
         os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // 2, 1)))  # of each kernel
-        runs = runner.in_processes(jobs, 2, run=Job.run)
-    list(tqdm(runs, total=len(jobs), unit="notebook", smoothing=0))
+    with contextlib.chdir(ROOT), ThreadPool(1 + several) as pool:
+        try:
+            runs = pool.imap_unordered(lambda job: job.run(not several), jobs)
+            list(tqdm(runs, total=len(jobs), unit="notebook", smoothing=0))
+        except BaseException:
+            for kernel in psutil.Process().children():
+                kernel.kill()
+            raise

@@ -31,7 +31,7 @@ def run_cells(cells: Sequence[Cell], jobs: int = 1, minutes: float = 0) -> Itera
         if jobs == 1 and not minutes:
             attempts = ((cell, attempt(cell)) for cell in waiting)
         else:
-            attempts = in_processes(waiting, jobs, minutes)
+            attempts = _in_processes(waiting, jobs, minutes)
         for cell, reason in attempts:
             bar.set_postfix_str(str(cell), refresh=False)
             bar.update()
@@ -49,17 +49,14 @@ def attempt(cell: Cell) -> str:
     return ""
 
 
-def in_processes(
-    waiting: Sequence[Cell], jobs: int, minutes: float = 0, run: Callable = attempt
-) -> Iterator[tuple[Cell, Any]]:
-    """Yield each cell and what `run(cell)` returns. An error of one, or no longer reading, stops the others."""
+def _in_processes(waiting: Sequence[Cell], jobs: int, minutes: float) -> Iterator[tuple[Cell, str]]:
     context, others = multiprocessing.get_context("spawn"), set(multiprocessing.active_children())
     numbers = context.SimpleQueue()
     for number in range(jobs):
         numbers.put(number)
     os.environ["TQDM_DISABLE"] = "1"  # for the new processes, whose progress bars would overwrite each other
     pool = ProcessPoolExecutor(jobs, context, _prepare_process, (numbers,))
-    futures = {pool.submit(run, cell): cell for cell in waiting}
+    futures = {pool.submit(attempt, cell): cell for cell in waiting}
     try:
         for future in as_completed(futures, 60 * minutes or None):
             yield futures[future], future.result()
