@@ -31,7 +31,6 @@ class Recommender(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """The device of the model's weights or counts."""
         return next(iter(self.state_dict().values())).device
 
     def stack(self, histories: Sequence[Sequence[int]]) -> Tensor:

@@ -177,7 +177,6 @@ class _Run:
             self.inner.eval()
 
     def train_step(self, epoch: int, row_numbers: np.ndarray) -> None:
-        """Update the model on a batch and add a record to the history."""
         rows, rate = [self.train[i] for i in row_numbers], self.schedule.get_last_lr()[0]
         if hasattr(self.inner, "length"):
             rows.sort(key=self.inner.length)
@@ -245,7 +244,6 @@ class _Run:
             self.best = hit_ratio, copied(self.state["model"])
 
     def save(self) -> None:
-        """Write the snapshot and the checkpoint that are due after this step."""
         done = len(self.history)
         snapshot = done in self.arguments.snapshot_steps(self.total_steps)
         checkpoint = done % self.arguments.save_every == 0 or done == self.total_steps
