@@ -84,7 +84,7 @@ class Conditioning:
             del conditions[conditions.index(condition) :]
 
     def representations(self, z: Tensor | None) -> Tensor | None:
-        """The z given to a starting call, else the context's.  Raises UserError for NaN, or if the model is merged."""
+        """The z of a starting call, else the context's.  Raises UserError for NaN on a CPU, or if merged."""
         self._end_forward()  # one that was interrupted
         if isinstance(z, Tensor) and z.is_cpu and not torch.compiler.is_compiling() and not math.isfinite(z.sum()):
             raise UserError("sequence_embeds has values that are not finite: correct the encoder that computes them.")
