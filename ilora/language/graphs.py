@@ -1,7 +1,6 @@
 """A small decoder in training as CUDA graphs: one launch for each pass, where Python would launch thousands of them."""
 
 import logging
-from contextlib import nullcontext
 from typing import Any
 from unittest import mock
 
@@ -30,9 +29,19 @@ def record_passes(decoder: nn.Module, conditioning: Conditioning | None) -> None
         given = (inputs_embeds,) if condition is None else (inputs_embeds, condition.z, *condition.weights.values())
         key = tuple((value.shape, value.dtype, value.requires_grad) for value in given)
         if key not in recorded:
+
+            def run(embeds: Tensor, z: Tensor | None = None, *weights: Tensor) -> Tensor:
+                if z is None:
+                    return plain(inputs_embeds=embeds, **inputs)[0]
+                named = dict(zip(conditioning.running.weights, weights, strict=True))
+                with conditioning.under(Condition(z, named)):
+                    return plain(inputs_embeds=embeds, **inputs)[0]
+
+            passes = nn.ModuleList([decoder])  # whose parameters are inputs of the recorded function, too
+            passes.forward = run
             sample = tuple(value.detach().clone().requires_grad_(value.requires_grad) for value in given)
-            passes, options = _Passes(decoder, plain, conditioning, inputs), {"allow_unused_input": True, "pool": pool}
             autocast = torch.autocast("cuda", torch.bfloat16, torch.is_autocast_enabled("cuda"), cache_enabled=False)
+            options = {"allow_unused_input": True, "pool": pool}
             try:
                 with autocast, mock.patch.multiple(masking_utils, **CAUSAL):
                     recorded[key] = torch.cuda.make_graphed_callables(passes, sample, **options)
@@ -45,19 +54,3 @@ def record_passes(decoder: nn.Module, conditioning: Conditioning | None) -> None
         return BaseModelOutputWithPast(recorded[key](*given))
 
     decoder.forward = forward
-
-
-class _Passes(nn.Module):
-    """A decoder as a function of tensors alone: (b, s, d) and, with a gate, z and the adapters' w -> (b, s, d)."""
-
-    def __init__(self, decoder: nn.Module, plain: Any, conditioning: Conditioning | None, inputs: dict) -> None:
-        super().__init__()
-        self.decoder, self.plain, self.conditioning, self.inputs = decoder, plain, conditioning, inputs
-
-    def forward(self, embeds: Tensor, z: Tensor | None = None, *weights: Tensor) -> Tensor:
-        under = nullcontext()
-        if z is not None:
-            names = self.conditioning.running.weights
-            under = self.conditioning.under(Condition(z, dict(zip(names, weights, strict=True))))
-        with under:
-            return self.plain(inputs_embeds=embeds, **self.inputs)[0]
