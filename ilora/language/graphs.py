@@ -37,14 +37,13 @@ def record_passes(decoder: nn.Module, conditioning: Conditioning | None) -> None
                 with conditioning.under(Condition(z, named)):
                     return plain(inputs_embeds=embeds, **inputs)[0]
 
-            passes = nn.ModuleList([decoder])  # whose parameters are inputs of the recorded function, too
-            passes.forward = run
+            model = nn.ModuleList([decoder])  # whose parameters are inputs of the recorded function, too
+            model.forward = run
             sample = tuple(value.detach().clone().requires_grad_(value.requires_grad) for value in given)
             autocast = torch.autocast("cuda", torch.bfloat16, torch.is_autocast_enabled("cuda"), cache_enabled=False)
-            options = {"allow_unused_input": True, "pool": pool}
             try:
                 with autocast, mock.patch.multiple(masking_utils, **CAUSAL):
-                    recorded[key] = torch.cuda.make_graphed_callables(passes, sample, **options)
+                    recorded[key] = torch.cuda.make_graphed_callables(model, sample, allow_unused_input=True, pool=pool)
             except RuntimeError as error:  # such as a layer that waits for the GPU
                 if isinstance(error, torch.OutOfMemoryError):
                     raise
