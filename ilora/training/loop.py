@@ -68,10 +68,6 @@ class TrainingArguments:
         fields = asdict(replace(self, micro_batch_size=None, save_every=1, device="", compile="auto"))
         return {name: value for name, value in fields.items() if name != "gradient_checkpointing"}
 
-    def snapshot_steps(self, total: int) -> set[int]:
-        """The steps, of `total`, after which a snapshot is taken."""
-        return {math.ceil(total * part / self.snapshots) for part in range(1, self.snapshots + 1)}
-
 
 def fit(
     model: nn.Module, train: Sized, arguments: TrainingArguments, folder: Path, validate: Callable | None = None,
@@ -245,7 +241,8 @@ class _Run:
 
     def save(self) -> None:
         done = len(self.history)
-        snapshot = done in self.arguments.snapshot_steps(self.total_steps)
+        parts = self.arguments.snapshots
+        snapshot = done in {math.ceil(self.total_steps * part / parts) for part in range(1, parts + 1)}
         checkpoint = done % self.arguments.save_every == 0 or done == self.total_steps
         if not snapshot and not checkpoint:
             return
