@@ -187,7 +187,7 @@ def test_impossible_arguments_are_refused(wrong):
 
 
 def test_a_model_in_shards_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop.Accelerator, "distributed_type", loop.DistributedType.FSDP)
+    monkeypatch.setattr(loop.Accelerator, "distributed_type", loop.utils.DistributedType.FSDP)
     with pytest.raises(UserError, match="without FSDP"):
         fit(Toy(), ROWS, ARGUMENTS, tmp_path)
 

@@ -182,8 +182,7 @@ class LanguageRecommender(nn.Module):
         for layer in max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()), default=()):
             layer.compile(dynamic=False)
         small = sum(parameter.numel() for parameter in self.language_model.parameters()) < SMALL
-        alone = not torch.distributed.is_initialized()  # DDP keeps gradient accumulators on another stream
-        if small and alone and self.device.type == "cuda" and isinstance(self.language_model, PeftModel):
+        if small and self.device.type == "cuda" and isinstance(self.language_model, PeftModel):
             conditioning = getattr(self.language_model.base_model, "conditioning", None)
             record_passes(self.language_model.get_base_model().get_decoder(), conditioning)
         self.compiled = True
