@@ -1,11 +1,12 @@
 """Compare training of iLoRA on two GPUs with training on one, and a run that was killed with one that was not.
 
     python benchmarks/several_gpus.py --base-models FOLDER ... --data-dir FOLDER
+    python benchmarks/several_gpus.py --base-models FOLDER --data-dir FOLDER --kill
 
 large.py makes folders with base models. Each training is a process of its own: this script with --to, on one GPU, or
 started by `accelerate launch --num_processes 2`. Data, seed, batch and micro-batch are the same, so the losses are, up
 to rounding. A ratio of times compares the same steps, from the second half of the training, in which nothing compiles.
-The last part kills all processes of a training on two GPUs after the first checkpoint and starts them again.
+With --kill, a training on one GPU is killed by SIGKILL after its first checkpoint, and started again.
 """
 
 import os
@@ -82,12 +83,17 @@ def kill(process: subprocess.Popen) -> None:
     process.wait()
 
 
+def history_of(base_model: str, way: str, home: Path, options: Namespace) -> pd.DataFrame:
+    """The history of a training, which starts unless the folder has its result."""
+    folder = home / Path(base_model).name / str(PROCESSES[way])
+    if (folder / "history.csv").is_file():
+        return pd.read_csv(folder / "history.csv")
+    return finish(start(base_model, way, folder, options), folder)
+
+
 def compare(base_model: str, home: Path, options: Namespace) -> dict:
     """Seconds of the same steps in both ways, their ratio, and how far the first losses are apart."""
-    histories = {}
-    for way in PROCESSES:
-        folder = home / Path(base_model).name / way
-        histories[way] = finish(start(base_model, way, folder, options), folder)
+    histories = {way: history_of(base_model, way, home, options) for way in PROCESSES}
     seconds = {way: history["seconds"].diff()[len(history) // 2 :].tolist() for way, history in histories.items()}
     two, one = (history["loss"] for history in histories.values())
     apart = ((two - one).abs() / one)[:LOSSES].max()
@@ -98,42 +104,43 @@ def compare(base_model: str, home: Path, options: Namespace) -> dict:
 
 
 def interrupt(base_model: str, home: Path, options: Namespace) -> dict:
-    """Kill a training on two GPUs after its first checkpoint, start it again, and compare it with an uninterrupted."""
-    folder, whole = home / "killed", home / Path(base_model).name / TWO
-    process = start(base_model, TWO, folder, options)
+    """Kill a training after its first checkpoint, start it again, and compare it with an uninterrupted one."""
+    expected, folder = history_of(base_model, ONE, home, options)["loss"], home / "killed"
+    process = start(base_model, ONE, folder, options)
     while process.poll() is None and not list(folder.glob("checkpoints/step-*.pt")):
         time.sleep(0.01)
     kill(process)
-    (checkpoint, *_) = sorted(folder.glob("checkpoints/step-*.pt"), reverse=True)
     if (folder / "history.csv").is_file():
         raise RuntimeError("the training ended before it was killed: give it more --steps")
-    resumed = finish(start(base_model, TWO, folder, options), folder)["loss"]
-    expected = pd.read_csv(whole / "history.csv")["loss"]
+    checkpoint = max(folder.glob("checkpoints/step-*.pt")).name
+    resumed = finish(start(base_model, ONE, folder, options), folder)["loss"]
     apart = ((resumed - expected).abs() / expected).max()
-    report = {"resumed_after": int(checkpoint.name.split("-")[1]), "steps": len(resumed)}
-    return report | {"last_loss": resumed.iloc[-1], "agreement": {"largest difference of losses": apart}}
+    report = {"resumed_after": int(checkpoint.split("-")[1]), "steps": len(resumed), "last_loss": resumed.iloc[-1]}
+    return report | {"agreement": {"largest difference of losses": apart, "equal losses": (resumed == expected).mean()}}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = measure.parser(__doc__, batch_size=128, micro_batch_size=16)
-    parser.add_argument("--base-models", nargs="+", required=True, help="folders of base models; the first is killed")
+    parser.add_argument("--base-models", nargs="+", required=True, help="folders of base models")
     parser.add_argument("--steps", type=int, default=20, help="optimiser steps of a training (20)")
     parser.add_argument("--save-every", type=int, default=5, help="steps between checkpoints (5)")
     parser.add_argument("--dataset", default="movielens", help="the data set (movielens)")
     parser.add_argument("--data-dir", default="", help="the folder with its files (download)")
+    parser.add_argument("--folder", type=Path, help="where trainings are kept and looked for (nowhere)")
+    parser.add_argument("--kill", action="store_true", help="kill a training and resume it, instead")
     parser.add_argument("--to", type=Path, help="train here, in this process, into this folder")
     options = parser.parse_args(arguments)
     if options.to:
         train(options)
         return
-    run, out = measure.start("several_gpus", options, "base_models", "data_dir", "to")
-    parts = {Path(base_model).name: (compare, base_model) for base_model in options.base_models}
-    parts["killed"] = (interrupt, options.base_models[0])
+    name, measured = ("killed", interrupt) if options.kill else ("several_gpus", compare)
+    run, out = measure.start(name, options, "base_models", "data_dir", "to", "folder", "kill")
     metrics = {}
     with tempfile.TemporaryDirectory() as temporary:
-        for part, (function, base_model) in parts.items():
+        for base_model in options.base_models:
+            part = Path(base_model).name
             try:
-                metrics[part] = function(base_model, Path(temporary), options)
+                metrics[part] = measured(base_model, options.folder or Path(temporary), options)
             except Exception as error:  # report it and continue with the next part
                 metrics[part] = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
             measure.show(part, metrics[part])
