@@ -30,7 +30,6 @@ from ilora.language.graphs import record_passes
 from ilora.language.prompts import PROMPT, Prompts, read_answer
 from ilora.recommenders.base import SequenceModel
 
-SMALL = 10**9  # parameters; kernels of a larger model take longer than their launches
 GUIDANCE = ("sequence", "random", "token")  # what the gate may get, see `LanguageRecommender.guide`
 
 
@@ -178,10 +177,11 @@ class LanguageRecommender(nn.Module):
     def compile_layers(self) -> None:
         """Compile the language model's layers for training; each padded length is compiled once, in seconds."""
         self.prompts.pad_to_multiple_of = 32  # tokens
+        torch._dynamo.config.recompile_limit = 64  # shapes; layers run uncompiled after more
         lists = [module for module in self.language_model.modules() if isinstance(module, nn.ModuleList)]
         for layer in max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()), default=()):
             layer.compile(dynamic=False)
-        small = sum(parameter.numel() for parameter in self.language_model.parameters()) < SMALL
+        small = sum(p.numel() for p in self.language_model.parameters()) < 1e9  # else kernels outlast their launches
         if small and self.device.type == "cuda" and isinstance(self.language_model, PeftModel):
             conditioning = getattr(self.language_model.base_model, "conditioning", None)
             record_passes(self.language_model.get_base_model().get_decoder(), conditioning)
