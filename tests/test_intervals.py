@@ -7,7 +7,8 @@ from scipy import stats
 from test_evaluation import make_outcomes, questions
 
 from ilora.errors import UserError
-from ilora.evaluation import difference, interval, intervals, outcomes_from_scores, resampled_means
+from ilora.evaluation import difference, interval, metrics, outcomes_from_scores
+from ilora.evaluation.metrics import resampled_means
 
 
 @pytest.mark.parametrize(
@@ -43,7 +44,7 @@ def test_the_cluster_bootstrap_is_as_wide_as_the_spread_of_the_means():
 
 
 def test_the_interval_has_its_coverage(monkeypatch):
-    monkeypatch.setattr(intervals, "RESAMPLES", 400)
+    monkeypatch.setattr(metrics, "RESAMPLES", 400)
     rng = np.random.default_rng(1)
     results = [interval(*clustered(rng, users=60, windows=5)) for _ in range(200)]
     covered = sum(result["low"] <= 0.4 <= result["high"] for result in results)

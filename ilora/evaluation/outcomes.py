@@ -13,8 +13,7 @@ from tqdm import tqdm
 from ilora.data.windows import Questions, Row
 from ilora.devices import memory_for
 from ilora.errors import UserError
-from ilora.evaluation.intervals import QUESTION_COLUMNS
-from ilora.evaluation.metrics import check_scores
+from ilora.evaluation.metrics import QUESTION_COLUMNS, check_scores
 
 NO_ANSWER = -1  # in place of an item, or of a candidate's column, where the answer is invalid
 

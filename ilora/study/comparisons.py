@@ -7,7 +7,8 @@ from scipy import stats
 from ilora.data.dataset import Dataset
 from ilora.data.windows import Questions
 from ilora.data.world import FOLLOW, FOLLOWER_WEIGHTS, GROUPS, WINDOW, World, make_world
-from ilora.evaluation import compute_metrics, difference, outcomes_from_scores, resampled_means
+from ilora.evaluation import compute_metrics, difference, outcomes_from_scores
+from ilora.evaluation.metrics import resampled_means
 
 PERMUTATIONS = 9999
 

@@ -3,7 +3,7 @@
 import numpy as np
 from scipy import stats
 
-from ilora.evaluation.intervals import interval
+from ilora.evaluation import interval
 
 LEAST_PERSONAL = 0.01  # a gate with a smaller personal share is called constant
 
