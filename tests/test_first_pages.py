@@ -5,22 +5,18 @@ import builtins
 import json
 import re
 import runpy
-import shutil
 
 import nbformat
 import pytest
 import torch
 from conftest import ROOT
 from peft import get_peft_model
-from playwright.sync_api import sync_playwright
 from torch import nn
 
 from ilora import ILoraConfig
 from ilora.study import figures
 
 ASSETS = ROOT / "book" / "assets"
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = ["--no-sandbox", "--disable-gpu"]
 TASK = {"prompt", "readers"}  # functions that make the page's toy questions
 
 
@@ -107,22 +103,6 @@ def test_the_first_page_lists_the_chapters_with_their_questions():
     for number, title, name, question in rows:
         heading, _, subtitle, *_ = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", 4).cells[0].source.splitlines()
         assert (heading, subtitle, int(name[:2])) == (f"# {title}", f"*{question}*", int(number))
-
-
-@pytest.mark.book
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH")
-def test_the_headline_fits_a_phone(html):
-    """Data sets are rows, so that no system is hidden at the right."""
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        tab = chromium.new_page(viewport={"width": 390, "height": 844})
-        tab.goto((html / "intro.html").as_uri())
-        table = tab.locator(".headline table")
-        assert table.locator("thead th").all_inner_texts()[1:] == ["SASRec", "TALLRec", "LLaRA", "iLoRA"]
-        assert tab.evaluate("document.querySelector('.headline').scrollWidth <= 390")
-        box = table.bounding_box()
-        assert box["x"] + box["width"] <= 390
-        chromium.close()
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)

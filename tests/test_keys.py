@@ -420,15 +420,15 @@ def test_a_notebook_finds_the_key_that_was_planned(tmp_path, monkeypatch):
     monkeypatch.setattr(notebooks, "ROOT", root)
     monkeypatch.setenv("PYTHONPATH", str(Path(ilora.__file__).parents[1]))
     monkeypatch.chdir(tmp_path)
-    results = []
-    for seed in range(2):
-        csv_files(tmp_path / "own", seed)
-        assert commands.main(["--only", "01", "-p", "dataset", "csv", "-p", "data_dir", "own"]) == 0
-        (planned,) = notebooks.plan(notebooks.local_paths({"dataset": "csv", "data_dir": "own"}), ["01"])
-        assert planned.result.is_file() and planned.executed.is_file()
-        results.append(json.loads(planned.result.read_text())["inputs"]["data"])
-    assert results[0] != results[1]
-    assert len(list((artifacts.home() / "results").glob("01_data-*.json"))) == 2
+    csv_files(tmp_path / "own")
+    assert commands.main(["--only", "01", "-p", "dataset", "csv", "-p", "data_dir", "own"]) == 0
+    given = notebooks.local_paths({"dataset": "csv", "data_dir": "own"})
+    (planned,) = notebooks.plan(given, ["01"])
+    assert planned.result.is_file() and planned.executed.is_file()
+    assert json.loads(planned.result.read_text())["inputs"]["data"] == data.source_key("csv", str(tmp_path / "own"))
+    assert list((artifacts.home() / "results").glob("01_data-*.json")) == [planned.result]
+    csv_files(tmp_path / "own", seed=1)
+    assert notebooks.plan(given, ["01"])[0].result != planned.result
 
 
 def test_the_shipped_model_counts_with_all_its_files():

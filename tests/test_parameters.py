@@ -1,21 +1,13 @@
 """Parameters of notebooks and the errors of wrong ones."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-import nbformat
 import pytest
 
 from ilora.errors import UserError
-from ilora.study import parameters
 from ilora.study.parameters import check_parameters, parse_parameters, start
 
 pytestmark = pytest.mark.book
 
 PARAMETERS_CELL = 'dataset = "world"  # which\nseed = 0\nrank = 8\nalpha = 32\nexperts = 4\ndata_dir = ""'
-START_CELL = 'from ilora.study import parameters\nrun = parameters.start("04_ilora", globals())\nprint(run.parameters)'
 
 
 @pytest.fixture(autouse=True)
@@ -138,25 +130,3 @@ def test_start_can_be_run_again_in_a_live_notebook():
 
 def test_start_of_a_notebook_elsewhere_knows_all_parameters():
     assert start("my_own", notebook_globals("results = '.'\nrank = 8")).parameters == {"results": ".", "rank": 8}
-
-
-def papermill(folder, *arguments):
-    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    notebook = nbformat.v4.new_notebook(metadata={"kernelspec": kernel})
-    notebook.cells = [
-        nbformat.v4.new_code_cell(PARAMETERS_CELL, metadata={"tags": ["parameters"]}),
-        nbformat.v4.new_code_cell(START_CELL),
-    ]
-    nbformat.write(notebook, folder / "source.ipynb")
-    command = [sys.executable, "-m", "papermill", "source.ipynb", "out.ipynb", "-k", "python3", *arguments]
-    path = os.pathsep.join([str(Path(parameters.__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-
-
-def test_papermill_ends_in_one_clear_last_line(tmp_path):
-    done = papermill(tmp_path, "-p", "expert", "4")
-    assert done.returncode == 1
-    last = done.stderr.strip().splitlines()[-1]
-    assert last == "UserError: there is no parameter 'expert' in 04_ilora: did you mean 'experts'?"
-    assert "parameters.py" not in done.stderr  # no stack of ours above it

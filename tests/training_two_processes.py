@@ -1,7 +1,7 @@
 """Trains a toy, an iLoRA recommender, and all steps of a small study with the files that processes share.
 
-Losses and weights must not depend on the number of processes. test_training.py runs this as `python
-training_two_processes.py FOLDER` and with `accelerate launch`; each process writes FOLDER/RANK-of-WORLD.pt.
+Losses and weights must not depend on the number of processes. test_training.py calls main(FOLDER) and runs this with
+`accelerate launch`; each process writes FOLDER/RANK-of-WORLD.pt.
 """
 
 import os
