@@ -156,6 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--make", choices=SHAPES, help="write a base model of this shape there, and stop")
     parser.add_argument("--tokenizer", help="the folder with the tokenizer of the model that is made")
     parser.add_argument("--card", choices=CARDS, default="80 GB", help="the card and its settings (80 GB)")
+    parser.add_argument("--compile", choices=("auto", "yes", "no"), default="auto", help="compile layers (auto)")
     parser.add_argument("--steps", type=int, default=100, help="optimiser steps of each adapter (100)")
     parser.add_argument("--questions", type=int, default=1000, help="test questions (1000)")
     parser.add_argument("--dataset", default="movielens", help="the data set (movielens)")
@@ -174,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if device.type == "cpu":  # bitsandbytes is for GPUs
         settings = {name: value for name, value in settings.items() if name != "quantize"}
     places = {"base_model": options.base_model, "dataset": options.dataset, "data_dir": options.data_dir}
-    sizes = {"batch_size": options.batch_size, "micro_batch_size": 0, "device": options.device}
+    sizes = {"batch_size": options.batch_size, "micro_batch_size": 0, "device": options.device, "compile": options.compile}
     sizes |= {"train_limit": options.steps * options.batch_size, "test_limit": options.questions}
     parameters = {name: value for name, value in (places | sizes | PAPER | settings).items() if value != ""}
     with tempfile.TemporaryDirectory() as temporary:
