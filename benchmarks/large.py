@@ -175,7 +175,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if device.type == "cpu":  # bitsandbytes is for GPUs
         settings = {name: value for name, value in settings.items() if name != "quantize"}
     places = {"base_model": options.base_model, "dataset": options.dataset, "data_dir": options.data_dir}
-    sizes = {"batch_size": options.batch_size, "micro_batch_size": 0, "device": options.device, "compile": options.compile}
+    sizes = {"batch_size": options.batch_size, "micro_batch_size": 0, "device": options.device}
+    sizes |= {"compile": options.compile}
     sizes |= {"train_limit": options.steps * options.batch_size, "test_limit": options.questions}
     parameters = {name: value for name, value in (places | sizes | PAPER | settings).items() if value != ""}
     with tempfile.TemporaryDirectory() as temporary:
