@@ -23,6 +23,7 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import measure
@@ -107,8 +108,10 @@ def run_notebook(home: Path, parameters: dict, options: Namespace, device: torch
         if process.poll() is None:
             children = psutil.Process(process.pid).children(recursive=True)
             process.send_signal(signal.SIGINT)  # papermill ends its kernel
-            psutil.wait_procs([process, *children], timeout=20)
-            for child in (process, *children):
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(20)
+            process.kill()
+            for child in children:
                 if child.is_running():
                     child.kill()
             process.wait()
