@@ -23,6 +23,7 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import measure
@@ -107,8 +108,10 @@ def run_notebook(home: Path, parameters: dict, options: Namespace, device: torch
         if process.poll() is None:
             children = psutil.Process(process.pid).children(recursive=True)
             process.send_signal(signal.SIGINT)  # papermill ends its kernel
-            psutil.wait_procs([process, *children], timeout=20)
-            for child in (process, *children):
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(20)
+            process.kill()
+            for child in children:
                 if child.is_running():
                     child.kill()
             process.wait()
@@ -156,6 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--make", choices=SHAPES, help="write a base model of this shape there, and stop")
     parser.add_argument("--tokenizer", help="the folder with the tokenizer of the model that is made")
     parser.add_argument("--card", choices=CARDS, default="80 GB", help="the card and its settings (80 GB)")
+    parser.add_argument("--compile", choices=("auto", "yes", "no"), default="auto", help="compile layers (auto)")
     parser.add_argument("--steps", type=int, default=100, help="optimiser steps of each adapter (100)")
     parser.add_argument("--questions", type=int, default=1000, help="test questions (1000)")
     parser.add_argument("--dataset", default="movielens", help="the data set (movielens)")
@@ -175,6 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         settings = {name: value for name, value in settings.items() if name != "quantize"}
     places = {"base_model": options.base_model, "dataset": options.dataset, "data_dir": options.data_dir}
     sizes = {"batch_size": options.batch_size, "micro_batch_size": 0, "device": options.device}
+    sizes |= {"compile": options.compile}
     sizes |= {"train_limit": options.steps * options.batch_size, "test_limit": options.questions}
     parameters = {name: value for name, value in (places | sizes | PAPER | settings).items() if value != ""}
     with tempfile.TemporaryDirectory() as temporary:
