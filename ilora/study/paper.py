@@ -24,7 +24,7 @@ def possible_counts(ratio: float, n: int) -> list[int]:
 
 
 def ilora_against_llara() -> pd.DataFrame:
-    """Both HitRatios of each data set, Wilson's 95 % interval of iLoRA's, and p of a pooled two-sided z test."""
+    """Both HitRatios of each data set, Wilson's 95% interval of iLoRA's, and p of a pooled two-sided z test."""
     rows = {}
     for dataset, ratios in printed_results().pivot(index="dataset", columns="system", values="hit_ratio").iterrows():
         n, ilora, llara = SEQUENCES[dataset], ratios["iLoRA"], ratios["LLaRA"]
