@@ -1,4 +1,4 @@
-"""Evaluation of systems: outcomes per question, metrics, and 95 % intervals."""
+"""Evaluation of systems: outcomes per question, metrics, and 95% intervals."""
 # ruff: noqa: F401
 
 from ilora.evaluation.intervals import difference, interval, resampled_means

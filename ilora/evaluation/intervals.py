@@ -1,4 +1,4 @@
-"""95 % intervals of means and of paired differences, with users as independent units."""
+"""95% intervals of means and of paired differences, with users as independent units."""
 
 import numpy as np
 import pandas as pd
@@ -11,7 +11,7 @@ RESAMPLES = 2000
 
 
 def interval(values: np.ndarray, users: np.ndarray, seed: int = 0) -> dict[str, float]:
-    """Mean of values (n,) with a 95 % interval: Wilson's for hits of one question per user, else a bootstrap."""
+    """Mean of values (n,) with a 95% interval: Wilson's for hits of one question per user, else a bootstrap."""
     values, users = np.asarray(values, float), np.asarray(users)
     mean, n, clusters = float(values.mean()), len(values), len(np.unique(users))
     # A bootstrap has no width if all values are 0, or all are 1: then Wilson's interval counts each user once.
@@ -23,7 +23,7 @@ def interval(values: np.ndarray, users: np.ndarray, seed: int = 0) -> dict[str, 
 
 
 def difference(first: pd.DataFrame, second: pd.DataFrame, column: str = "hit") -> dict[str, float]:
-    """Mean difference `first` - `second` with a 95 % interval from resampled users; ValueError for other questions."""
+    """Mean difference `first` - `second` with a 95% interval from resampled users; ValueError for other questions."""
     ids = [outcomes.filter(QUESTION_COLUMNS).reset_index(drop=True) for outcomes in (first, second)]
     if not ids[0].equals(ids[1]):
         raise ValueError("the outcomes are of different questions: evaluate both systems on the same Questions")

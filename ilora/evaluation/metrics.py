@@ -12,7 +12,7 @@ from ilora.evaluation.intervals import interval
 
 
 def compute_metrics(outcomes: pd.DataFrame) -> dict[str, dict[str, float]]:
-    """Metrics of `evaluate`'s outcomes with 95 % intervals: name -> {value, low, high, n, users}."""
+    """Metrics of `evaluate`'s outcomes with 95% intervals: name -> {value, low, high, n, users}."""
     values = {"valid_ratio": outcomes["valid"], "hit_ratio": outcomes["hit"]}  # the paper's HitRatio@1
     for k in (1, 5, 10) if "rank" in outcomes else ():
         rank = outcomes["rank"].to_numpy()
