@@ -151,3 +151,8 @@ def test_files_that_pages_name_are_there():
     for page in PAGES:
         for name in re.findall(r"`((?:ilora|notebooks|book|tests)/[\w/.]+\.\w+)`", page.read_text(encoding="utf-8")):
             assert (ROOT / name).is_file() or "NN_name" in name, (page.name, name)
+
+
+def test_a_percentage_has_no_space_before_its_sign():
+    paths = [ROOT / "README.md", *PAGES, *(ROOT / "notebooks").glob("*.ipynb"), *(ROOT / "ilora").rglob("*.py")]
+    assert not [path.name for path in paths if re.search(r"[\d}] %(?! [\w(])", path.read_text(encoding="utf-8"))]
