@@ -155,4 +155,4 @@ def test_files_that_pages_name_are_there():
 
 def test_a_percentage_has_no_space_before_its_sign():
     paths = [ROOT / "README.md", *PAGES, *(ROOT / "notebooks").glob("*.ipynb"), *(ROOT / "ilora").rglob("*.py")]
-    assert not [path.name for path in paths if re.search(r"[\d}] %(?! [\w(])", path.read_text(encoding="utf-8"))]
+    assert not [path.name for path in paths if re.search(r"[\d}] %", path.read_text(encoding="utf-8"))]
