@@ -22,7 +22,7 @@ import torch
 from filelock import FileLock
 
 import ilora
-from ilora.devices import describe_device, peak_memory_mib, pick_device
+from ilora.devices import peak_memory_mib, pick_device
 from ilora.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -178,7 +178,10 @@ class Run:
         """Write metrics and outcomes (a DataFrame, or name -> a value per question) to `path` or `result_path`."""
         path = path or result_path(self.name, self.parameters, self.inputs)
         result = {"name": self.name, "parameters": self.parameters, "inputs": self.inputs, "metrics": dict(metrics)}
-        result |= {"seconds": round(time.perf_counter() - self.started, 1), "device": describe_device(self.device)}
+        cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else cpu
+        result["device"] = {"type": self.device.type, "name": device, "threads": torch.get_num_threads()}
+        result["seconds"] = round(time.perf_counter() - self.started, 1)
         result["versions"] = {"python": platform.python_version(), "ilora": ilora.__version__}
         result["versions"] |= {package: version(package) for package in PACKAGES}
         result |= {"commit": commit(), "peak_memory_mib": round(peak_memory_mib(self.device))}

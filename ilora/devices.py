@@ -1,11 +1,9 @@
 """Random seeds and compute devices."""
 
-import platform
 import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
@@ -56,10 +54,3 @@ def peak_memory_mib(device: torch.device) -> float:
 
     unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes on macOS, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-
-
-def describe_device(device: torch.device) -> dict[str, Any]:
-    """Type, name and number of CPU threads of a device, for a result."""
-    cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
-    return {"type": device.type, "name": name, "threads": torch.get_num_threads()}

@@ -129,7 +129,7 @@ def room_of(module):
 def test_a_module_imports_only_earlier_rooms(module):
     room, others = room_of(module), {room_of(other) for other in IMPORTS[module]}
     if room == "":
-        allowed = {"adapter", "language"}  # `language` only when its class is used
+        allowed = {"adapter"}
     elif room == "__main__":
         allowed = {"study"}
     elif room == "adapter":

@@ -73,16 +73,6 @@ def test_runs_are_selected_by_what_they_changed(tmp_path):
     assert len(sweep_results.default_runs(table, "conflict", "experts")) == 5
 
 
-def test_lora_is_one_expert_once_per_seed(tmp_path):
-    for experts, ilora in ((2, 0.6), (8, 0.7)):
-        write(tmp_path, metrics=hits(0.5, ilora, [0.2, 0.4]), experts=experts, epochs=2)
-    table = sweep_results.with_lora(sweep_results.load_runs(tmp_path, "04"))
-    values = dict(zip(table["experts"], table["iLoRA.hit_ratio"], strict=True))
-    assert len(table) == 3 and values == {1: 0.5, 2: 0.6, 8: 0.7}
-    epochs = dict(zip(table["experts"], table["training.validation.iLoRA"], strict=True))
-    assert epochs == {1: [0.1, 0.2], 2: [0.2, 0.4], 8: [0.2, 0.4]}
-
-
 def test_means_over_seeds_have_students_interval():
     table = pd.DataFrame(
         {"k": [1, 1, 1, 2], "seed": [0, 1, 2, 0], "a": [0.1, 0.2, 0.3, 0.5], "b": [1.0, 1.0, None, 1.0]}
@@ -188,7 +178,6 @@ def test_a_variant_may_change_several_parameters(tmp_path):
 def test_tables_of_nothing_are_empty(tmp_path):
     table = sweep_results.load_runs(tmp_path, "04")
     assert table.empty and sweep_results.default_runs(table, "conflict").empty
-    assert sweep_results.with_lora(table).empty
     assert sweep_results.means_over_seeds(table, ["conflict"], {"LoRA": "LoRA.hit_ratio"}).empty
     assert sweep_results.mean_slope(table, "conflict", "difference")["n"] == 0
     differences = sweep_results.differences_from_default(table, "guidance")

@@ -6,6 +6,7 @@ from scipy import stats
 
 from ilora.data import make_world
 from ilora.data.world import FOLLOW, FOLLOWER_WEIGHTS, GROUPS, WINDOW, titles
+from ilora.study.comparisons import best_choice, group_posterior, next_probability
 
 pytestmark = pytest.mark.filterwarnings("error")  # a RuntimeWarning of numpy fails the test
 
@@ -84,7 +85,7 @@ def test_followers_are_distinct_and_never_the_story_itself(world):
 def test_next_probability_is_the_written_out_mixture(world):
     history = [5, 40, 17]
     last = history[-1]
-    probability = world.next_probability(padded(history, WINDOW, len(world.items)))[0]
+    probability = next_probability(world, padded(history, WINDOW, len(world.items)))[0]
     for group in range(GROUPS):
         expected = (1 - FOLLOW) * world.browse[group]
         for weight, follower in zip(FOLLOWER_WEIGHTS, world.followers[group, last], strict=True):
@@ -95,7 +96,7 @@ def test_next_probability_is_the_written_out_mixture(world):
 
 def test_next_probability_excludes_the_last_stories_but_not_earlier_ones(world):
     history = np.arange(WINDOW + 3)[None]
-    probability = world.next_probability(history)[0]
+    probability = next_probability(world, history)[0]
     assert (probability[:, 3 : WINDOW + 3] == 0).all()
     assert (probability[:, :3] > 0).all()
     np.testing.assert_allclose(probability.sum(1), 1)
@@ -113,7 +114,7 @@ def test_the_simulation_matches_next_probability():
     world = make_world(users=3000, conflict=0.5, seed=2, events_per_user=WINDOW + 3)
     read, users, rng = stories_of(world), np.arange(3000), np.random.default_rng(0)
     for step in (1, 2, WINDOW + 2):
-        probability = world.next_probability(read[:, :step])[users, world.groups]
+        probability = next_probability(world, read[:, :step])[users, world.groups]
         chosen = read[:, step]
         below = np.take_along_axis(np.cumsum(probability, 1), chosen[:, None], 1)[:, 0]
         place = below - probability[users, chosen] * rng.random(len(users))
@@ -150,21 +151,21 @@ def test_group_posterior_is_bayes_rule(world):
         history = read[user, :length]
         expected = brute_force_posterior(world, history)
         for width in (length, length + 4):
-            posterior = world.group_posterior(padded(history, width, n_items))[0]
+            posterior = group_posterior(world, padded(history, width, n_items))[0]
             np.testing.assert_allclose(posterior, expected, rtol=1e-9)
 
 
 def test_group_posterior_of_a_batch_is_that_of_its_rows(world):
     read = stories_of(world)[:20, :WINDOW]
     batch = np.where(np.arange(WINDOW)[None] < np.arange(20)[:, None] % WINDOW, len(world.items), read)
-    rows = np.concatenate([world.group_posterior(row[None]) for row in batch])
-    np.testing.assert_allclose(world.group_posterior(batch), rows, rtol=1e-12)
+    rows = np.concatenate([group_posterior(world, row[None]) for row in batch])
+    np.testing.assert_allclose(group_posterior(world, batch), rows, rtol=1e-12)
 
 
 def test_group_posterior_is_the_prior_at_first_then_calibrated(world):
     n_items = len(world.items)
-    np.testing.assert_allclose(world.group_posterior(np.full((2, WINDOW), n_items)), 1 / GROUPS)
-    posterior = world.group_posterior(stories_of(world)[:, :WINDOW])
+    np.testing.assert_allclose(group_posterior(world, np.full((2, WINDOW), n_items)), 1 / GROUPS)
+    posterior = group_posterior(world, stories_of(world)[:, :WINDOW])
     of_true_group = posterior[np.arange(len(posterior)), world.groups]
     assert of_true_group.mean() > 0.75
     for low, high in ((0.0, 0.2), (0.8, 1.0)):  # calibrated: right as often as it says
@@ -191,7 +192,7 @@ def test_more_knowledge_gives_better_predictions_and_popularity_is_worst():
     world = make_world(users=3000, conflict=1.0, seed=4)
     history, candidates, column = questions(world, length=2)
     right = {
-        knows: (world.best_choice(history, candidates, knows, world.groups) == column).mean()
+        knows: (best_choice(world, history, candidates, knows, world.groups) == column).mean()
         for knows in ("nothing", "history", "group")
     }
     popular = world.browse.mean(0)[candidates].argmax(1) == column
@@ -203,14 +204,14 @@ def test_without_conflict_the_group_hardly_matters():
     world = make_world(users=2000, conflict=0.0, seed=4)
     history, candidates, column = questions(world)
     group, nothing = (
-        world.best_choice(history, candidates, knows, world.groups) == column for knows in ("group", "nothing")
+        best_choice(world, history, candidates, knows, world.groups) == column for knows in ("group", "nothing")
     )
     assert abs(group.mean() - nothing.mean()) < 0.03
 
 
 def test_best_choice_is_the_most_likely_candidate_of_the_known_group(world):
     history, candidates, _ = questions(world)
-    choice = world.best_choice(history, candidates, "group", world.groups)
+    choice = best_choice(world, history, candidates, "group", world.groups)
     for user in range(20):
-        probability = world.next_probability(history[user : user + 1])[0, world.groups[user]]
+        probability = next_probability(world, history[user : user + 1])[0, world.groups[user]]
         assert probability[candidates[user, choice[user]]] == probability[candidates[user]].max()

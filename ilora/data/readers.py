@@ -1,7 +1,6 @@
 """Readers: from the files of MovieLens, of LLaRA and of users (CSV) to a `Dataset`."""
 
 import html
-import itertools
 import re
 import zipfile
 from collections.abc import Callable
@@ -80,26 +79,21 @@ def _lines(file: Path, *encodings: str) -> pd.Series:
     return pd.Series({number: line for number, line in lines if line.strip()}, dtype=object)
 
 
-_GENRES = [  # of the flags at the end of a line of u.item
-    "unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama", "Fantasy",
-    "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western",
-]  # fmt: skip
 _YEAR = re.compile(r"\s*\((\d{4})\)(\s*\(V\))?\s*$")
 
 
 def _read_u_item(file: Path) -> pd.DataFrame:
-    """Titles without the year and with the article in front; text is year and genres; ids start at 1."""
+    """Titles without the year and with the article in front; ids start at 1."""
     lines = _lines(file, "utf-8-sig", "latin-1")  # published in latin-1; a copy that is valid UTF-8 was converted
     films, number = lines.str.split("|"), pd.Series(range(1, len(lines) + 1), lines.index).astype(str)
     title = films.str[1]
     mixed = title.str.contains("[\x80-\x9f]|\xc3[\x80-\xbf]", na=False)
     refuse_rows(file, mixed, "a title in another encoding than the rest; fetch the file again")
-    wrong = (films.map(len) != 5 + len(_GENRES)) | (films.str[0] != number) | (title.str.strip() == "")
+    wrong = (films.map(len) != 24) | (films.str[0] != number) | (title.str.strip() == "")
     refuse_rows(file, wrong, "not film {} in 24 fields but {!r}; fetch the file again", number, lines.str[:40])
     year = title.str.extract(_YEAR)[0].fillna("")
-    genres = films.map(lambda fields: ", ".join(itertools.compress(_GENRES, map("1".__eq__, fields[5:]))))
     title = title.str.replace(_YEAR, "", regex=True).str.replace(r"^(.*?), (The|An|A)(?= \(|$)", r"\2 \1", regex=True)
-    return item_table(unique_titles(title, year.tolist()), (year + "; " + genres).where(year != "", ""), number)
+    return item_table(unique_titles(title, year.tolist()), source_id=number)
 
 
 def read_movielens(files: list[Path]) -> Dataset:

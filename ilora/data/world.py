@@ -18,7 +18,7 @@ FAVOURED = 4.0  # how much more likely a browsing reader picks a story from the 
 
 @dataclass(frozen=True)
 class World:
-    """Items, events and the users' groups, with the probabilities that generated them."""
+    """Items, events and the users' groups, with the probabilities that generated them, see `study.comparisons`."""
 
     items: pd.DataFrame  # id, title, text
     events: pd.DataFrame  # user, item, time
@@ -26,38 +26,6 @@ class World:
     followers: np.ndarray  # (GROUPS, items, 3) of each story, before those of the last `WINDOW` steps are excluded
     browse: np.ndarray  # (GROUPS, items) probability that a browsing reader picks the story, before the same
     contested: np.ndarray  # (items,) bool
-
-    def next_probability(self, history: np.ndarray) -> np.ndarray:
-        """(n, GROUPS, items) probability of the next story, for histories (n, window) padded on the left."""
-        probability = np.repeat((1 - FOLLOW) * self.browse[None], len(history), axis=0)
-        row, group = np.arange(len(history))[:, None], np.arange(GROUPS)[None]
-        for rank, weight in enumerate(FOLLOWER_WEIGHTS):
-            probability[row, group, self.followers[:, history[:, -1], rank].T] += FOLLOW * weight
-        excluded = np.zeros((len(history), len(self.items) + 1), bool)  # the last column is padding
-        np.put_along_axis(excluded, history[:, -WINDOW:], True, axis=1)
-        probability *= ~excluded[:, None, :-1]
-        return probability / probability.sum(-1, keepdims=True)
-
-    def group_posterior(self, history: np.ndarray) -> np.ndarray:
-        """(n, GROUPS) probability of each group, for histories (n, window) from the reader's first story on."""
-        n_items = len(self.items)
-        history = np.pad(history, ((0, 0), (1, 0)), constant_values=n_items)
-        log_posterior = np.zeros((len(history), GROUPS))
-        for step in range(1, history.shape[1]):
-            item, previous = history[:, step], history[:, step - 1]
-            first, later = (item < n_items) & (previous == n_items), previous < n_items
-            log_posterior[first] += np.log(self.browse[:, item[first]]).T
-            following = self.next_probability(history[later, :step])
-            log_posterior[later] += np.log(following[np.arange(len(following)), :, item[later]])
-        posterior = np.exp(log_posterior - log_posterior.max(1, keepdims=True))
-        return posterior / posterior.sum(1, keepdims=True)
-
-    def best_choice(self, history: np.ndarray, candidates: np.ndarray, knows: str, group: np.ndarray) -> np.ndarray:
-        """(n,) column that the best predictor chooses if it knows the "group" (n,), the "history" or "nothing"."""
-        weights = {"group": np.eye(GROUPS)[group], "nothing": np.full((len(history), GROUPS), 1 / GROUPS)}
-        weights = self.group_posterior(history) if knows == "history" else weights[knows]
-        probability = np.einsum("ng,ngi->ni", weights, self.next_probability(history))
-        return np.take_along_axis(probability, candidates, axis=1).argmax(1)
 
 
 def titles() -> pd.DataFrame:

@@ -26,9 +26,11 @@ from ilora.data.windows import Row
 from ilora.errors import UserError
 from ilora.language import base_models, ranking
 from ilora.language.adapted_layers import adapted
+from ilora.language.graphs import record_passes
 from ilora.language.prompts import PROMPT, Prompts, read_answer
 from ilora.recommenders.base import SequenceModel
 
+SMALL = 10**9  # parameters; kernels of a larger model take longer than their launches
 GUIDANCE = ("sequence", "random", "token")  # what the gate may get, see `LanguageRecommender.guide`
 
 
@@ -179,6 +181,10 @@ class LanguageRecommender(nn.Module):
         lists = [module for module in self.language_model.modules() if isinstance(module, nn.ModuleList)]
         for layer in max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()), default=()):
             layer.compile(dynamic=False)
+        small = sum(parameter.numel() for parameter in self.language_model.parameters()) < SMALL
+        if small and self.device.type == "cuda" and isinstance(self.language_model, PeftModel):
+            conditioning = getattr(self.language_model.base_model, "conditioning", None)
+            record_passes(self.language_model.get_base_model().get_decoder(), conditioning)
         self.compiled = True
 
     def checkpoint_layers(self) -> None:

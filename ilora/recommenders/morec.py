@@ -37,7 +37,19 @@ class MoRec(SASRec):
     @classmethod
     def from_dataset(cls, dataset: Dataset, text_encoder: str | Path, **config: int | float) -> "MoRec":
         """Start from a sentence-transformers model, a folder or a name on the hub; UserError if it is not usable."""
-        encoder, tokens = _load(str(text_encoder), list(dataset.items["title"]))
+        options = {"trust_remote_code": False} | artifacts.revision(text_encoder)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(text_encoder, **options)
+            encoder = AutoModel.from_pretrained(text_encoder, use_safetensors=True, dtype=torch.float32, **options)
+        except (OSError, ValueError) as error:
+            remedy = "name a folder or a model of the Hugging Face hub with safetensors weights"
+            reason = str(error).splitlines()[0]
+            raise UserError(f"text_encoder {str(text_encoder)!r} could not be loaded ({reason}): {remedy}") from error
+        if encoder.config.is_encoder_decoder:
+            remedy = "choose a model that only encodes, as BERT"
+            raise UserError(f"text_encoder {str(text_encoder)!r} has a decoder: {remedy}")
+        ids = [torch.tensor(row) for row in tokenizer(list(dataset.items["title"]), truncation=True).input_ids]
+        tokens = pad_sequence(ids, batch_first=True, padding_value=NO_TOKEN)  # (titles, title_tokens)
         model = cls(len(tokens), json.loads(encoder.config.to_json_string()), tokens.shape[1], **config)
         model.items.text.load_state_dict(encoder.state_dict())
         model.items.tokens.copy_(tokens)
@@ -106,19 +118,3 @@ class TitleVectors(nn.Module):
             means.append((states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))  # (titles, hidden)
         vectors = self.projection(self.norm(torch.cat(means)[order.argsort()]))
         return vectors * (items < len(self.tokens))[:, None]
-
-
-def _load(text_encoder: str, titles: list[str]) -> tuple[nn.Module, Tensor]:
-    """Load a text encoder, and the tokens of the titles: (titles, title_tokens)."""
-    options = {"trust_remote_code": False} | artifacts.revision(text_encoder)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(text_encoder, **options)
-        encoder = AutoModel.from_pretrained(text_encoder, use_safetensors=True, dtype=torch.float32, **options)
-    except (OSError, ValueError) as error:
-        remedy = "name a folder or a model of the Hugging Face hub with safetensors weights"
-        reason = str(error).splitlines()[0]
-        raise UserError(f"text_encoder {text_encoder!r} could not be loaded ({reason}): {remedy}") from error
-    if encoder.config.is_encoder_decoder:
-        raise UserError(f"text_encoder {text_encoder!r} has a decoder: choose a model that only encodes, as BERT")
-    ids = [torch.tensor(row) for row in tokenizer(titles, truncation=True).input_ids]
-    return encoder, pad_sequence(ids, batch_first=True, padding_value=NO_TOKEN)

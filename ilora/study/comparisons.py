@@ -6,7 +6,7 @@ from scipy import stats
 
 from ilora.data.dataset import Dataset
 from ilora.data.windows import Questions
-from ilora.data.world import make_world
+from ilora.data.world import FOLLOW, FOLLOWER_WEIGHTS, GROUPS, WINDOW, World, make_world
 from ilora.evaluation import compute_metrics, difference, outcomes_from_scores, resampled_means
 
 PERMUTATIONS = 9999
@@ -42,6 +42,41 @@ def difference_sentence(systems: dict[str, pd.DataFrame], first: str, second: st
     return f"{first} is above {second} by {format_interval(change)}"
 
 
+def next_probability(world: World, history: np.ndarray) -> np.ndarray:
+    """(n, GROUPS, items) probability of the next story, for histories (n, window) padded on the left."""
+    probability = np.repeat((1 - FOLLOW) * world.browse[None], len(history), axis=0)
+    row, group = np.arange(len(history))[:, None], np.arange(GROUPS)[None]
+    for rank, weight in enumerate(FOLLOWER_WEIGHTS):
+        probability[row, group, world.followers[:, history[:, -1], rank].T] += FOLLOW * weight
+    excluded = np.zeros((len(history), len(world.items) + 1), bool)  # the last column is padding
+    np.put_along_axis(excluded, history[:, -WINDOW:], True, axis=1)
+    probability *= ~excluded[:, None, :-1]
+    return probability / probability.sum(-1, keepdims=True)
+
+
+def group_posterior(world: World, history: np.ndarray) -> np.ndarray:
+    """(n, GROUPS) probability of each group, for histories (n, window) from the reader's first story on."""
+    n_items = len(world.items)
+    history = np.pad(history, ((0, 0), (1, 0)), constant_values=n_items)
+    log_posterior = np.zeros((len(history), GROUPS))
+    for step in range(1, history.shape[1]):
+        item, previous = history[:, step], history[:, step - 1]
+        first, later = (item < n_items) & (previous == n_items), previous < n_items
+        log_posterior[first] += np.log(world.browse[:, item[first]]).T
+        following = next_probability(world, history[later, :step])
+        log_posterior[later] += np.log(following[np.arange(len(following)), :, item[later]])
+    posterior = np.exp(log_posterior - log_posterior.max(1, keepdims=True))
+    return posterior / posterior.sum(1, keepdims=True)
+
+
+def best_choice(world: World, history: np.ndarray, candidates: np.ndarray, knows: str, group: np.ndarray) -> np.ndarray:
+    """(n,) column that the best predictor chooses if it knows the "group" (n,), the "history" or "nothing"."""
+    weights = {"group": np.eye(GROUPS)[group], "nothing": np.full((len(history), GROUPS), 1 / GROUPS)}
+    weights = group_posterior(world, history) if knows == "history" else weights[knows]
+    probability = np.einsum("ng,ngi->ni", weights, next_probability(world, history))
+    return np.take_along_axis(probability, candidates, axis=1).argmax(1)
+
+
 def best_possible_outcomes(dataset: Dataset, questions: Questions, conflict: float, users: int, seed: int) -> dict:
     """Outcomes of the best possible predictors in the world, by what they know; empty for real data."""
     if dataset.name != "world":
@@ -49,7 +84,7 @@ def best_possible_outcomes(dataset: Dataset, questions: Questions, conflict: flo
     world, best = make_world(users=users, conflict=conflict, seed=seed), {}
     sequences, candidates = questions.sequences, questions.candidates
     for known in ("nothing", "history", "group"):
-        column = world.best_choice(sequences.history, candidates, known, world.groups[sequences.user])
+        column = best_choice(world, sequences.history, candidates, known, world.groups[sequences.user])
         best[f"best, knowing {known}"] = outcomes_from_scores(questions, np.eye(candidates.shape[1])[column])
     return best
 

@@ -2,9 +2,7 @@
 
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
-from scipy import stats
 
 # Test sequences with three items or more in LLaRA's release, which the paper uses (Steam has 8 shorter ones).
 SEQUENCES = {"LastFM": 122, "MovieLens": 95, "Steam": 1186}

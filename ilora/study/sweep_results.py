@@ -59,13 +59,6 @@ def default_runs(runs: pd.DataFrame, *free: str) -> pd.DataFrame:
     return runs[runs["changed"].map({*free}.issuperset).astype(bool)]
 
 
-def with_lora(runs: pd.DataFrame) -> pd.DataFrame:
-    """The runs and, once per seed and setting, LoRA as a run with one expert: its metrics in iLoRA's columns."""
-    lora = {name: runs[name.replace("iLoRA", "LoRA")] for name in runs if "iLoRA" in name}
-    one_expert = runs.assign(experts=1, **lora).drop_duplicates(["setting", "seed"])
-    return pd.concat([one_expert, runs], ignore_index=True)
-
-
 def student_interval(values: Iterable[float]) -> dict:
     """Mean of one value per seed with Student's 95% interval (NaN for one seed), n, and the values as `runs`."""
     n = len(values := [float(value) for value in values])

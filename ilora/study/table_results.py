@@ -10,7 +10,6 @@ import pandas as pd
 from ilora import data, evaluation
 from ilora.errors import UserError
 from ilora.study.comparisons import crossed_interval, holm, paired_comparison
-from ilora.study.paper import PRINTED_NAMES
 from ilora.study.results import load_results
 from ilora.study.systems import ROUNDING_ONLY, SYSTEMS
 
@@ -119,15 +118,3 @@ def listed(words: Sequence[str]) -> str:
     """Words as a list in a sentence: "a, b and c"."""
     *first, last = words or [""]
     return f"{', '.join(first)} and {last}" if first else last
-
-
-def validation_curves(folder: str | Path, seed: int = 0) -> pd.DataFrame:
-    """Validation HitRatio@1 after each epoch, from the results in a folder and its `rate_*` of other learning rates."""
-    columns, rows = ["dataset", "system", "learning_rate", "epoch", "hit_ratio"], []
-    for path in [Path(folder), *sorted(Path(folder).glob("rate_*"))]:
-        for run in load_table(path):
-            cell = [run["parameters"].get(name) for name in columns[:3]]
-            if "error" not in run and run["parameters"]["seed"] == seed:
-                rows += [(*cell, *point) for point in enumerate(run["metrics"].get("validation", ()), 1)]
-    curves = pd.DataFrame(rows, columns=columns).replace({"dataset": PRINTED_NAMES})
-    return curves.astype({"learning_rate": float}).sort_values(columns[:4], ignore_index=True)

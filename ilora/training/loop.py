@@ -7,7 +7,6 @@ import heapq
 import math
 import time
 from collections.abc import Callable, Sized
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -15,10 +14,9 @@ import numpy as np
 import pandas as pd
 import safetensors.torch
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import DistributedType, broadcast_object_list, gather_object, recursively_apply, send_to_device
-from accelerate.utils.memory import clear_device_cache
+from accelerate import Accelerator, utils
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim.lr_scheduler import LinearLR
 from tqdm import tqdm
 from transformers import get_scheduler
@@ -68,10 +66,6 @@ class TrainingArguments:
         fields = asdict(replace(self, micro_batch_size=None, save_every=1, device="", compile="auto"))
         return {name: value for name, value in fields.items() if name != "gradient_checkpointing"}
 
-    def snapshot_steps(self, total: int) -> set[int]:
-        """The steps, of `total`, after which a snapshot is taken."""
-        return {math.ceil(total * part / self.snapshots) for part in range(1, self.snapshots + 1)}
-
 
 def fit(
     model: nn.Module, train: Sized, arguments: TrainingArguments, folder: Path, validate: Callable | None = None,
@@ -114,57 +108,56 @@ class _Run:
     def __init__(self, model: nn.Module, train: Sized, arguments: TrainingArguments, folder: Path) -> None:
         if not len(train):
             raise UserError("there are no rows to train on: take a larger data set or a smaller limit")
-        handler = DistributedDataParallelKwargs(find_unused_parameters=True)  # text-only steps skip the projector
-        self.accelerator = Accelerator(device_placement=False, kwargs_handlers=[handler])
-        if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        self.accelerator = Accelerator(device_placement=False)
+        if self.accelerator.distributed_type in (utils.DistributedType.FSDP, utils.DistributedType.DEEPSPEED):
             raise UserError("each training process needs the whole model: launch it without FSDP and DeepSpeed")
         self.train, self.arguments, self.folder = train, arguments, folder
         self.main, several = self.accelerator.is_main_process, self.accelerator.num_processes > 1
-        self.inner = model.to(self.accelerator.device if several else devices.pick_device(arguments.device))
+        self.model = model.to(self.accelerator.device if several else devices.pick_device(arguments.device))
         self.steps_per_epoch = math.ceil(len(train) / arguments.batch_size)
         self.total_steps = arguments.epochs * self.steps_per_epoch
-        self.trained = [parameter for parameter in self.inner.parameters() if parameter.requires_grad]
-        self.optimizer, self.schedule = _optimizer(self.inner, arguments, self.total_steps)
-        self.model = self.accelerator.prepare(self.inner)  # accelerate's optimizer would be slower at each step
-        self.state = {"model": trained_tensors(self.inner), "optimizer": self.optimizer, "schedule": self.schedule}
+        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer, self.schedule = _optimizer(self.model, arguments, self.total_steps)
+        self.state = {"model": trained_tensors(self.model), "optimizer": self.optimizer, "schedule": self.schedule}
         self.checkpoints, self.identity = folder / "checkpoints", arguments.identity() | {"rows": len(train)}
         self.history, self.best = load_checkpoint(self.checkpoints, self.identity, self.state)
+        utils.broadcast([value.detach() for value in self.state["model"].values()])  # all processes start from the same
         self.started = time.monotonic() - (self.history[-1]["seconds"] if self.history else 0.0)
         self.unread = []  # records whose loss is still on the GPU, with their row numbers
         self.bar = tqdm(total=self.total_steps, initial=len(self.history), unit="step", disable=not self.main)
-        self.device = next(self.inner.parameters()).device
+        self.device = next(self.model.parameters()).device
         self.share = math.ceil(arguments.batch_size / self.accelerator.num_processes)  # rows of a step in one process
-        self.inner.eval()  # until a step trains
+        self.model.eval()  # until a step trains
 
     def prepare(self, try_validation: Callable) -> None:
         """Set the model's `batch_size` and compile; on a GPU, or to find what fits, try a step before the first."""
         chosen, size = self.arguments.micro_batch_size == 0, self.arguments.micro_batch_size or self.share
         tried = (chosen or self.device.type != "cpu") and len(self.history) < self.total_steps
         if self.arguments.gradient_checkpointing:
-            getattr(self.inner, "checkpoint_layers", lambda: None)()
+            getattr(self.model, "checkpoint_layers", lambda: None)()
         rows = (self.train[i] for i in range(len(self.train))) if tried else ()
-        longest = heapq.nlargest(self.share + 1, rows, getattr(self.inner, "length", lambda row: 0))
+        longest = heapq.nlargest(self.share + 1, rows, getattr(self.model, "length", lambda row: 0))
         while chosen and tried and size > 1 and not self._fits(longest[: size + 1]):  # one more leaves some room
             size = math.ceil(size / 2)
         if self.arguments.compile == "yes" or (self.arguments.compile == "auto" and self.device.type == "cuda"):
-            getattr(self.inner, "compile_layers", lambda: None)()
+            getattr(self.model, "compile_layers", lambda: None)()
         while tried and not self._fits(longest[:size], try_validation):
             with devices.memory_for(size):
                 if size == 1 or not chosen:
                     raise torch.OutOfMemoryError
             size = math.ceil(size / 2)
-        self.inner.batch_size = min(gather_object([size]))
-        self.bar.set_description(f"{self.inner.batch_size} rows at once" if chosen else None, refresh=False)
+        self.model.batch_size = min(utils.gather_object([size]))
+        self.bar.set_description(f"{self.model.batch_size} rows at once" if chosen else None, refresh=False)
 
     def _fits(self, rows: list, try_validation: Callable = lambda: None) -> bool:
         """Whether memory suffices for gradients of these rows, AdamW's moments and validation; nothing is changed."""
-        clear_device_cache(garbage_collection=True)
-        before, self.inner.batch_size = copied(self.state["model"]), len(rows)
-        self.inner.train()
+        utils.memory.clear_device_cache(garbage_collection=True)
+        before, self.model.batch_size = copied(self.state["model"]), len(rows)
+        self.model.train()
         try:
             _room = [torch.empty_like(value) for value in 3 * self.trained]
-            self._loss(self.inner, rows, progress=1.0, step_seed=0).backward()
-            self.inner.eval()
+            self._loss(rows, progress=1.0, step_seed=0).backward()
+            self.model.eval()
             torch.no_grad()(try_validation)()
             return True
         except (torch.OutOfMemoryError, UserError) as error:
@@ -174,13 +167,13 @@ class _Run:
         finally:
             self.optimizer.zero_grad()
             restore(self.state["model"], before)
-            self.inner.eval()
+            self.model.eval()
 
     def train_step(self, epoch: int, row_numbers: np.ndarray) -> None:
         rows, rate = [self.train[i] for i in row_numbers], self.schedule.get_last_lr()[0]
-        if hasattr(self.inner, "length"):
-            rows.sort(key=self.inner.length)
-        if not self.inner.training:  # train() visits every module: a good part of a small model's step
+        if hasattr(self.model, "length"):
+            rows.sort(key=self.model.length)
+        if not self.model.training:  # train() visits every module: a good part of a small model's step
             self.model.train()
         loss = self._backward(rows)
         norm = self.accelerator.clip_grad_norm_(self.trained, self.arguments.clip)
@@ -197,7 +190,7 @@ class _Run:
     def _backward(self, rows: list) -> Tensor:
         """Add the gradient of the mean loss over `rows`; return that loss, the same in every process."""
         processes, seed, step = self.accelerator.num_processes, self.arguments.seed, len(self.history)
-        parts = processes * math.ceil(self.share / self.inner.batch_size)  # the same in every process and step
+        parts = processes * math.ceil(self.share / self.model.batch_size)  # the same in every process and step
         cuts = np.linspace(0, len(rows), parts + 1).round().astype(int)
         local_parts = range(self.accelerator.process_index, parts, processes)
         losses = torch.zeros((), device=self.device)
@@ -207,19 +200,23 @@ class _Run:
             devices.seed_all(combined_seed(seed, step, part))
             # A small last batch can leave a part empty: one row with weight 0 keeps the processes in step.
             curriculum = {"progress": step / self.total_steps, "step_seed": combined_seed(seed, step)}
-            with self.accelerator.no_sync(self.model) if part != local_parts[-1] else nullcontext():
-                loss = self._loss(self.model, micro_batch or rows[:1], **curriculum)
-                self.accelerator.backward(loss * (share * processes))  # DDP divides by the number of processes
+            loss = self._loss(micro_batch or rows[:1], **curriculum)
+            (loss * share).backward()
             losses += loss.detach() * share
+        if processes > 1:  # not by DDP, whose hooks CUDA graphs cannot hold: one sum of all gradients is as fast
+            gradients = [each.grad for each in self.trained if each.grad is not None]  # of the same in all processes
+            total = self.accelerator.reduce(parameters_to_vector(gradients), reduction="sum")
+            vector_to_parameters(total, gradients)
+            utils.broadcast([value for value in self.state["model"].values() if not value.requires_grad])
         return self.accelerator.reduce(losses, reduction="sum")
 
-    def _loss(self, model: nn.Module, rows: list, **curriculum: float) -> Tensor:
-        batch = self.inner.collate(rows)
+    def _loss(self, rows: list, **curriculum: float) -> Tensor:
+        batch = self.model.collate(rows)
         if self.device.type == "cuda":  # which copies pinned memory while the CPU goes on
-            batch = recursively_apply(Tensor.pin_memory, batch)
-        batch = send_to_device(batch, self.device, non_blocking=True)
+            batch = utils.recursively_apply(Tensor.pin_memory, batch)
+        batch = utils.send_to_device(batch, self.device, non_blocking=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.arguments.precision == "bf16"):
-            return model(batch, **curriculum)
+            return self.model(batch, **curriculum)
 
     def _read_losses(self, lag: int = 0) -> None:
         """Read losses and gradient norms from the device, except the last `lag`.  Raises UserError if not finite."""
@@ -236,16 +233,17 @@ class _Run:
     def validate(self, validate: Callable[[], float]) -> None:
         """Add the validation result to the last record, and remember the best state."""
         self._read_losses()
-        self.inner.eval()
+        self.model.eval()
         with torch.no_grad():
-            hit_ratio = broadcast_object_list([float(validate())])[0]  # the main process decides
+            hit_ratio = utils.broadcast_object_list([float(validate())])[0]  # the main process decides
         self.history[-1]["hit_ratio"] = hit_ratio
         if self.best is None or hit_ratio > self.best[0]:
             self.best = hit_ratio, copied(self.state["model"])
 
     def save(self) -> None:
         done = len(self.history)
-        snapshot = done in self.arguments.snapshot_steps(self.total_steps)
+        parts = self.arguments.snapshots
+        snapshot = done in {math.ceil(self.total_steps * part / parts) for part in range(1, parts + 1)}
         checkpoint = done % self.arguments.save_every == 0 or done == self.total_steps
         if not snapshot and not checkpoint:
             return

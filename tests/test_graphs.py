@@ -1,0 +1,119 @@
+"""Training with recorded passes: the same results as without, for LoRA and both kinds of gates."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ilora.language import adapter_config
+from ilora.language.adapted_layers import adapted
+from ilora.language.graphs import record_passes
+
+ADAPTERS = {"LoRA": {}, "iLoRA": {"experts": 4}, "gate per layer": {"experts": 4, "gate_per_layer": True}}
+
+
+def make_model(device="cpu", **adapter):
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1}
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=50, num_hidden_layers=2, **shape)).eval().requires_grad_(False)
+    model = adapted(base, adapter_config(dropout=0.0, **adapter)).to(device).train()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def record(model):
+    record_passes(model.get_base_model().get_decoder(), getattr(model.base_model, "conditioning", None))
+
+
+def inputs(model, rows=3, tokens=7, seed=0):
+    random = torch.Generator().manual_seed(seed)
+    embeds = torch.randn(rows, tokens, 32, generator=random).to(model.device).requires_grad_()
+    z = torch.randn(rows, 64, generator=random).to(model.device)
+    return {"inputs_embeds": embeds} | ({"sequence_embeds": z} if hasattr(model.base_model, "conditioning") else {})
+
+
+def step(model, seeds=(0, 1)):
+    """Logits of each micro-batch, and the gradients that all of them have added up."""
+    model.zero_grad()
+    logits = []
+    for seed in seeds:
+        logits.append(model(**inputs(model, seed=seed), use_cache=False).logits)
+        logits[-1].square().mean().backward()
+        logits[-1] = logits[-1].detach().clone()
+    return logits + [parameter.grad.clone() for parameter in model.parameters() if parameter.requires_grad]
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """The shapes that are recorded; on a CPU a recorded pass is simply the pass."""
+    shapes = []
+
+    def make_graphed_callables(passes, sample, **_):
+        shapes.append([tuple(value.shape) for value in sample])
+        return passes
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", make_graphed_callables)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    return shapes
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS.values(), ids=ADAPTERS)
+def test_recorded_passes_train_as_the_decoder_does(recorded, adapter):
+    model = make_model(**adapter)
+    expected = step(model)
+    record(model)
+    for _ in range(2):
+        torch.testing.assert_close(step(model), expected)
+    assert len(recorded) == 1 and recorded[0][0] == (3, 7, 32)
+    model(**inputs(model, rows=2), use_cache=False)
+    assert [shapes[0] for shapes in recorded] == [(3, 7, 32), (2, 7, 32)]
+
+
+def test_only_training_without_a_mask_is_recorded(recorded):
+    model = make_model(experts=4)
+    record(model)
+    mask = torch.ones(3, 7, dtype=torch.long)
+    model(**inputs(model), attention_mask=mask, use_cache=False)
+    with torch.no_grad():
+        model(**inputs(model), use_cache=False)
+    model.eval()(**inputs(model), use_cache=False)
+    assert not recorded
+
+
+def test_what_cannot_be_recorded_runs_as_before(recorded, monkeypatch, caplog):
+    def refuse(*_, **__):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    model = make_model(experts=4)
+    expected = step(model)
+    record(model)
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", refuse)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            torch.testing.assert_close(step(model), expected)
+    assert [record.getMessage().count("slower") for record in caplog.records] == [1]
+
+
+def test_too_little_memory_is_an_error(recorded, monkeypatch):
+    def refuse(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model = make_model()
+    record(model)
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", refuse)
+    with pytest.raises(torch.OutOfMemoryError):
+        step(model)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: CUDA graphs are not tested")
+@pytest.mark.parametrize("adapter", ADAPTERS.values(), ids=ADAPTERS)
+def test_graphs_on_a_gpu_add_up_the_gradients_of_micro_batches(adapter):
+    model = make_model("cuda", **adapter)
+    plain = copy.deepcopy(model)
+    record(model)
+    for _ in range(3):
+        torch.testing.assert_close(step(model), step(plain), rtol=1e-4, atol=1e-5)
