@@ -21,21 +21,6 @@ def possible_counts(ratio: float, n: int) -> list[int]:
     return [k for k in range(n + 1) if round(k / n, 4) == round(ratio, 4)]
 
 
-def ilora_against_llara() -> pd.DataFrame:
-    """Both HitRatios of each data set, Wilson's 95% interval of iLoRA's, and p of a pooled two-sided z test."""
-    rows = {}
-    for dataset, ratios in printed_results().pivot(index="dataset", columns="system", values="hit_ratio").iterrows():
-        n, ilora, llara = SEQUENCES[dataset], ratios["iLoRA"], ratios["LLaRA"]
-        square = stats.norm.ppf(0.975) ** 2
-        centre, half = ilora + square / (2 * n), np.sqrt(square * (ilora * (1 - ilora) / n + square / (4 * n**2)))
-        low, high = (centre - half) / (1 + square / n), (centre + half) / (1 + square / n)
-        pooled = (ilora + llara) / 2
-        z = (ilora - llara) / np.sqrt(2 * pooled * (1 - pooled) / n)
-        p = 2 * stats.norm.sf(abs(z))
-        rows[dataset] = {"n": n, "iLoRA": ilora, "low": low, "high": high, "LLaRA": llara, "p": p}
-    return pd.DataFrame.from_dict(rows, orient="index")
-
-
 def improvements() -> pd.DataFrame:
     """The printed Imp.% and the one computed from the HitRatios; `differs` where rounding cannot explain the gap."""
     results = printed_results()
