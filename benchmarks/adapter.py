@@ -178,7 +178,7 @@ class Bench:
         return result | {"rows": rows}
 
     def largest(self, part: str) -> dict:
-        """The largest number of rows that fits, to 3 %, starting from free memory divided by that of a row."""
+        """The largest number of rows that fits, to 3%, starting from free memory divided by that of a row."""
         result = {}
         for name, how in PARTS[part].items():
             step = self.step(self.rows, **how)

@@ -61,7 +61,7 @@ def world(tmp_path_factory):
 
 @pytest.mark.parametrize("behaviour", [False, True], ids=["text-only", "placeholders"])
 def test_before_any_adapter_it_names_an_offered_title_but_not_the_right_one(base, world, behaviour, monkeypatch):
-    """The paper's Llama2 row in miniature: at least 90 % valid predictions, right little more often than by chance."""
+    """The paper's Llama2 row in miniature: at least 90% valid predictions, right little more often than by chance."""
     model, tokenizer = base
     prompts = Prompts(tokenizer, list(world.items["title"]), world.noun, world.verb)
     test = data.sequences(world, "test")

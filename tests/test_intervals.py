@@ -1,4 +1,4 @@
-"""95 % intervals of means and of paired differences."""
+"""95% intervals of means and of paired differences."""
 
 import numpy as np
 import pandas as pd

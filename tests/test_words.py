@@ -152,3 +152,10 @@ def test_files_that_pages_name_are_there():
     for page in PAGES:
         for name in re.findall(r"`((?:ilora|notebooks|book|tests)/[\w/.]+\.\w+)`", page.read_text(encoding="utf-8")):
             assert (ROOT / name).is_file() or "NN_name" in name, (page.name, name)
+
+
+def test_percentages_are_written_in_one_way():
+    """As Python formats them, 95%, and so without a space."""
+    folders = {"book": "*.md", "notebooks": "*.ipynb", "ilora": "**/*.py", ".": "README.md"}
+    for path in (path for folder, names in folders.items() for path in (ROOT / folder).glob(names)):
+        assert not re.search(r"[\d}] %|\d percent", path.read_text(encoding="utf-8")), path

@@ -1,4 +1,4 @@
-"""Evaluation of systems: outcomes per question, metrics, and 95 % intervals."""
+"""Evaluation of systems: outcomes per question, metrics, and 95% intervals."""
 # ruff: noqa: F401
 
 from ilora.evaluation.metrics import compute_metrics, difference, expected_hit_ratio, hit_ratios, interval

@@ -1,4 +1,4 @@
-"""Metrics of outcomes and paired differences, with 95 % intervals over users; HitRatio@1 over samples of candidates."""
+"""Metrics of outcomes and paired differences, with 95% intervals over users; HitRatio@1 over samples of candidates."""
 
 import numpy as np
 import pandas as pd
@@ -15,7 +15,7 @@ RESAMPLES = 2000
 
 
 def compute_metrics(outcomes: pd.DataFrame) -> dict[str, dict[str, float]]:
-    """Metrics of `evaluate`'s outcomes with 95 % intervals: name -> {value, low, high, n, users}."""
+    """Metrics of `evaluate`'s outcomes with 95% intervals: name -> {value, low, high, n, users}."""
     values = {"valid_ratio": outcomes["valid"], "hit_ratio": outcomes["hit"]}  # the paper's HitRatio@1
     for k in (1, 5, 10) if "rank" in outcomes else ():
         rank = outcomes["rank"].to_numpy()
@@ -30,7 +30,7 @@ def compute_metrics(outcomes: pd.DataFrame) -> dict[str, dict[str, float]]:
 
 
 def interval(values: np.ndarray, users: np.ndarray, seed: int = 0) -> dict[str, float]:
-    """Mean of values (n,) with a 95 % interval: Wilson's for hits of one question per user, else a bootstrap."""
+    """Mean of values (n,) with a 95% interval: Wilson's for hits of one question per user, else a bootstrap."""
     values, users = np.asarray(values, float), np.asarray(users)
     mean, n, clusters = float(values.mean()), len(values), len(np.unique(users))
     # A bootstrap has no width if all values are 0, or all are 1: then Wilson's interval counts each user once.
@@ -42,7 +42,7 @@ def interval(values: np.ndarray, users: np.ndarray, seed: int = 0) -> dict[str, 
 
 
 def difference(first: pd.DataFrame, second: pd.DataFrame, column: str = "hit") -> dict[str, float]:
-    """Mean difference `first` - `second` with a 95 % interval from resampled users; ValueError for other questions."""
+    """Mean difference `first` - `second` with a 95% interval from resampled users; ValueError for other questions."""
     ids = [outcomes.filter(QUESTION_COLUMNS).reset_index(drop=True) for outcomes in (first, second)]
     if not ids[0].equals(ids[1]):
         raise ValueError("the outcomes are of different questions: evaluate both systems on the same Questions")

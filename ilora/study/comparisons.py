@@ -91,7 +91,7 @@ def best_possible_outcomes(dataset: Dataset, questions: Questions, conflict: flo
 
 
 def crossed_interval(values: np.ndarray, users: np.ndarray) -> dict[str, float | None]:
-    """Mean of values (seeds, draws, n) with a 95 % interval over training seeds, draws of candidates and users (n,).
+    """Mean of values (seeds, draws, n) with a 95% interval over training seeds, draws of candidates and users (n,).
 
     The variance of the mean is the sum of those over seeds, draws, and users as clusters. Each contains part of their
     interaction, so the sum errs on the large side. The interval is Student's, with Satterthwaite's degrees of freedom.
@@ -141,7 +141,7 @@ def sign_flip_test(differences: np.ndarray, users: np.ndarray, seed: int = 0) ->
 
 
 def holm(p: pd.Series) -> pd.Series:
-    """p values adjusted by Holm's method; rejecting those below 0.05 keeps the familywise error rate at 5 %."""
+    """p values adjusted by Holm's method; rejecting those below 0.05 keeps the familywise error rate at 5%."""
     ascending = p.sort_values()
     return (ascending * np.arange(len(p), 0, -1)).cummax().clip(upper=1)[p.index]
 

@@ -78,7 +78,7 @@ def svg(figure: Figure) -> str:
 
 @literal
 def intervals(table: pd.DataFrame, label: str, chance: float | None = None, ax: Axes | None = None) -> Axes:
-    """A point with its 95 % interval for each row (value, low, high), first row on top; grey points for `runs`."""
+    """A point with its 95% interval for each row (value, low, high), first row on top; grey points for `runs`."""
     ax = ax or plt.subplots(figsize=(WIDTH, 0.9 + 0.36 * len(table)))[1]
     y = np.arange(len(table))[::-1]
     ax.errorbar(table["value"], y, xerr=errors(table), fmt="o", capsize=3, color=COLOURS[0])
@@ -89,7 +89,7 @@ def intervals(table: pd.DataFrame, label: str, chance: float | None = None, ax: 
         ax.axvline(chance, color="0.4", linestyle="--", linewidth=1)
         ax.annotate("chance", (chance, len(table) - 0.6), xytext=(4, 0), textcoords="offset points", color="0.4")
     ax.set(yticks=y, yticklabels=wrapped(table.index, 24), ylim=(-0.6, len(table) - 0.2))
-    ax.set_xlabel(f"{label}, with 95 % interval")
+    ax.set_xlabel(f"{label}, with 95% interval")
     ax.set_title("", wrap=True)
     return ax
 
@@ -108,7 +108,7 @@ def panels(tables: dict[str, pd.DataFrame], label: str, mark: str, at: float, ti
         fewer = "".join(f"\n({row}: {n})" for row, n in table["n"].items() if n != table["n"].max())
         ax.set(title=f"{textwrap.fill(name, 22)}\nn = {table['n'].max():.0f}{fewer}", xlabel="")
         ax.locator_params("x", nbins=3)
-    figure.supxlabel(f"{label}, with 95 % interval", fontsize=10)
+    figure.supxlabel(f"{label}, with 95% interval", fontsize=10)
     _title(figure, title)
     return axes
 
@@ -116,7 +116,7 @@ def panels(tables: dict[str, pd.DataFrame], label: str, mark: str, at: float, ti
 def differences(table: pd.DataFrame, what: str, title: str) -> np.ndarray:
     """`panels` of `sweep_results.differences_from_default`, one for each setting; n are seeds."""
     settings = dict(list(table.set_index("variant").groupby("setting", sort=False)))
-    return panels(settings, f"{what} less that of the default, by seed", "default", 0, title)
+    return panels(settings, f"{what} minus that of the default, by seed", "default", 0, title)
 
 
 @literal
@@ -152,7 +152,7 @@ def trend(table: pd.DataFrame, x: str, y: str, by: str | None = None, title: str
     axes[0].set_ylabel(y)
     legend(figure, list(drawn.values()), drawn, "lower")
     counts = " to ".join(map(str, sorted({table["n"].min(), table["n"].max()})))
-    _title(figure, f"{title}\nmeans with 95 % intervals, n = {counts} seeds".strip())
+    _title(figure, f"{title}\nmeans with 95% intervals, n = {counts} seeds".strip())
     return axes
 
 

@@ -60,7 +60,7 @@ def default_runs(runs: pd.DataFrame, *free: str) -> pd.DataFrame:
 
 
 def student_interval(values: Iterable[float]) -> dict:
-    """Mean of one value per seed with Student's 95 % interval (NaN for one seed), n, and the values as `runs`."""
+    """Mean of one value per seed with Student's 95% interval (NaN for one seed), n, and the values as `runs`."""
     n = len(values := [float(value) for value in values])
     mean = float(np.mean(values)) if n else np.nan
     half = float(stats.t.ppf(0.975, n - 1) * stats.sem(values)) if n > 1 else np.nan
