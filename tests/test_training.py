@@ -250,6 +250,26 @@ def test_compiled_layers_and_validation_that_need_more_memory_get_fewer_rows(tmp
         fit(Small(17), ROWS, arguments, tmp_path / "1", try_validation=Mock(side_effect=wrong))
 
 
+def test_less_room_than_at_the_trial_halves_a_chosen_micro_batch_and_repeats_the_step(tmp_path):
+    model, expected = Small(17), Toy()
+    expected.length = model.length
+    steps = []
+
+    def collate(rows):
+        steps.append(len(rows))
+        model.room = 17 if len(steps) < 5 else 5  # the second step is in two parts
+        return Toy.collate(model, rows)
+
+    model.collate = collate
+    history = fit(model, ROWS, replace(ARGUMENTS, micro_batch_size=0), tmp_path / "chosen")
+    assert steps[3:8] == [16, 16, 8, 4, 4] and model.batch_size == 4
+    pd.testing.assert_frame_equal(
+        without_time(history), without_time(fit(expected, ROWS, ARGUMENTS, tmp_path / "given")), rtol=1e-5
+    )
+    with pytest.raises(UserError, match="a batch of 16: choose"):
+        fit(model, ROWS, replace(ARGUMENTS, micro_batch_size=16), tmp_path / "not chosen")
+
+
 def test_a_run_with_a_chosen_micro_batch_resumes_with_the_same_bits(tmp_path):
     class Breaking(Small):
         def collate(self, rows):

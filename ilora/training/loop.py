@@ -175,7 +175,15 @@ class _Run:
             rows.sort(key=self.model.length)
         if not self.model.training:  # train() visits every module: a good part of a small model's step
             self.model.train()
-        loss = self._backward(rows)
+        loss, chosen = None, self.arguments.micro_batch_size == 0
+        while loss is None:
+            try:
+                loss = self._backward(rows)
+            except torch.OutOfMemoryError:  # memory in fragments has less room than at the trial
+                if not chosen or self.model.batch_size == 1 or self.accelerator.num_processes > 1:
+                    raise
+                self.model.batch_size = math.ceil(self.model.batch_size / 2)
+                self.optimizer.zero_grad()
         norm = self.accelerator.clip_grad_norm_(self.trained, self.arguments.clip)
         examples = (self.history[-1]["examples"] if self.history else 0) + len(rows)
         record = {"step": len(self.history) + 1, "epoch": epoch + 1, "loss": loss, "learning_rate": rate}
