@@ -161,7 +161,7 @@ def test_chapter_5_can_be_made_of_any_results(kernel, tmp_path, count):
     run(kernel, tmp_path, "05_ablations", results=str(folder))
 
 
-@pytest.mark.parametrize("name", ["adapter_cpu", "language_cpu"])
+@pytest.mark.parametrize("name", ["adapter_cpu", "language_cpu", "several_gpus_cuda"])
 def test_the_page_of_speed_can_be_made_of_one_benchmark(kernel, tmp_path, name):
     folder = tmp_path / "benchmarks"
     folder.mkdir()
