@@ -179,7 +179,7 @@ class _Run:
         while loss is None:
             try:
                 loss = self._backward(rows)
-            except torch.OutOfMemoryError:  # memory in fragments has less room than at the trial
+            except torch.OutOfMemoryError:  # there is less room than at the trial
                 if not chosen or self.model.batch_size == 1 or self.accelerator.num_processes > 1:
                     raise
                 self.model.batch_size = math.ceil(self.model.batch_size / 2)
@@ -211,7 +211,7 @@ class _Run:
             loss = self._loss(micro_batch or rows[:1], **curriculum)
             (loss * share).backward()
             losses += loss.detach() * share
-        if processes > 1:  # not by DDP, whose hooks CUDA graphs cannot hold: one sum of all gradients is as fast
+        if processes > 1:  # not by DDP, whose hooks CUDA graphs cannot hold
             gradients = [each.grad for each in self.trained if each.grad is not None]  # of the same in all processes
             total = self.accelerator.reduce(parameters_to_vector(gradients), reduction="sum")
             vector_to_parameters(total, gradients)
