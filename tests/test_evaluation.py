@@ -11,7 +11,7 @@ from scipy import stats
 
 from ilora.data import Questions, Sequences
 from ilora.errors import UserError
-from ilora.evaluation import NO_ANSWER, compute_metrics, difference, evaluate, outcomes, outcomes_from_scores
+from ilora.evaluation import NO_ANSWER, OPEN, compute_metrics, difference, evaluate, outcomes, outcomes_from_scores
 from ilora.recommenders import Popularity
 
 ITEMS = 50
@@ -111,6 +111,25 @@ class Oracle(Generator):
 
     def answer(self, rows):
         return self.score(rows), self.generate(rows)
+
+
+class Reader(Oracle):
+    """Reads some answers off the scores and leaves the others open."""
+
+    def answer(self, rows):
+        return self.score(rows), [OPEN if column in (None, 7) else column for column in super().generate(rows)]
+
+    def generate(self, rows):
+        self.sizes.append(len(rows))
+        return super().generate(rows)
+
+
+def test_answers_that_are_left_open_are_generated_together_in_the_end():
+    some_questions, reader = questions(), Reader()
+    result = evaluate(reader, some_questions, batch_size=16)
+    pd.testing.assert_frame_equal(result, evaluate(Oracle(), some_questions, batch_size=16))
+    assert reader.sizes[:3] == [16, 16, 8] and 16 in reader.sizes[3:]
+    assert sum(reader.sizes) < 2 * len(some_questions)
 
 
 def test_outcomes_are_in_the_order_of_the_questions():

@@ -2,4 +2,4 @@
 # ruff: noqa: F401
 
 from ilora.evaluation.metrics import compute_metrics, difference, expected_hit_ratio, hit_ratios, interval
-from ilora.evaluation.outcomes import NO_ANSWER, System, evaluate, outcomes_from_scores, question_ids
+from ilora.evaluation.outcomes import NO_ANSWER, OPEN, System, evaluate, outcomes_from_scores, question_ids

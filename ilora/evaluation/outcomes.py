@@ -15,14 +15,14 @@ from ilora.devices import memory_for
 from ilora.errors import UserError
 from ilora.evaluation.metrics import QUESTION_COLUMNS, check_scores
 
-NO_ANSWER = -1  # in place of an item, or of a candidate's column, where the answer is invalid
+NO_ANSWER, OPEN = -1, -2  # in place of an item or column: an invalid answer, and one that is left to `generate`
 
 
 class System(Protocol):
     """A system to evaluate: it has `score` or `generate`, or both. A row is an element of Questions.
 
     Optional: `check(questions)` raises UserError for questions that the system cannot process; `answer(rows)` returns
-    the results of `score` and `generate` in less time; `length(row)` lets questions of similar length share a batch.
+    what `score` and `generate` do, or OPEN for rows left to `generate`; `length(row)`: those alike share a batch.
     """
 
     def score(self, rows: list[Row]) -> Tensor:
@@ -54,13 +54,17 @@ def evaluate(system: System, questions: Questions, batch_size: int = 0, generate
             with memory_for(len(rows)):
                 scores[numbers], columns[numbers] = _predict(system, rows, gives_scores, generates)
             bar.update(len(rows))
+    left = np.flatnonzero(columns == OPEN)
+    for numbers, rows in batches_by_length(system, questions.take(left), batch_size):
+        with memory_for(len(rows)):
+            columns[left[numbers]] = _predict(system, rows, False, True)[1]
     return _outcomes(questions, columns, scores if gives_scores else None)
 
 
 def _predict(system: System, rows: list[Row], gives_scores: bool, generates: bool) -> tuple[np.ndarray, np.ndarray]:
     """Scores of the candidates, 0 unless `gives_scores`, and the columns of the answers, both checked."""
     name, shape = type(system).__name__, (len(rows), len(rows[0][1]))
-    if gives_scores and generates and hasattr(system, "answer"):
+    if answers := gives_scores and generates and hasattr(system, "answer"):
         scores, columns = system.answer(rows)
     else:
         scores = system.score(rows) if gives_scores else np.zeros(shape)
@@ -70,7 +74,7 @@ def _predict(system: System, rows: list[Row], gives_scores: bool, generates: boo
     if len(columns) != len(rows):
         raise UserError(f"{name} gives {len(columns)} answers to {len(rows)} questions: give one, or None, for each")
     for column in columns:
-        if column is not None and not (isinstance(column, Integral) and 0 <= column < shape[1]):
+        if column is not None and not (isinstance(column, Integral) and (OPEN if answers else 0) <= column < shape[1]):
             raise UserError(f"{name} answers {column!r}: give the column of a candidate, 0 to {shape[1] - 1}, or None")
     return scores, np.array([NO_ANSWER if column is None else column for column in columns])
 
@@ -79,8 +83,8 @@ def batches_by_length(system: System, questions: Questions, batch_size: int) -> 
     """Numbers and rows of questions, in batches of similar length if the system has `length`."""
     length = getattr(system, "length", lambda row: 0)
     order = np.argsort(np.fromiter((length(questions[i]) for i in range(len(questions))), int), kind="stable")
-    for batch in np.split(order, range(batch_size, len(order), batch_size)):
-        yield batch, [questions[i] for i in batch]
+    for start in range(0, len(order), batch_size):
+        yield (batch := order[start : start + batch_size]), [questions[i] for i in batch]
 
 
 def outcomes_from_scores(questions: Questions, scores: np.ndarray) -> pd.DataFrame:

@@ -24,6 +24,7 @@ from ilora.adapter import ILoraConfig, gate_weights
 from ilora.data import Dataset, Questions
 from ilora.data.windows import Row
 from ilora.errors import UserError
+from ilora.evaluation import OPEN
 from ilora.language import base_models, ranking
 from ilora.language.adapted_layers import adapted
 from ilora.language.graphs import record_passes
@@ -194,8 +195,7 @@ class LanguageRecommender(nn.Module):
         self.language_model.activation_checkpointing_enable({"use_reentrant": False})
 
     def _eager_unless_training(self) -> AbstractContextManager:
-        eager = self.compiled and not self.training
-        return torch.compiler.set_stance("force_eager") if eager else nullcontext()
+        return torch.compiler.set_stance("force_eager") if self.compiled and not self.training else nullcontext()
 
     packs = cached_property(ranking.fits_one_pass)  # whether all candidates are scored in one pass
 
@@ -218,14 +218,11 @@ class LanguageRecommender(nn.Module):
         offered = [[self.prompts.titles[item] for item in candidates] for _, candidates, _ in rows]
         return list(map(read_answer, texts, offered))
 
-    def answer(self, rows: list[Row]) -> tuple[Tensor, list[int | None]]:
-        """What `score` and `generate` give; only rows in which greedy decoding writes no candidate are generated."""
+    def answer(self, rows: list[Row]) -> tuple[Tensor, list[int]]:
+        """What `score` and `generate` give, but OPEN, left to `generate`, where greedy decoding writes no candidate."""
         scores, written = ranking.scores(self, rows, self.packs)
         columns = dict(reversed(written.nonzero().tolist()))  # row number -> the first candidate that it writes
-        rest = [number for number in range(len(rows)) if number not in columns]
-        if rest:
-            columns |= zip(rest, self.generate([rows[number] for number in rest]), strict=True)
-        return scores, [columns[number] for number in range(len(rows))]
+        return scores, [columns.get(number, OPEN) for number in range(len(rows))]
 
     @torch.no_grad()
     def gate_weights(self, rows: list[Row]) -> Tensor:
