@@ -183,7 +183,7 @@ class LanguageRecommender(nn.Module):
         for layer in max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()), default=()):
             layer.compile(dynamic=False)
         small = sum(p.numel() for p in self.language_model.parameters()) < 1e9  # else kernels outlast their launches
-        if small and self.device.type == "cuda" and isinstance(self.language_model, PeftModel):
+        if small and self.device.type == "cuda" and isinstance(self.language_model, PeftModel) and not self.compiled:
             conditioning = getattr(self.language_model.base_model, "conditioning", None)
             record_passes(self.language_model.get_base_model().get_decoder(), conditioning)
         self.compiled = True
