@@ -12,7 +12,8 @@ A part that fails is reported, and the next one starts.
 
 Time is that of a forward and a backward pass. Memory is the peak of one such step minus the memory before it: on a
 GPU from torch.cuda.max_memory_allocated, on a CPU from the allocations that torch's profiler records (exact and
-repeatable, but without the work space of matrix libraries).
+repeatable, but without the work space of matrix libraries). Recorded passes (CUDA graphs) keep their memory from step
+to step, so that they have none here.
 
 The share of the matrix rate compares operations per second of a step (those of LoRA with answer logits, counted by
 FlopCounterMode) with those of a large square matrix product of the same type on the same device. Recomputation
@@ -47,6 +48,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from ilora import devices
 from ilora.adapter import ILoraVariant
 from ilora.language import adapter_config
+from ilora.language.graphs import record_passes
 
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 SHAPES = {  # the sizes of the model, and the side of the matrix product
@@ -57,9 +59,11 @@ SHAPES = {  # the sizes of the model, and the side of the matrix product
 }
 EAGER = {"LoRA": {"experts": 1}, "iLoRA": {}, "a gate per layer": {"per_layer": True}}
 COMPILED = {f"{name}, compiled": how | {"compiled": True} for name, how in EAGER.items()} | {"iLoRA": {}}
+RECORDED = {f"{name}, recorded": how | {"recorded": True} for name, how in EAGER.items()}
 PARTS = {  # part -> variant -> arguments of Bench.step; ratios are to the first variant
     "adapter": EAGER,
     "compile": COMPILED,
+    "recorded": RECORDED,
     "adapter, more rows": EAGER,
     "compile, more rows": COMPILED,
     "experts": {"LoRA": {"experts": 1}, "iLoRA": {}, "every expert's output": {"written_out": True}},
@@ -67,9 +71,16 @@ PARTS = {  # part -> variant -> arguments of Bench.step; ratios are to the first
     "largest batch": {"LoRA": {"experts": 1}, "iLoRA": {}, "checkpointed": {"checkpointed": True}},
     "logits": {"all logits": {"all_logits": True}, "answer logits": {}},
 }
-GPU_ONLY = {"compile", "compile, more rows", "adapter, more rows", "largest batch"}  # unless --parts names them
+GPU_ONLY = {
+    "compile",
+    "recorded",
+    "compile, more rows",
+    "adapter, more rows",
+    "largest batch",
+}  # unless --parts names them
 MOST = {"iLoRA": {"at_most": 1.02}, "a gate per layer": {"at_most": 1.05}}
 GOALS = {"adapter": MOST, "compile": {f"{name}, compiled": goal for name, goal in MOST.items()}}
+GOALS |= {"recorded": {f"{name}, recorded": goal for name, goal in MOST.items()}}
 GOALS |= {f"{part}, more rows": goal for part, goal in GOALS.items()}
 SHARE = 0.5  # the goal for the share of the matrix rate
 
@@ -110,7 +121,7 @@ class Bench:
         self.matrix_rate = self.flops = None
 
     def model(self, experts: int = 4, written_out: bool = False, checkpointed: bool = False, compiled: bool = False,
-              per_layer: bool = False) -> PeftModel:  # fmt: skip
+              per_layer: bool = False, recorded: bool = False) -> PeftModel:  # fmt: skip
         """The model with LoRA (experts 1) or iLoRA, in training mode; all models share the frozen weights."""
         gate = {"gate_per_layer": True} if per_layer else {}
         modules = copy.deepcopy(self.base, {id(weight): weight for weight in self.base.parameters()})
@@ -121,22 +132,25 @@ class Bench:
                     layer.lora_variant["default"] = PerExpert()
         if checkpointed:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if compiled:
+        if compiled or recorded:
             for layer in modules.model.layers:  # all alike: one compilation serves every layer
                 layer.compile(backend=self.compiler, dynamic=False)
+        if recorded:
+            record_passes(modules.model, getattr(model.base_model, "conditioning", None))
         return model
 
     def step(self, rows: int, all_logits: bool = False, **how: int | bool) -> Callable[[], None]:
         """Forward and backward pass of the mean -log P(answer); the answer is the last tokens of each row."""
         model, repeated = self.model(**how), torch.arange(rows) % self.rows
         ids, z = self.ids[repeated], self.z[repeated]
+        given = {"inputs_embeds": self.base.get_input_embeddings()(ids)} if "recorded" in how else {"input_ids": ids}
         keep = self.tokens if all_logits else self.answer + 1
         labels = F.pad(ids[:, -self.answer :], (self.tokens - self.answer, 0), value=-100)
         guidance = {"sequence_embeds": z} if how.get("experts", 4) > 1 else {}
 
         def run() -> None:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-                logits = model(ids, logits_to_keep=keep, **guidance).logits[:, :-1]
+                logits = model(**given, logits_to_keep=keep, **guidance).logits[:, :-1]
                 loss = F.cross_entropy(logits.float().flatten(0, 1), labels[:, 1 - keep :].flatten())
             loss.backward()
             model.zero_grad(set_to_none=True)  # the next step starts from the same memory
@@ -164,17 +178,18 @@ class Bench:
         steps = {name: self.step(rows, **how) for name, how in PARTS[part].items()}
         for step in steps.values():
             step()
-        mib = {name: self.memory(step) for name, step in steps.items()}
+        mib = {} if part == "recorded" else {name: self.memory(step) for name, step in steps.items()}
         result, _ = measure.compare(steps, self.rounds, self.device, GOALS.get(part))
         held = torch.cuda.memory_allocated(self.device) / 2**20 if self.device.type == "cuda" else math.nan
-        first = next(iter(mib.values()))
         for name in steps:
-            result[name] |= {"step_mib": round(mib[name], 1), "memory_ratio": round(mib[name] / first, 4)}
+            if mib:
+                ratio = mib[name] / next(iter(mib.values()))
+                result[name] |= {"step_mib": round(mib[name], 1), "memory_ratio": round(ratio, 4)}
             result[name]["tokens_per_second"] = round(rows * self.tokens / result[name]["seconds"]["median"], 1)
             if self.flops:  # unless that part failed
                 per_second = self.flops * rows / self.rows / result[name]["seconds"]["median"]
                 result[name]["share_of_matrix_rate"] = round(per_second / self.matrix_rate, 4)
-            result[name] |= {"peak_mib": round(held + mib[name], 1)} if held > 0 else {}
+            result[name] |= {"peak_mib": round(held + mib[name], 1)} if held > 0 and mib else {}
         return result | {"rows": rows}
 
     def largest(self, part: str) -> dict:
@@ -242,7 +257,7 @@ def show(part: str, result: dict) -> None:
             columns += [
                 f"{value['seconds']['median']:8.4f} s  x {ratio['median']:.3f}",
                 f"({ratio['low']:.3f} to {ratio['high']:.3f})",
-                f"{value['step_mib']:10,.1f} MiB  x {value['memory_ratio']:.3f}",
+                f"{value.get('step_mib', math.nan):10,.1f} MiB  x {value.get('memory_ratio', math.nan):.3f}",
                 f"{value['tokens_per_second']:9,.0f} tokens/s {share:6.1%} of matmul",
             ]
         else:

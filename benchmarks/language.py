@@ -1,11 +1,14 @@
 """Compare the language recommender with the usual ways to do the same work: same model, data and results.
 
     python benchmarks/language.py                # on the GPU if torch sees one, else on the CPU
+    python benchmarks/language.py --base-model smollm2 --dataset movielens --parts training \\
+        --batch-size 128 --examples 2560
 
-The model is the embedded one with iLoRA of 4 experts. Its B is close to zero but not zero, so that the adapter does
-all its work and predictions stay close to those of the base model.
+The model is the embedded one, or --base-model, with iLoRA of 4 experts; "training" has LoRA, too. Its B is close to
+zero but not zero, so that the adapter does all its work and predictions stay close to those of the base model.
 
-    training     `fit`, or transformers' Trainer with a collator that tokenises text and a loss over all logits
+    training     `fit`, or transformers' Trainer with a collator that tokenises text and a loss over all logits;
+                 compilation is in the first training of each, which is not measured
     prompts      prompts from pieces that were tokenised once, or from text in batches or one by one
     ranking      20 candidates after one prompt, or 20 forward passes
     answers      greedy predictions in batches of similar length, one prompt at a time, or in unsorted batches
@@ -17,6 +20,7 @@ all its work and predictions stay close to those of the base model.
 import argparse
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import measure
@@ -24,6 +28,7 @@ import numpy as np
 import pandas as pd
 import torch
 import transformers
+from large import matrix_rate
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache
@@ -55,13 +60,8 @@ class Bench:
     def __init__(self, options: argparse.Namespace) -> None:
         devices.seed_all(0)
         source = data.load(options.dataset, options.data_dir, users=options.users)
-        plain = language.untuned(source, device=options.device)
-        config = adapter_config(experts=4, dropout=0.0)
-        self.model = LanguageRecommender(plain.language_model, plain.prompts, SASRec(len(source.items)), config).eval()
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                if "lora_B" in name:
-                    parameter += 1e-3 * torch.randn_like(parameter)
+        self.make = partial(make_model, source, options)
+        self.model = self.make()
         self.batch_size = options.batch_size
         self.train = data.questions(source, "train", limit=options.examples)
         self.questions = data.questions(source, "test", limit=options.questions)
@@ -70,11 +70,26 @@ class Bench:
         self.together = 64 if self.model.device.type == "cuda" else 32  # as `evaluate` has it
 
     def training(self) -> tuple[Ways, Callable]:
+        trained = (self.train, self.batch_size)
         ways = {
-            "fit": lambda: train_by_fit(self.model, self.train, self.batch_size),
-            "Trainer": lambda: train_by_trainer(self.model, self.train, self.batch_size),
+            "fit": partial(train_by_fit, self.make(), *trained),
+            "Trainer": partial(train_by_trainer, self.make(), *trained),
+            "fit, LoRA": partial(train_by_fit, self.make(experts=1), *trained),
+            "Trainer, LoRA": partial(train_by_trainer, self.make(experts=1), *trained),
         }
-        return ways, lambda results: {}  # each trains the model further
+        return ways, lambda results: {}  # each trains its model further
+
+    def rates(self, measured: dict, matrix_rate: float) -> None:
+        """Add examples and tokens per second to the ways of training, and shares of the matrix rate as in large.py."""
+        rows = [self.train[row] for row in range(len(self.train))]
+        tokens = sum(self.model.length(row) + len(self.model.prompts.answers[row[2]]) for row in rows)
+        layers = self.model.language_model.get_base_model().get_decoder().layers
+        weights = sum(p.numel() for p in layers.parameters() if not p.requires_grad)
+        for way in filter(lambda way: isinstance(way, dict) and "seconds" in way, measured.values()):
+            second = way["seconds"]["median"]
+            way["examples_per_second"] = round(len(rows) / second, 1)
+            way["tokens_per_second"] = round(tokens / second, 1)
+            way["share_of_matrix_rate"] = round(4 * weights * tokens / second / matrix_rate, 4)
 
     def prompts(self) -> tuple[Ways, Callable]:
         model, batches = self.model, cut(self.rows, self.batch_size)
@@ -141,6 +156,18 @@ class Bench:
             "merged": lambda: serve_merged(self.model, single, z),
         }
         return ways, largest_difference
+
+
+def make_model(source: data.Dataset, options: argparse.Namespace, experts: int = 4) -> LanguageRecommender:
+    """iLoRA, or LoRA, over the base, with a small random B."""
+    plain = language.untuned(source, options.base_model, device=options.device)
+    config = adapter_config(experts=experts, dropout=0.0)
+    model = LanguageRecommender(plain.language_model, plain.prompts, SASRec(len(source.items)), config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter += 1e-3 * torch.randn_like(parameter)
+    return model
 
 
 PARTS = {
@@ -229,7 +256,7 @@ def train_by_trainer(model: LanguageRecommender, train: Questions, batch_size: i
 def train_by_fit(model: LanguageRecommender, train: Questions, batch_size: int, epochs: int = 1) -> None:
     arguments = TrainingArguments(
         epochs, batch_size, learning_rate=1e-3, warmup=0.0, schedule="constant", device=str(model.device),
-        precision="bf16" if model.device.type == "cuda" else "no",
+        micro_batch_size=batch_size, precision="bf16" if model.device.type == "cuda" else "no",
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         fit(model, train, arguments, Path(folder))
@@ -302,17 +329,23 @@ def serve_merged(model: LanguageRecommender, single: list[dict], z: Tensor) -> T
 def main(arguments: Sequence[str] | None = None) -> None:
     numbers = {"examples": 1024, "questions": 128, "clients": 64, "batch_size": 32, "users": 2000}
     parser = measure.parser(__doc__, rounds=5, **numbers)
+    parser.add_argument("--base-model", default="embedded", help="name or folder of the base model (embedded)")
     parser.add_argument("--dataset", default="world", help="the data set (world)")
     parser.add_argument("--data-dir", default="", help="the folder with its files")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="which parts (all)")
     options = parser.parse_args(arguments)
-    name = "language" if options.dataset == "world" else f"language_{options.dataset}"
+    changed = [
+        value for value in (Path(options.base_model).name, options.dataset) if value not in ("embedded", "world")
+    ]
+    name = "_".join(["language", *changed])
     run, out = measure.start(name, options, "data_dir", "parts")
     bench, metrics = Bench(options), {}
     counted = {"training": bench.train, "serving": bench.clients, "next token": bench.clients}
     for part in options.parts:
         ways, agreement = PARTS[part](bench)
         metrics[part], results = measure.compare(ways, options.rounds, run.device, GOALS.get(part))
+        if part == "training":
+            bench.rates(metrics[part], matrix_rate(run.device))
         metrics[part]["rows"] = len(counted.get(part, bench.rows))
         metrics[part]["agreement"] = agreement(results)
         measure.show(part, metrics[part])

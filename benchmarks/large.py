@@ -47,7 +47,7 @@ SHAPES = {
     "7B": (4096, 11008, 32, 32, 32, False),
 }
 SAVING = {"quantize": "4bit", "gradient_checkpointing": True}
-CARDS = {"80 GB": (78.0, {}), "24 GB": (22.0, SAVING)}  # GiB that torch may take, and parameters of the notebook
+CARDS = {"80 GB": (78.0, {}), "24 GB": (21.0, SAVING)}  # GiB that torch may take, and parameters of the notebook
 PAPER = {"experts": 4, "rank": 8, "dropout": 0.1, "learning_rate": 1e-4, "epochs": 1, "encoder_epochs": 2}
 EPOCHS = 5  # of LLaRA's scripts
 
