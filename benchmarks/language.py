@@ -216,7 +216,7 @@ def collate_text(model: LanguageRecommender, rows: Sequence[Row]) -> dict[str, T
     answers = prompts.tokenizer([f" {prompts.titles[target]}" for *_, target in rows], add_special_tokens=False)
     start = real.sum(1) - torch.tensor([len(tokens) + 1 for tokens in answers["input_ids"]])  # with the end
     batch["labels"] = ids.where(real & (torch.arange(ids.shape[1]) >= start[:, None]), NO_LABEL)
-    batch["at"] = torch.arange(ids.shape[1]).expand(ids.shape)
+    batch["at"] = torch.arange(ids.shape[1]).repeat(len(ids), 1)
     items = [int(item) for row in rows for item in (*row[0], *row[1])]
     batch["items"] = torch.tensor([item for item in items if item < len(prompts.titles)])
     batch["places"] = (ids.flatten() == prompts.item_token).nonzero()[:, 0]
