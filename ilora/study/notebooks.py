@@ -62,9 +62,9 @@ class Job:
             os.environ.setdefault(name, value)
         bar = {"desc": self.source.stem, "file": sys.stderr, "dynamic_ncols": True} if progress else False
         quiet = Config(KernelManager={"transport_encryption": "auto"})  # else each kernel warns
-        options = {"kernel_name": "python3", "cwd": ROOT, "progress_bar": bar, "config": quiet}
-        try:
-            execute_notebook(self.source, self.executed, self.given, coalesce_streams=True, **options)
+        more = {"kernel_name": "python3", "cwd": ROOT, "progress_bar": bar, "config": quiet, "coalesce_streams": True}
+        try:  # an orderly end of the kernel would take two seconds
+            execute_notebook(self.source, self.executed, self.given, shutdown_kernel="immediate", **more)
         except PapermillExecutionError as error:
             where = f" in cell [{error.exec_count}], which begins: {error.source.strip().splitlines()[0]}"
             raise self._failure(where, f"{error.ename}: {error.evalue}".strip()) from error
