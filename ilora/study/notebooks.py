@@ -24,6 +24,7 @@ from ilora.study.parameters import check_parameters, inputs, notebook_parameters
 ROOT = Path(__file__).resolve().parents[2]
 # Variables of the kernels: python3 is this environment's, sets print in one order, and no warning of a debugger.
 KERNELS = {"JUPYTER_PREFER_ENV_PATH": "1", "PYTHONHASHSEED": "0", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+EARLY = ("01", "02", "05", "07")  # start first: 03 and 04 need the SASRec that 02 trains; the rest runs beside 06
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,8 @@ def run_all(jobs: list[Job]) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // 2, 1)))  # of each kernel
     with contextlib.chdir(ROOT), ThreadPool(1 + several) as pool:
         try:
-            runs = pool.imap_unordered(lambda job: job.run(not several), jobs)
+            ordered = sorted(jobs, key=lambda job: not job.source.name.startswith(EARLY))
+            runs = pool.imap_unordered(lambda job: job.run(not several), ordered)
             list(tqdm(runs, total=len(jobs), unit="notebook", smoothing=0))
         except BaseException:
             for kernel in psutil.Process().children():
