@@ -39,6 +39,11 @@ def kept(monkeypatch, tmp_path):
     return settings_of
 
 
+def test_a_cpu_gets_few_rows_at_once():
+    rows = [tuning_arguments(device="cpu", micro_batch_size=given).micro_batch_size for given in (0, 4, 32)]
+    assert rows == [0, 4, 8]  # 0: what fits
+
+
 def test_settings_of_a_gate_count_only_where_there_is_one(kept):
     gate = {"gate": "linear", "guidance": "sequence", "gate_per_layer": False, "gate_top_k": 0}
     adapter = {"rank", "alpha", "dropout", "experts"}

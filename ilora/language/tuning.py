@@ -48,8 +48,9 @@ def tuning_arguments(
     epochs: int = 1, batch_size: int = 32, learning_rate: float = 3e-3, device: str = "auto", **changes: Any
 ) -> TrainingArguments:
     """Training as in LLaRA: weight decay on the projector, bf16 on a GPU; four snapshots. changes: other arguments."""
-    precision = "bf16" if devices.pick_device(device).type == "cuda" else "no"
-    usual = {"weight_decay": 1e-5, "precision": precision, "snapshots": 4, "micro_batch_size": 32, "save_every": 100}
+    kind, rows = devices.pick_device(device).type, changes.pop("micro_batch_size", 32)
+    usual = {"weight_decay": 1e-5, "precision": "bf16" if kind == "cuda" else "no", "snapshots": 4, "save_every": 100}
+    usual["micro_batch_size"] = min(rows, 8) if kind == "cpu" else rows  # more activations do not stay in a CPU's cache
     return TrainingArguments(epochs, batch_size, learning_rate, device=device, **usual | changes)
 
 
@@ -99,8 +100,7 @@ def tune(
         longest = sorted(range(len(validation)), key=lambda row: -model.length(validation[row]))
         validate = {"validate": lambda: evaluate(model, validation, generate=False)["hit"].mean()}
         validate |= {"try_validation": lambda: evaluate(model, validation.take(longest[: 2 * model.batch_size]))}
-        history = fit(model, train, arguments, work, **validate)
-        history.to_csv(folder / "history.csv", index=False)
+        fit(model, train, arguments, work, **validate).to_csv(folder / "history.csv", index=False)
         model.save_pretrained(folder / "recommender", base_model)
         shutil.copytree(work / "snapshots", folder / "snapshots")
         trained.append(model)

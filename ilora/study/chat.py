@@ -23,11 +23,6 @@ from ilora import artifacts
 from ilora.errors import UserError
 from ilora.language.prompts import prompt_text, read_answer
 
-try:
-    import openai
-except ImportError:  # an optional dependency; ChatRec says so
-    openai = None
-
 INSTRUCTION = "Answer with one of the offered titles, exactly as it is written, and with nothing else."
 SETTINGS = {"temperature": 0, "max_tokens": 64}  # max_tokens has a newer name, which fewer servers know
 URL = r"https?://([\w.-]+|\[[\da-fA-F:]+\])(:\d+)?(/[^\s@?#]*)?"
@@ -44,8 +39,10 @@ class ChatRec:
     retries = 10  # after a timeout, a broken connection or the status 408, 409, 429 or 5xx, at growing intervals
 
     def __init__(self, base_url: str, model: str, titles: Sequence[str], noun: str, verb: str) -> None:
-        if openai is None:
-            raise UserError("ChatRec needs the package openai: pip install -e '.[chat]' in the repository")
+        try:
+            import openai  # takes a second, which other systems need not
+        except ImportError as error:
+            raise UserError("ChatRec needs the package openai: pip install -e '.[chat]' in the repository") from error
         if not re.fullmatch(URL, base_url):  # the message does not repeat it: it may contain a password
             raise UserError("base_url must be of the form https://host/v1, without user, password and query")
         key = os.environ.get("OPENAI_API_KEY", "").strip() or "no-key"
@@ -85,6 +82,8 @@ class ChatRec:
         return reply["text"]
 
     def _request(self, messages: list[dict[str, str]]) -> dict[str, Any]:
+        import openai
+
         create = self._client.chat.completions.with_raw_response.create
         try:
             content = create(model=self.model, messages=messages, **SETTINGS).content

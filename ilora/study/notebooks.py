@@ -24,6 +24,7 @@ from ilora.study.parameters import check_parameters, inputs, notebook_parameters
 ROOT = Path(__file__).resolve().parents[2]
 # Variables of the kernels: python3 is this environment's, sets print in one order, and no warning of a debugger.
 KERNELS = {"JUPYTER_PREFER_ENV_PATH": "1", "PYTHONHASHSEED": "0", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+EARLY = ("01", "02", "05", "07")  # start first: 03 and 04 need the SASRec that 02 trains; the rest runs beside 06
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,9 @@ class Job:
             os.environ.setdefault(name, value)
         bar = {"desc": self.source.stem, "file": sys.stderr, "dynamic_ncols": True} if progress else False
         quiet = Config(KernelManager={"transport_encryption": "auto"})  # else each kernel warns
-        options = {"kernel_name": "python3", "cwd": ROOT, "progress_bar": bar, "config": quiet}
-        try:
-            execute_notebook(self.source, self.executed, self.given, coalesce_streams=True, **options)
+        more = {"kernel_name": "python3", "cwd": ROOT, "progress_bar": bar, "config": quiet, "coalesce_streams": True}
+        try:  # an orderly end of the kernel would take two seconds
+            execute_notebook(self.source, self.executed, self.given, shutdown_kernel="immediate", **more)
         except PapermillExecutionError as error:
             where = f" in cell [{error.exec_count}], which begins: {error.source.strip().splitlines()[0]}"
             raise self._failure(where, f"{error.ename}: {error.evalue}".strip()) from error
@@ -140,7 +141,8 @@ def run_all(jobs: list[Job]) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // 2, 1)))  # of each kernel
     with contextlib.chdir(ROOT), ThreadPool(1 + several) as pool:
         try:
-            runs = pool.imap_unordered(lambda job: job.run(not several), jobs)
+            ordered = sorted(jobs, key=lambda job: not job.source.name.startswith(EARLY))
+            runs = pool.imap_unordered(lambda job: job.run(not several), ordered)
             list(tqdm(runs, total=len(jobs), unit="notebook", smoothing=0))
         except BaseException:
             for kernel in psutil.Process().children():
