@@ -193,7 +193,7 @@ def test_each_slider_is_moved_by_keys_and_shows_another_picture(window, html, sl
         last = int(knob.get_attribute("max"))
         label = tab.locator(f"#{slider} label").inner_text()
         assert tab.get_by_label(label, exact=True).and_(knob).count() == 1
-        seen = {}
+        seen, widths = {}, set()
         for key, place in [("Home", 0), ("ArrowRight", 1), ("End", last), ("ArrowLeft", last - 1)]:
             knob.press(key)
             (shown,) = tab.locator(f"#{slider} figure:visible").all()
@@ -201,7 +201,9 @@ def test_each_slider_is_moved_by_keys_and_shows_another_picture(window, html, sl
             assert tab.locator(f"#{slider} output").inner_text() == shown.get_attribute("data-at")
             assert knob.get_attribute("aria-valuetext") == shown.locator("figcaption").inner_text()
             seen[place] = shown.screenshot()
+            widths.add(knob.bounding_box()["width"])
         assert len(set(seen.values())) == len(seen)
+        assert len(widths) == 1  # what it says does not move what is pulled
         assert not tab.problems
 
 
