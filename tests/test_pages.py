@@ -193,7 +193,7 @@ def test_each_slider_is_moved_by_keys_and_shows_another_picture(window, html, sl
         last = int(knob.get_attribute("max"))
         label = tab.locator(f"#{slider} label").inner_text()
         assert tab.get_by_label(label, exact=True).and_(knob).count() == 1
-        seen = {}
+        seen, widths = {}, set()
         for key, place in [("Home", 0), ("ArrowRight", 1), ("End", last), ("ArrowLeft", last - 1)]:
             knob.press(key)
             (shown,) = tab.locator(f"#{slider} figure:visible").all()
@@ -201,7 +201,9 @@ def test_each_slider_is_moved_by_keys_and_shows_another_picture(window, html, sl
             assert tab.locator(f"#{slider} output").inner_text() == shown.get_attribute("data-at")
             assert knob.get_attribute("aria-valuetext") == shown.locator("figcaption").inner_text()
             seen[place] = shown.screenshot()
+            widths.add(knob.bounding_box()["width"])
         assert len(set(seen.values())) == len(seen)
+        assert len(widths) == 1  # what it says does not move what is pulled
         assert not tab.problems
 
 
@@ -388,7 +390,7 @@ def test_a_chapter_begins_with_a_question_and_has_takeaways_with_numbers(html, n
 
 # ---------------------------------------------------------------- what can be measured
 
-# Height of a page, tops of its figures, pictures with their widths, and sizes of text in inline SVG.
+# Height of a page, tops of its figures, pictures with their widths, sizes of text in inline SVG, and code that is cut.
 MEASURE = """() => {
     const box = element => element.getBoundingClientRect(), wide = element => box(element).width > 150;
     const pixels = (svg, text) =>
@@ -400,7 +402,8 @@ MEASURE = """() => {
     document.querySelectorAll(".slider figure[hidden]").forEach(figure => { figure.hidden = false; });
     const pictures = find("img").map(picture => [picture.getAttribute("src"), box(picture).width]);
     const texts = find("figure svg").flatMap(svg => [...svg.querySelectorAll("text")].map(text => pixels(svg, text)));
-    return {height, tops, pictures, texts};
+    const cut = [...document.querySelectorAll("article pre")].filter(code => code.scrollWidth - code.clientWidth > 4);
+    return {height, tops, pictures, texts, cut: cut.map(code => code.innerText)};
 }"""
 
 
@@ -415,6 +418,11 @@ def smallest_text(path, width):
 @pages
 def test_a_page_is_at_most_8000_pixels_high(window, html, name):
     assert visited(window, html, name)["sizes"][1280]["height"] <= 8000
+
+
+@pages
+def test_no_code_is_cut_off_at_the_right(window, html, name):
+    assert not visited(window, html, name)["sizes"][1280]["cut"]
 
 
 @chapters

@@ -63,11 +63,11 @@ def tokens(names: dict) -> Figure:
         item = token == names["ITEM"]
         colour = "#fdebc8" if item else "#e3e8ee"
         ax.add_patch(plt.Rectangle((place + 0.05, 0), 0.9, 1, facecolor=colour, edgecolor="0.4"))
-        label = f"item {next(items)}" if item else "next" if token == names["NEXT"] else f"{token}"
+        label = f"{next(items)}" if item else "next" if token == names["NEXT"] else f"{token}"
         ax.text(place + 0.5, 0.5, label, ha="center", va="center", fontsize=9)
     for first in range(0, 9, 3):
         ax.text(first + 1, -0.15, "title", ha="center", va="top", fontsize=9)
-        ax.text(first + 2.5, -0.15, "Proj", ha="center", va="top", fontsize=9)
+        ax.text(first + 2.5, -0.15, "item", ha="center", va="top", fontsize=9)
     return figure
 
 
@@ -76,10 +76,10 @@ def curriculum(names: dict) -> Figure:
     steps, hybrid = names["steps"], np.array(names["hybrid"])
     figure, ax = plt.subplots(figsize=(4.6, 2.3))
     ax.plot([0, steps], [0, 1], color="0.3")
-    for value, label in ((True, "hybrid"), (False, "text only")):
+    for value, label, place in ((True, "hybrid", (0.3 * steps, 0.8)), (False, "text only", (0.55 * steps, 0.12))):
         at = np.flatnonzero(hybrid == value)
         ax.scatter(at, np.full(len(at), float(value)), marker="|", s=60, color=ORANGE if value else figures.COLOURS[0])
-        ax.text(steps / 2, 0.9 if value else 0.06, label, ha="right" if value else "left")
+        ax.text(*place, label)
     ax.set(xlabel="step", ylabel="probability", title="The behaviour tokens come in slowly")
     return figure
 

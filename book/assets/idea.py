@@ -78,7 +78,7 @@ def weights(x: float, y: float) -> str:
 def model(x: float, y: float, width: float, height: float, indent: float) -> str:
     """Layers on top of each other, with a heading that is indented."""
     sheets = (rectangle(x + shift, y - shift, width, height, "#ffffff", "#7b8794") for shift in (12, 6, 0))
-    heading = 'language model <tspan class="more" dx="2">of such layers</tspan>'
+    heading = 'language model <tspan class="more" dx="2">(one of its layers)</tspan>'
     return "\n".join([*sheets, text(x + indent, y + 24, heading, "name")])
 
 

@@ -29,7 +29,7 @@ function start(play, data) {
   const says = make("p", { className: "play-says", ariaLive: "polite" });
   const counts = kinds.map(kind => `${kind} ${data.counts[kind]}`).join(", ");
   const controls = make("div", { className: "play-controls" },
-    make("p", { textContent: `Of ${data.total} test questions: ${counts}.` }),
+    make("p", { textContent: `Of ${data.total} test questions (all titles, draw 1): ${counts}.` }),
     make("p", {}, make("label", { htmlFor: choice.id, textContent: "Reader" }), choice),
     make("fieldset", {}, make("legend", { textContent: "Adapter" }), ...radios),
     make("p", {}, make("label", { htmlFor: range.id, textContent: "Titles in view" }), range, seen),
@@ -120,7 +120,7 @@ function sortable(box) {
     button.addEventListener("click", () => {
       const down = head.ariaSort === "ascending" ? -1 : 1;
       const numbers = rows.some(row => !Number.isNaN(parseFloat(text(row, column))));
-      const key = row => numbers ? parseFloat(text(row, column)) : text(row, column);
+      const key = row => numbers ? parseFloat(text(row, column)) : text(row, column).toLowerCase();
       const known = row => !(numbers && Number.isNaN(key(row)));  // what is missing comes last
       rows.sort((a, b) => known(b) - known(a) || (known(a) ? down * (key(a) < key(b) ? -1 : key(a) > key(b) ? 1 : 0) : 0));
       for (const other of heads) other.ariaSort = null;

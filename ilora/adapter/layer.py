@@ -29,7 +29,8 @@ class ILoraVariant(LoraVariant):
         if module.cast_input_dtype_enabled is not False and not autocast:  # which would cast x back at once
             x = x.to(A.weight.dtype)
         middle = A(module.lora_dropout[active_adapter](x))  # (b, s, r)
-        return result + B(middle * module.conditioning.factor(module, active_adapter, middle))
+        factor = module.conditioning.factor(module, active_adapter, middle)
+        return result + B(middle * factor)
 
     def merge_safe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
         self.merged = module.conditioning.weights_of(module, active_adapter).detach()
@@ -60,7 +61,6 @@ class InputCasts:
 
 def weighted_A(A: Tensor, w: Tensor) -> Tensor:
     """A (r, d_in), w (1, K) -> diag(K w, each repeated p times) A, in float32 or better."""
-    rows, K = w.shape
-    if rows != 1:
+    if len(w) != 1:
         raise UserError("merging and export are for exactly one user: give z of shape (1, gate_dim).")
-    return (K * w[0]).repeat_interleave(A.shape[0] // K).unsqueeze(1).to(A.device) * A
+    return (w.numel() * w[0]).repeat_interleave(len(A) // w.numel()).unsqueeze(1).to(A.device) * A
