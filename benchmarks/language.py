@@ -19,6 +19,7 @@ zero but not zero, so that the adapter does all its work and predictions stay cl
 
 import argparse
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -79,17 +80,20 @@ class Bench:
         }
         return ways, lambda results: {}  # each trains its model further
 
-    def rates(self, measured: dict, matrix_rate: float) -> None:
-        """Add examples and tokens per second to the ways of training, and shares of the matrix rate as in large.py."""
+    def rates(self, measured: dict, steps: dict[str, np.ndarray], matrix_rate: float) -> None:
+        """Add the time of a step, whose ratio leaves out what happens once per training, and rates as in large.py."""
         rows = [self.train[row] for row in range(len(self.train))]
-        tokens = sum(self.model.length(row) + len(self.model.prompts.answers[row[2]]) for row in rows)
+        tokens = np.mean([self.model.length(row) + len(self.model.prompts.answers[row[2]]) for row in rows])
         layers = self.model.language_model.get_base_model().get_decoder().layers
         weights = sum(p.numel() for p in layers.parameters() if not p.requires_grad)
-        for way in filter(lambda way: isinstance(way, dict) and "seconds" in way, measured.values()):
-            second = way["seconds"]["median"]
-            way["examples_per_second"] = round(len(rows) / second, 1)
-            way["tokens_per_second"] = round(tokens / second, 1)
-            way["share_of_matrix_rate"] = round(4 * weights * tokens / second / matrix_rate, 4)
+        for name, seconds in steps.items():
+            way, later = measured[name], seconds[len(seconds) // 2 :]
+            way["step_seconds"] = measure.spread(later)
+            way["step_ratio"] = round(float(np.median(later) / np.median(steps["fit"][len(seconds) // 2 :])), 4)
+            examples = self.batch_size / float(np.median(later))
+            way["examples_per_second"] = round(examples, 1)
+            way["tokens_per_second"] = round(examples * tokens, 1)
+            way["share_of_matrix_rate"] = round(4 * weights * examples * tokens / matrix_rate, 4)
 
     def prompts(self) -> tuple[Ways, Callable]:
         model, batches = self.model, cut(self.rows, self.batch_size)
@@ -242,24 +246,38 @@ class Usual(transformers.Trainer):
         return full_loss(model, inputs, hybrid)
 
 
-def train_by_trainer(model: LanguageRecommender, train: Questions, batch_size: int, epochs: int = 1) -> None:
+class Clock(transformers.TrainerCallback):
+    """The times at which steps end."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def on_step_end(self, *_: object, **__: object) -> None:
+        self.times.append(time.perf_counter())
+
+
+def train_by_trainer(model: LanguageRecommender, train: Questions, batch_size: int, epochs: int = 1) -> np.ndarray:
+    """Returns the seconds of each step but the first."""
+    clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         arguments = transformers.TrainingArguments(
             folder, num_train_epochs=epochs, per_device_train_batch_size=batch_size, learning_rate=1e-3, seed=0,
             lr_scheduler_type="constant", use_cpu=model.device.type == "cpu", bf16=model.device.type == "cuda",
             remove_unused_columns=False, save_strategy="no", logging_strategy="no", disable_tqdm=True,
         )  # fmt: skip
-        Usual(model, arguments, lambda rows: collate_text(model, rows), train).train()
+        Usual(model, arguments, lambda rows: collate_text(model, rows), train, callbacks=[clock]).train()
     model.eval()
+    return np.diff(clock.times)
 
 
-def train_by_fit(model: LanguageRecommender, train: Questions, batch_size: int, epochs: int = 1) -> None:
+def train_by_fit(model: LanguageRecommender, train: Questions, batch_size: int, epochs: int = 1) -> np.ndarray:
+    """Returns the seconds of each step but the first."""
     arguments = TrainingArguments(
         epochs, batch_size, learning_rate=1e-3, warmup=0.0, schedule="constant", device=str(model.device),
         micro_batch_size=batch_size, precision="bf16" if model.device.type == "cuda" else "no",
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        fit(model, train, arguments, Path(folder))
+        return np.diff(fit(model, train, arguments, Path(folder))["seconds"])
 
 
 def answer_by_length(model: LanguageRecommender, questions: Questions, together: int) -> list[int | None]:
@@ -345,7 +363,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ways, agreement = PARTS[part](bench)
         metrics[part], results = measure.compare(ways, options.rounds, run.device, GOALS.get(part))
         if part == "training":
-            bench.rates(metrics[part], matrix_rate(run.device))
+            bench.rates(metrics[part], results, matrix_rate(run.device))
         metrics[part]["rows"] = len(counted.get(part, bench.rows))
         metrics[part]["agreement"] = agreement(results)
         measure.show(part, metrics[part])
