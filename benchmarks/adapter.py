@@ -71,13 +71,9 @@ PARTS = {  # part -> variant -> arguments of Bench.step; ratios are to the first
     "largest batch": {"LoRA": {"experts": 1}, "iLoRA": {}, "checkpointed": {"checkpointed": True}},
     "logits": {"all logits": {"all_logits": True}, "answer logits": {}},
 }
-GPU_ONLY = {
-    "compile",
-    "recorded",
-    "compile, more rows",
-    "adapter, more rows",
-    "largest batch",
-}  # unless --parts names them
+GPU_ONLY = {  # unless --parts names them
+    "compile", "recorded", "compile, more rows", "adapter, more rows", "largest batch",
+}  # fmt: skip
 MOST = {"iLoRA": {"at_most": 1.02}, "a gate per layer": {"at_most": 1.05}}
 GOALS = {"adapter": MOST, "compile": {f"{name}, compiled": goal for name, goal in MOST.items()}}
 GOALS |= {"recorded": {f"{name}, recorded": goal for name, goal in MOST.items()}}

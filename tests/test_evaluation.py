@@ -244,6 +244,11 @@ def test_a_wrong_number_of_scores_or_answers_is_refused(kind):
 def test_answers_that_are_no_column_of_a_candidate_are_refused(answer):
     with pytest.raises(UserError, match=r"Generates answers .*: give the column of a candidate, 0 to 19, or None"):
         evaluate(Generates(answer=answer), questions())
+    if answer == -1:  # `answer` may leave a row open, but that is another number
+        together = Together()
+        together.answer = lambda rows: (together.score(rows), [answer] * len(rows))
+        with pytest.raises(UserError, match="Together answers -1"):
+            evaluate(together, questions())
     assert not evaluate(Generates(answer=None), questions())["valid"].any()
     assert evaluate(Generates(answer=np.int64(19)), questions())["valid"].all()
 

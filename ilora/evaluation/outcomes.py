@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from ilora.data.windows import Questions, Row
@@ -42,10 +42,8 @@ def evaluate(system: System, questions: Questions, batch_size: int = 0, generate
     generates, gives_scores = generate and hasattr(system, "generate"), hasattr(system, "score")
     if not generates and not gives_scores:
         raise ValueError(f"{type(system).__name__} can only generate: evaluate it with generate=True")
-    if isinstance(system, nn.Module):
-        system.eval()
-    if hasattr(system, "check"):
-        system.check(questions)
+    getattr(system, "eval", lambda: None)()
+    getattr(system, "check", lambda _: None)(questions)
     usual = 64 if getattr(system, "device", torch.device("cpu")).type == "cuda" else 32
     batch_size = batch_size or min(usual, getattr(system, "batch_size", usual))
     scores, columns = np.zeros(questions.candidates.shape), np.zeros(len(questions), int)
@@ -53,18 +51,20 @@ def evaluate(system: System, questions: Questions, batch_size: int = 0, generate
         for numbers, rows in batches_by_length(system, questions, batch_size):
             with memory_for(len(rows)):
                 scores[numbers], columns[numbers] = _predict(system, rows, gives_scores, generates)
+            bar.update(np.count_nonzero(columns[numbers] != OPEN))
+        left = np.flatnonzero(columns == OPEN)
+        for numbers, rows in batches_by_length(system, questions.take(left), batch_size):
+            with memory_for(len(rows)):
+                columns[left[numbers]] = _predict(system, rows, False, True)[1]
             bar.update(len(rows))
-    left = np.flatnonzero(columns == OPEN)
-    for numbers, rows in batches_by_length(system, questions.take(left), batch_size):
-        with memory_for(len(rows)):
-            columns[left[numbers]] = _predict(system, rows, False, True)[1]
     return _outcomes(questions, columns, scores if gives_scores else None)
 
 
 def _predict(system: System, rows: list[Row], gives_scores: bool, generates: bool) -> tuple[np.ndarray, np.ndarray]:
     """Scores of the candidates, 0 unless `gives_scores`, and the columns of the answers, both checked."""
     name, shape = type(system).__name__, (len(rows), len(rows[0][1]))
-    if answers := gives_scores and generates and hasattr(system, "answer"):
+    unnamed = (None, OPEN) if gives_scores and generates and hasattr(system, "answer") else (None,)
+    if OPEN in unnamed:
         scores, columns = system.answer(rows)
     else:
         scores = system.score(rows) if gives_scores else np.zeros(shape)
@@ -74,7 +74,7 @@ def _predict(system: System, rows: list[Row], gives_scores: bool, generates: boo
     if len(columns) != len(rows):
         raise UserError(f"{name} gives {len(columns)} answers to {len(rows)} questions: give one, or None, for each")
     for column in columns:
-        if column is not None and not (isinstance(column, Integral) and (OPEN if answers else 0) <= column < shape[1]):
+        if column not in unnamed and not (isinstance(column, Integral) and 0 <= column < shape[1]):
             raise UserError(f"{name} answers {column!r}: give the column of a candidate, 0 to {shape[1] - 1}, or None")
     return scores, np.array([NO_ANSWER if column is None else column for column in columns])
 
