@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
-from test_language_recommender import make, question_rows
+from test_language_recommender import KINDS, make, question_rows
 from test_training import trained, weights
 
 from ilora import data, language
@@ -23,10 +23,11 @@ def flat(model):
 
 def main(folder):
     results = {}
-    for name, dropout, micro_batch_size in [("toy", 0.0, None), ("toy in parts", 0.1, 4)]:
-        model, history = trained(folder / name, dropout=dropout, micro_batch_size=micro_batch_size, device="cpu")
+    for name, micro_batch_size in [("toy", None), ("toy in parts", 4)]:
+        model, history = trained(folder / name, dropout=0.0, micro_batch_size=micro_batch_size, device="cpu")
         results[name] = weights(model), torch.tensor(history["loss"])
-    model = make("ilora")
+    KINDS["ilora without dropout"] = (True, KINDS["ilora"][1] | {"dropout": 0.0})
+    model = make("ilora without dropout")
     arguments = TrainingArguments(epochs=2, batch_size=4, learning_rate=1e-2, micro_batch_size=2, device="cpu")
     history = fit(model, question_rows(lengths=(1, 6, 3, 4, 5, 2)), arguments, folder / "iLoRA")
     results["iLoRA"] = flat(model), torch.tensor(history["loss"])

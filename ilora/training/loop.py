@@ -197,15 +197,15 @@ class _Run:
 
     def _backward(self, rows: list) -> Tensor:
         """Add the gradient of the mean loss over `rows`; return that loss, the same in every process."""
-        processes, seed, step = self.accelerator.num_processes, self.arguments.seed, len(self.history)
-        parts = processes * math.ceil(self.share / self.model.batch_size)  # the same in every process and step
-        cuts = np.linspace(0, len(rows), parts + 1).round().astype(int)
-        local_parts = range(self.accelerator.process_index, parts, processes)
+        processes, index = self.accelerator.num_processes, self.accelerator.process_index
+        seed, step, own = self.arguments.seed, len(self.history), rows[index::processes]  # as long as in the others
+        parts = math.ceil(self.share / self.model.batch_size)  # the same in every process and step
+        cuts = np.linspace(0, len(own), parts + 1).round().astype(int)
         losses = torch.zeros((), device=self.device)
-        for part in local_parts:
-            micro_batch = rows[cuts[part] : cuts[part + 1]]
+        for part in range(parts):
+            micro_batch = own[cuts[part] : cuts[part + 1]]
             share = len(micro_batch) / len(rows)
-            devices.seed_all(combined_seed(seed, step, part))
+            devices.seed_all(combined_seed(seed, step, part * processes + index))
             # A small last batch can leave a part empty: one row with weight 0 keeps the processes in step.
             curriculum = {"progress": step / self.total_steps, "step_seed": combined_seed(seed, step)}
             loss = self._loss(micro_batch or rows[:1], **curriculum)
