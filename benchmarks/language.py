@@ -63,7 +63,7 @@ class Bench:
         source = data.load(options.dataset, options.data_dir, users=options.users)
         self.make = partial(make_model, source, options)
         self.model = self.make()
-        self.batch_size = options.batch_size
+        self.batch_size, self.micro_batch_size = options.batch_size, options.micro_batch_size
         self.train = data.questions(source, "train", limit=options.examples)
         self.questions = data.questions(source, "test", limit=options.questions)
         self.rows = [self.questions[row] for row in range(len(self.questions))]
@@ -71,11 +71,11 @@ class Bench:
         self.together = 64 if self.model.device.type == "cuda" else 32  # as `evaluate` has it
 
     def training(self) -> tuple[Ways, Callable]:
-        trained = (self.train, self.batch_size)
+        trained, at_once = (self.train, self.batch_size), {"micro_batch_size": self.micro_batch_size}
         ways = {
-            "fit": partial(train_by_fit, self.make(), *trained),
+            "fit": partial(train_by_fit, self.make(), *trained, **at_once),
             "Trainer": partial(train_by_trainer, self.make(), *trained),
-            "fit, LoRA": partial(train_by_fit, self.make(experts=1), *trained),
+            "fit, LoRA": partial(train_by_fit, self.make(experts=1), *trained, **at_once),
             "Trainer, LoRA": partial(train_by_trainer, self.make(experts=1), *trained),
         }
         return ways, lambda results: {}  # each trains its model further
@@ -270,11 +270,13 @@ def train_by_trainer(model: LanguageRecommender, train: Questions, batch_size: i
     return np.diff(clock.times)
 
 
-def train_by_fit(model: LanguageRecommender, train: Questions, batch_size: int, epochs: int = 1) -> np.ndarray:
-    """Returns the seconds of each step but the first."""
+def train_by_fit(
+    model: LanguageRecommender, train: Questions, batch_size: int, epochs: int = 1, micro_batch_size: int | None = None
+) -> np.ndarray:
+    """Returns the seconds of each step but the first. micro_batch_size: of prompts of like length, None for all."""
     arguments = TrainingArguments(
         epochs, batch_size, learning_rate=1e-3, warmup=0.0, schedule="constant", device=str(model.device),
-        micro_batch_size=batch_size, precision="bf16" if model.device.type == "cuda" else "no",
+        micro_batch_size=micro_batch_size, precision="bf16" if model.device.type == "cuda" else "no",
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         return np.diff(fit(model, train, arguments, Path(folder))["seconds"])
@@ -345,7 +347,14 @@ def serve_merged(model: LanguageRecommender, single: list[dict], z: Tensor) -> T
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    numbers = {"examples": 1024, "questions": 128, "clients": 64, "batch_size": 32, "users": 2000}
+    numbers = {
+        "examples": 1024,
+        "questions": 128,
+        "clients": 64,
+        "batch_size": 32,
+        "micro_batch_size": 32,
+        "users": 2000,
+    }
     parser = measure.parser(__doc__, rounds=5, **numbers)
     parser.add_argument("--base-model", default="embedded", help="name or folder of the base model (embedded)")
     parser.add_argument("--dataset", default="world", help="the data set (world)")

@@ -76,7 +76,7 @@ def test_a_goal_without_its_way_is_ignored():
 def bench():
     options = dict.fromkeys(("examples", "questions", "clients"), 4)
     names = argparse.Namespace(dataset="world", data_dir="", users=120, device="cpu", batch_size=3, **options)
-    names.base_model = "embedded"
+    names.base_model, names.micro_batch_size = "embedded", 2
     return language.Bench(names)
 
 
