@@ -254,6 +254,18 @@ def test_mixed_users_are_each_user_alone(options):
     assert (outputs(model, ids, sequence_embeds=z[order]) - together).abs().max() > 1e-3
 
 
+def test_a_gate_by_clusters_gives_each_user_the_expert_of_the_nearest_centre():
+    model = adapted(gate="clusters", num_experts=2)
+    gate = model.base_model.lora_gate["default"]
+    assert not list(gate.parameters())
+    assert gate(users()).isnan().all()  # before its centres are known no loss is finite
+    group = torch.tensor([0, 1, 1, 0, 1])
+    gate.fit(torch.eye(D)[group] + 0.01 * torch.randn(5, D))
+    w = gate(torch.eye(D)[group] + 0.01 * torch.randn(5, D))
+    assert w.sum(1).tolist() == w.amax(1).tolist() == [1.0] * 5
+    assert torch.equal(w.argmax(1) == w.argmax(1)[0], group == 0)
+
+
 def test_zero_initialised_B_leaves_the_base_model_bit_equal():
     model = adapted(init_lora_weights=True)
     assert torch.equal(outputs(model, tokens(), sequence_embeds=users()), outputs(base(), tokens()))
@@ -641,7 +653,7 @@ def test_gate_weights_sum_to_one(options):
         ({"rank_pattern": {"q_proj": 6}}, "rank 6 is not divisible by num_experts=4"),
         ({"num_experts": 0}, "at least 1"),
         ({"gate_dim": 0}, "at least 1"),
-        ({"gate": "quadratic"}, "choose one of linear, convolutional"),
+        ({"gate": "quadratic"}, "choose one of linear, convolutional, clusters"),
         ({"gate_top_k": 5}, "keep 2 to num_experts=4"),
         ({"gate_top_k": 1}, "constant 1"),
         ({"use_dora": True}, "use_dora"),

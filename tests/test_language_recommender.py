@@ -30,6 +30,7 @@ KINDS = {  # name -> encoder?, adapter, and guidance where it is not the sequenc
     "lora": (True, {"experts": 1}),
     "ilora": (True, {"experts": 4}),
     "convolutional": (True, {"experts": 2, "gate": "convolutional"}),
+    "clusters": (True, {"experts": 2, "gate": "clusters"}),
     "random": (True, {"experts": 4}, "random"),
     "token": (True, {"experts": 4}, "token"),
 }
@@ -52,6 +53,8 @@ def make(kind):
                 parameter += 0.03 * torch.randn_like(parameter)
             if "W_g" in name:
                 parameter *= 5  # experts with clearly different weights
+    if kind == "clusters":
+        model.language_model.base_model.lora_gate["default"].fit(torch.randn(50, 64))
     return model.eval()
 
 

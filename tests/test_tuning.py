@@ -87,9 +87,9 @@ def test_a_model_without_encoder_is_tuned_on_text_alone(world):
     assert tuned(world, None, window=6)[2] != snapshots
 
 
-@pytest.mark.parametrize("experts", [1, 2])
+@pytest.mark.parametrize("adapter", [{"experts": 1}, {"experts": 2}, {"experts": 2, "gate": "clusters"}])
 @pytest.mark.slow
-def test_the_trained_model_is_the_reloaded_one_and_is_alone_in_memory(world, experts):
+def test_the_trained_model_is_the_reloaded_one_and_is_alone_in_memory(world, adapter):
     """A base model in memory twice is 13 GiB at 7B; nothing may wait for the garbage collector."""
     encoder, _ = fit_recommender(world, epochs=1, window=6, device="cpu")
 
@@ -101,13 +101,15 @@ def test_the_trained_model_is_the_reloaded_one_and_is_alone_in_memory(world, exp
     before = bases()
     gc.disable()
     try:
-        model, _, _ = tuned(world, encoder, experts=experts, epochs=2)
+        model, _, _ = tuned(world, encoder, **adapter, epochs=2)
         assert bases() == before + 1
         rows = [data.questions(world, "test", 6)[row] for row in range(6)]
         scores, written = model.score(rows), model.generate(rows)
         assert not model.training
+        if "gate" in adapter:
+            assert set(model.gate_weights(rows).flatten().tolist()) == {0.0, 1.0}
         del model
-        again, _, _ = tuned(world, encoder, experts=experts, epochs=2)
+        again, _, _ = tuned(world, encoder, **adapter, epochs=2)
         assert bases() == before + 1
     finally:
         gc.enable()

@@ -20,7 +20,7 @@ class ILoraConfig(LoraConfig):
     task_type: str | None = "CAUSAL_LM"  # PEFT's, such as SEQ_CLS; None for a module outside transformers
     num_experts: int = 4  # K, the experts that the rank is split into; divides r
     gate_dim: int = 64  # d, the width of the sequence representations
-    gate: str = "linear"  # Eq. 11, or "convolutional", the released code's
+    gate: str = "linear"  # Eq. 11; "convolutional", the released code's; or "clusters": no learning, see ClusterGate
     gate_per_layer: bool = False  # one gate for each adapted layer instead of one that all share
     gate_top_k: int | None = None  # keep only the k largest weights of a row, renormalised; None keeps all
 
@@ -33,8 +33,8 @@ class ILoraConfig(LoraConfig):
         for rank in (self.r, *self.rank_pattern.values()):
             if rank % K:
                 raise UserError(f"rank {rank} is not divisible by num_experts={K}: choose a multiple of num_experts.")
-        if self.gate not in ("linear", "convolutional"):
-            raise UserError(f"unknown gate {self.gate!r}: choose one of linear, convolutional.")
+        if self.gate not in ("linear", "convolutional", "clusters"):
+            raise UserError(f"unknown gate {self.gate!r}: choose one of linear, convolutional, clusters.")
         if top_k is not None and not 2 <= top_k <= K:
             raise UserError(f"gate_top_k={top_k}: keep 2 to num_experts={K} (one weight would be the constant 1).")
         variants = [f.name for f in dataclasses.fields(self) if f.metadata.get("is_lora_variant")]

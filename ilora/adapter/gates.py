@@ -1,6 +1,7 @@
 """Gates: from the representation z (b, d) of each row's history to the weights w (b, K) of its experts (Eq. 11)."""
 
 import torch
+from scipy.cluster.vq import kmeans2
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -76,4 +77,22 @@ class ConvolutionalGate(Gate):
         return self.head(self.stages(z.unsqueeze(1)).mean(dim=-1))
 
 
-GATE_CLASSES = {"linear": LinearGate, "convolutional": ConvolutionalGate}  # by the name that ILoraConfig takes
+class ClusterGate(Gate):
+    """Routing without learning: all weight for one expert, that of the nearest centre.  `fit` places the centres."""
+
+    def __init__(self, config: ILoraConfig) -> None:
+        super().__init__(config)
+        self.register_buffer("centres", torch.full((config.num_experts, config.gate_dim), torch.nan))
+
+    def fit(self, z: Tensor, seed: int = 0) -> None:
+        """Place the centres by k-means over representations z (n, d)."""
+        centres, _ = kmeans2(z.double().cpu().numpy(), len(self.centres), iter=25, minit="++", rng=seed)
+        self.centres.copy_(torch.from_numpy(centres))
+
+    def logits(self, z: Tensor) -> Tensor:
+        distance = torch.cdist(z.float(), self.centres.float())  # (b, K)
+        return torch.zeros_like(distance).where(distance == distance.amin(dim=1, keepdim=True), -torch.inf)
+
+
+# by the name that ILoraConfig takes
+GATE_CLASSES = {"linear": LinearGate, "convolutional": ConvolutionalGate, "clusters": ClusterGate}

@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from ilora import artifacts
 from ilora.adapter import ILoraConfig, gate_weights
+from ilora.adapter.gates import ClusterGate
 from ilora.data import Dataset, Questions
 from ilora.data.windows import Row
 from ilora.errors import UserError
@@ -139,6 +140,14 @@ class LanguageRecommender(nn.Module):
         projection = torch.randn(mean.shape[1], width, generator=torch.Generator().manual_seed(self.seed))
         return functional.layer_norm(mean @ projection.to(mean.device), (width,), eps=1e-12)
 
+    @torch.no_grad()
+    def fit_gate(self, rows: Questions) -> None:
+        """Place the centres of a gate by clusters (ClusterGate) among the encoder's states of these histories."""
+        for gate in self.language_model.modules():
+            if isinstance(gate, ClusterGate):
+                parts = self.encoder.stack(rows.sequences.history).to(self.device).split(1000)
+                gate.fit(torch.cat([self.encoder.encode(part) for part in parts]), self.seed)
+
     def logits(self, batch: dict[str, Tensor], hybrid: bool = True, **inputs: Tensor | dict) -> Tensor:
         """(batch, labels, vocabulary): what the model predicts for the batch's labels."""
         embeds, gate_input = self.embeds(batch, hybrid), self.sequence_embeds(batch)
@@ -165,7 +174,7 @@ class LanguageRecommender(nn.Module):
         return self
 
     def trainable_state(self) -> dict[str, Tensor]:
-        """What training changes: trained parameters, and the running statistics of a convolutional gate."""
+        """What training changes: trained parameters, and what a gate keeps in buffers."""
         state = self.state_dict(keep_vars=True).items()
         return {name: value for name, value in state if value.requires_grad or ".lora_gate." in name}
 

@@ -30,7 +30,7 @@ class AdapterSettings:
     alpha: float = 32  # updates are scaled by alpha / rank
     dropout: float = 0.0  # a share
     experts: int = 1  # K, a divisor of rank
-    gate: str = "linear"  # or "convolutional"
+    gate: str = "linear"  # or "convolutional", or "clusters"
     gate_per_layer: bool = False
     gate_top_k: int = 0  # experts with weight for one history; 0: all
     guidance: str = "sequence"  # what the gate gets, one of recommender.GUIDANCE
@@ -93,6 +93,7 @@ def tune(
         chosen = adapter.identity()
         start = {"guidance": chosen.pop("guidance", "sequence"), "adapter": adapter_config(**chosen), "seed": seed}
         model = untuned(dataset, base_model, encoder, arguments.device, quantize, **start)
+        model.fit_gate(train)
         for epoch in reversed(range(arguments.epochs)):  # before training: the candidates of each epoch, the first last
             train.set_epoch(epoch)
             model.check(train)

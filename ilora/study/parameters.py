@@ -47,7 +47,7 @@ PARAMETERS: dict[str, Parameter] = {  # the notebooks say what they mean
     "base_model": Parameter(str, "'embedded', 'smollm2' or the name or folder of a causal language model", str.strip),
     "alpha": Parameter(float, "above 0", lambda x: 0 < x < float("inf")),
     "dropout": Parameter(float, "from 0 to below 1", lambda x: 0 <= x < 1),
-    "gate": _one_of("linear", "convolutional"),
+    "gate": _one_of("linear", "convolutional", "clusters"),
     "guidance": _one_of("sequence", "random", "token"),
     **dict.fromkeys(("gate_per_layer", "gradient_checkpointing"), Parameter(bool, "True or False", lambda _: True)),
     "gate_top_k": Parameter(int, "0 or at least 2", lambda x: x == 0 or x > 1),

@@ -22,8 +22,8 @@ SETTINGS = {  # notebook parameters that `python -m ilora table` has, with their
 }  # fmt: skip
 VARIANTS = {  # of iLoRA, which the ablations compare
     "K = 2": {"experts": 2}, "K = 8": {"experts": 8}, "gate per layer": {"gate_per_layer": True},
-    "convolutional gate": {"gate": "convolutional"}, "top-2 gate": {"gate_top_k": 2},
-    "random guidance": {"guidance": "random"}, "token guidance": {"guidance": "token"},
+    "convolutional gate": {"gate": "convolutional"}, "gate by cluster": {"gate": "clusters"},
+    "top-2 gate": {"gate_top_k": 2}, "random guidance": {"guidance": "random"}, "token guidance": {"guidance": "token"},
 }  # fmt: skip
 TUNING = ("base_model", "rank", "alpha", "dropout", "epochs", "learning_rate", "batch_size", "train_limit", "quantize")
 ROUNDING_ONLY = ("device", "micro_batch_size", "gradient_checkpointing", "compile")  # what they change is rounding
