@@ -12,7 +12,6 @@ Letters, as in the paper's section 3.2:
 The layers multiply the r-wide middle of LoRA by one factor per row; no expert's output is ever formed. The scale is
 the released code's alpha / p = K alpha / r: a uniform gate is LoRA with scale alpha / r, and num_experts=1 is LoRA.
 """
-# ruff: noqa: F401
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 

@@ -1,5 +1,4 @@
 """Data sets in one form, their sources, and windows, candidates and questions made from them."""
-# ruff: noqa: F401
 
 from ilora.data.dataset import CANDIDATES, MIN_HISTORY, SPLITS, Dataset, load_dataset
 from ilora.data.loading import REPEATS, WORDS, load, source_key

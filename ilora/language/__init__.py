@@ -1,5 +1,4 @@
 """Language models as recommenders: base models, prompts, the recommender around them, and its tuning."""
-# ruff: noqa: F401
 
 from ilora.language.adapted_layers import adapter_config
 from ilora.language.base_models import Projector, load_language_model

@@ -1,5 +1,4 @@
 """Recommenders on item ids, and their training."""
-# ruff: noqa: F401
 
 from ilora.recommenders.base import Recommender, SequenceModel
 from ilora.recommenders.baselines import Caser, GRU4Rec, Popularity

@@ -1,5 +1,4 @@
 """One training loop for recommenders and language models, with checkpoints."""
-# ruff: noqa: F401
 
 from ilora.training.checkpoints import load_snapshot
 from ilora.training.loop import TrainingArguments, fit
