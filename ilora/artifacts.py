@@ -18,7 +18,9 @@ from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
+from accelerate import PartialState, utils
 from filelock import FileLock
 
 import ilora
@@ -86,10 +88,8 @@ def revision(name: str | Path) -> dict[str, str]:
 @cache
 def hub_commit(name: str) -> str:
     """The current commit of a model on the Hugging Face hub or, offline, in the local cache.  Raises UserError."""
-    from huggingface_hub import hf_hub_download
-
     try:
-        return Path(hf_hub_download(name, "config.json")).parent.name  # .../snapshots/<commit>/config.json
+        return Path(huggingface_hub.hf_hub_download(name, "config.json")).parent.name  # snapshots/<commit>/config.json
     except (OSError, ValueError) as error:
         problem = f"model {name!r} is no folder, and not found on the hub ({str(error).splitlines()[0]})"
         raise UserError(f"{problem}: check the name, be online, and log in (hf auth login) if it is gated") from error
@@ -141,15 +141,11 @@ def cached(kind: str, settings: Mapping, inputs: Mapping, make: Callable[[Path],
     The folder appears complete or not at all; its parameters.json records what the key depends on. Other runs wait for
     the one that calls `make`. All processes of a distributed run call it; the main process's folder is kept.
     """
-    from accelerate import PartialState  # takes seconds, which `python -m ilora --help` does not need
-    from accelerate.utils import broadcast_object_list
-
     state = PartialState()
     folder = home() / kind / key(settings, inputs)
-    lock = FileLock(home() / "locks" / f"{kind}-{folder.name}") if state.is_main_process else nullcontext()
     (home() / "locks").mkdir(exist_ok=True)
-    with lock:
-        if broadcast_object_list([(folder / "parameters.json").is_file()])[0]:  # one process decides for all
+    with FileLock(home() / "locks" / f"{kind}-{folder.name}") if state.is_main_process else nullcontext():
+        if utils.broadcast_object_list([(folder / "parameters.json").is_file()])[0]:  # one process decides for all
             return folder
         log.info("making %s/%s%s", kind, folder.name, f" ({note})" if note else "")
         with atomic_folder(folder) if state.is_main_process else tempfile.TemporaryDirectory() as temporary:
