@@ -1,8 +1,8 @@
 """Base models: any causal language model of Hugging Face, SmolLM2, or `embedded`, the small Llama of this package."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
+from unittest import mock
 
 import torch
 from peft import PeftModel
@@ -96,18 +96,13 @@ def forward(model: nn.Module, tokens: list[list[int]]) -> Tensor | None:
     return getattr(output, "logits", None)
 
 
-@contextmanager
-def greedy(model: nn.Module, end: int) -> Iterator[None]:
+def greedy(model: nn.Module, end: int) -> AbstractContextManager:
     """In this context, `generate` writes the most likely tokens, up to `end` or another token that ends texts."""
     model = model.get_base_model() if isinstance(model, PeftModel) else model
-    before = model.generation_config
-    known = getattr(before, "eos_token_id", None)
+    known = getattr(model.generation_config, "eos_token_id", None)
     ends = {end, *(known if isinstance(known, list) else [known])} - {None}
-    model.generation_config = GenerationConfig(eos_token_id=sorted(ends), pad_token_id=end, do_sample=False)
-    try:
-        yield
-    finally:
-        model.generation_config = before
+    config = GenerationConfig(eos_token_id=sorted(ends), pad_token_id=end, do_sample=False)
+    return mock.patch.object(model, "generation_config", config)
 
 
 class Projector(nn.Module):
