@@ -49,13 +49,11 @@ def evaluate(system: System, questions: Questions, batch_size: int = 0, generate
     scores, columns = np.zeros(questions.candidates.shape), np.zeros(len(questions), int)
     with tqdm(total=len(questions), unit="question", desc="evaluating", mininterval=1, delay=1) as bar:
         for numbers, rows in batches_by_length(system, questions, batch_size):
-            with memory_for(len(rows)):
-                scores[numbers], columns[numbers] = _predict(system, rows, gives_scores, generates)
+            scores[numbers], columns[numbers] = _predict(system, rows, gives_scores, generates)
             bar.update(np.count_nonzero(columns[numbers] != OPEN))
         left = np.flatnonzero(columns == OPEN)
         for numbers, rows in batches_by_length(system, questions.take(left), batch_size):
-            with memory_for(len(rows)):
-                columns[left[numbers]] = _predict(system, rows, False, True)[1]
+            columns[left[numbers]] = _predict(system, rows, False, True)[1]
             bar.update(len(rows))
     return _outcomes(questions, columns, scores if gives_scores else None)
 
@@ -64,11 +62,12 @@ def _predict(system: System, rows: list[Row], gives_scores: bool, generates: boo
     """Scores of the candidates, 0 unless `gives_scores`, and the columns of the answers, both checked."""
     name, shape = type(system).__name__, (len(rows), len(rows[0][1]))
     unnamed = (None, OPEN) if gives_scores and generates and hasattr(system, "answer") else (None,)
-    if OPEN in unnamed:
-        scores, columns = system.answer(rows)
-    else:
-        scores = system.score(rows) if gives_scores else np.zeros(shape)
-        columns = system.generate(rows) if generates else None
+    with memory_for(len(rows)):
+        if OPEN in unnamed:
+            scores, columns = system.answer(rows)
+        else:
+            scores = system.score(rows) if gives_scores else np.zeros(shape)
+            columns = system.generate(rows) if generates else None
     scores = check_scores(torch.as_tensor(scores).cpu().double().numpy(), shape, name)
     columns = scores.argmax(1) if columns is None else columns
     if len(columns) != len(rows):
