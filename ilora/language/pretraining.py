@@ -101,8 +101,7 @@ class Documents:
             offered = np.where(offered == target, answer, offered)
         prompts, hybrid = self.prompts, rng.random() < 0.5
         prompt = prompts.write(history, offered, hybrid)
-        listed = prompts.join(history, hybrid)
-        labels = [NO_LABEL] * len(prompts.opening) + listed
+        labels = [NO_LABEL] * len(prompts.opening) + prompts.join(history, hybrid)
         labels += [NO_LABEL] * (len(prompt) - len(labels)) + [*prompts.answers[answer], prompts.end]
         return [*prompt, *prompts.answers[answer], prompts.end], labels
 

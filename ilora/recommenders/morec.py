@@ -109,9 +109,8 @@ class TitleVectors(nn.Module):
         """Compute vectors from titles: (m,) item ids -> (m, dim)."""
         tokens = self.tokens[items.clamp(max=len(self.tokens) - 1)]  # (m, title_tokens); padding takes any title
         order = (tokens != NO_TOKEN).sum(1).argsort()  # batches of 64 titles of similar length
-        batches = tqdm(tokens[order].split(64), "encoding titles", delay=2, disable=self.training)
         means = []
-        for batch in batches:
+        for batch in tqdm(tokens[order].split(64), "encoding titles", delay=2, disable=self.training):
             batch = batch[:, : (batch != NO_TOKEN).sum(1).max()]
             mask = (batch != NO_TOKEN).long()
             states = self.text(input_ids=batch.clamp(min=0), attention_mask=mask).last_hidden_state
