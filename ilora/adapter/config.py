@@ -1,7 +1,6 @@
 """The configuration of an iLoRA adapter: LoRA's, and the gate's."""
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from peft import LoraConfig, PeftType
 
@@ -37,7 +36,7 @@ class ILoraConfig(LoraConfig):
             raise UserError(f"unknown gate {self.gate!r}: choose one of linear, convolutional, clusters.")
         if top_k is not None and not 2 <= top_k <= K:
             raise UserError(f"gate_top_k={top_k}: keep 2 to num_experts={K} (one weight would be the constant 1).")
-        variants = [f.name for f in dataclasses.fields(self) if f.metadata.get("is_lora_variant")]
+        variants = [f.name for f in fields(self) if f.metadata.get("is_lora_variant")]
         others = ["use_qalora", "lora_bias", "target_parameters", "layer_replication", "megatron_config"]
         for name in variants + others:
             if getattr(self, name):

@@ -3,7 +3,6 @@
 import torch
 from scipy.cluster.vq import kmeans2
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ilora.adapter.config import ILoraConfig
 from ilora.errors import UserError
@@ -62,7 +61,7 @@ class _ResidualBlock(nn.Module):
         self.shortcut = nn.Conv1d(c_in, c_out, 1, stride=2, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.branch(x) + self.shortcut(x))
+        return (self.branch(x) + self.shortcut(x)).relu()
 
 
 class ConvolutionalGate(Gate):

@@ -6,8 +6,7 @@ import torch
 from scipy import stats
 from torch import nn
 
-from ilora.data.dataset import CANDIDATES
-from ilora.data.windows import Sequences
+from ilora.data import CANDIDATES, Sequences
 from ilora.errors import UserError
 
 QUESTION_COLUMNS = ["user", "position", "target", "candidates"]  # of outcomes: they identify a question

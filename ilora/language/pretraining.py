@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -125,4 +124,4 @@ class Pretraining(nn.Module):
         states, labels = self.model.model(input_ids=batch["input_ids"]).last_hidden_state, batch["labels"][:, 1:]
         learned = labels != NO_LABEL
         logits = self.model.lm_head(states[:, :-1][learned]).float()  # (labels, vocabulary): no logits elsewhere
-        return functional.cross_entropy(logits, labels[learned])
+        return nn.functional.cross_entropy(logits, labels[learned])

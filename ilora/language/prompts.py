@@ -10,8 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
-from torch.nn import functional
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AddedToken, PreTrainedTokenizerBase
 
@@ -106,7 +105,7 @@ class Prompts:
         for name, value in FILL.items():
             padded = pad_sequence([torch.LongTensor(row[name]) for row in rows], True, value, side)
             extra = -padded.shape[1] % (multiple if name in ("input_ids", "part") else 1)
-            batch[name] = functional.pad(padded, (0, extra), value=value)
+            batch[name] = nn.functional.pad(padded, (0, extra), value=value)
         return batch | {"places": (batch["input_ids"].flatten() == self.item_token).nonzero()[:, 0]}
 
     def _row(self, prompt: list[int], answers: Sequence[int]) -> dict[str, list[int]]:

@@ -9,7 +9,6 @@ import logging
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ilora.data.windows import Row
 from ilora.language.base_models import quantization
@@ -22,7 +21,7 @@ LOGITS = 2**29  # the most at once, which bounds the memory: 2 GiB in float32
 def log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
     """log P of each label, 0 for NO_LABEL: (rows, labels, vocabulary), (rows, labels) -> (rows, labels)."""
     flat = logits.float().flatten(0, 1)
-    return -functional.cross_entropy(flat, labels.flatten(), reduction="none", ignore_index=NO_LABEL).view_as(labels)
+    return -nn.functional.cross_entropy(flat, labels.flatten(), reduction="none", ignore_index=NO_LABEL).view_as(labels)
 
 
 @torch.no_grad()

@@ -9,7 +9,6 @@ import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ilora import artifacts
 from ilora.errors import UserError
@@ -110,4 +109,4 @@ class SequenceModel(Recommender):
 
     def forward(self, batch: Tensor, progress: float = 0.0, step_seed: int = 0) -> Tensor:
         """Mean cross entropy of the targets over all items."""
-        return functional.cross_entropy(self.score_all(batch[:, :-1]), batch[:, -1])
+        return nn.functional.cross_entropy(self.score_all(batch[:, :-1]), batch[:, -1])

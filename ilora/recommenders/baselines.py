@@ -3,7 +3,6 @@
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ilora.data.dataset import Dataset
 from ilora.recommenders.base import Recommender, SequenceModel
@@ -63,7 +62,7 @@ class Caser(SequenceModel):
 
     def final_state(self, items: Tensor, mask: Tensor) -> Tensor:
         image = (items * mask[..., None]).mT  # (batch, dim, length)
-        image = functional.pad(image, (self.window - image.shape[2], 0))  # (batch, dim, window)
+        image = nn.functional.pad(image, (self.window - image.shape[2], 0))  # (batch, dim, window)
         horizontal = [convolution(image).relu().amax(2) for convolution in self.horizontal]  # each (batch, filters)
         vertical = self.vertical(image).flatten(1)  # (batch, dim * vertical)
         return self.last(self.dropout(torch.cat([*horizontal, vertical], dim=1)))

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoTokenizer
@@ -75,7 +74,7 @@ class MoRec(SASRec):
         p = self.popularity[distinct.clamp(max=self.n_items - 1)]
         log_q = (-torch.expm1(n * torch.log1p(-p))).clamp(min=1e-12).log()
         logits = states[mask] @ vectors.T - log_q.masked_fill(distinct == self.n_items, torch.inf)
-        return functional.cross_entropy(logits, index[:, 1:][mask], reduction="sum") / mask.numel()
+        return nn.functional.cross_entropy(logits, index[:, 1:][mask], reduction="sum") / mask.numel()
 
 
 class TitleVectors(nn.Module):

@@ -11,8 +11,7 @@ import torch
 from tqdm import tqdm
 
 from ilora import artifacts, devices
-from ilora.data.dataset import Dataset
-from ilora.data.windows import Sequences, sequences
+from ilora.data import Dataset, Sequences, sequences
 from ilora.errors import UserError
 from ilora.evaluation.metrics import hit_ratios
 from ilora.recommenders.base import SequenceModel
