@@ -12,6 +12,11 @@ import pandas as pd
 from ilora.data.dataset import Dataset, assemble, item_table, refuse_rows, title_key
 from ilora.errors import UserError
 
+_TIME = (
+    r"(?P<number>[+-]?(?:0|[1-9]\d{0,18}))|"  # without a zero in front, which is for a day or an hour, as in 01022024
+    r"(?P<date>\d{4}-\d\d-\d\d)(?P<clock>[T ]\d\d:\d\d(?::\d\d(?:[.]\d{1,6})?)?(?P<zone>Z|[+-]\d\d(?::?\d\d)?)?)?"
+)
+
 
 def read_csv(files: list[Path]) -> Dataset:
     """events.csv (user, item, time) and items.csv (id, title, and optionally text)."""
@@ -87,12 +92,6 @@ def _read_columns(file: Path, *columns: str) -> pd.DataFrame:
     unnamed = (table.loc[:, [not name for name in header]] != "").any(axis=1)  # a comma may end each line
     refuse_rows(file, unnamed, "a field without a column name; name it in line 1")
     return table[[*columns]]
-
-
-_TIME = (
-    r"(?P<number>[+-]?(?:0|[1-9]\d{0,18}))|"  # without a zero in front, which is for a day or an hour, as in 01022024
-    r"(?P<date>\d{4}-\d\d-\d\d)(?P<clock>[T ]\d\d:\d\d(?::\d\d(?:[.]\d{1,6})?)?(?P<zone>Z|[+-]\d\d(?::?\d\d)?)?)?"
-)
 
 
 def _parse_times(file: Path, text: pd.Series) -> np.ndarray:

@@ -18,6 +18,9 @@ from ilora.data.dataset import SPLITS, Dataset, assemble, item_table, refuse_row
 from ilora.errors import UserError
 
 _LLARA = "LLaRA's are at https://huggingface.co/datasets/joyliao7777/LLaRA"
+_ARCHIVE = "https://files.grouplens.org/datasets/movielens/ml-100k.zip", "md5:0e33842e24a9c977be4e0107933c0723"
+_LICENCE = "for research, with acknowledgement; no redistribution or commercial use without permission (see its README)"
+_YEAR = re.compile(r"\s*\((\d{4})\)(\s*\(V\))?\s*$")  # at the end of a film's title
 
 
 def find_source(name: str, data_dir: str) -> tuple[Callable[[list[Path]], Dataset], list[Path]]:
@@ -53,10 +56,6 @@ def _require(folder: Path, *names: str) -> list[Path]:
     return [folder / name for name in names]
 
 
-_ARCHIVE = "https://files.grouplens.org/datasets/movielens/ml-100k.zip", "md5:0e33842e24a9c977be4e0107933c0723"
-_LICENCE = "for research, with acknowledgement; no redistribution or commercial use without permission (see its README)"
-
-
 def _download() -> Path:
     """Show the licence of MovieLens, then fetch and unpack its archive, once; the folder with the files."""
     url, checksum = _ARCHIVE
@@ -77,9 +76,6 @@ def _lines(file: Path, *encodings: str) -> pd.Series:
     """The lines that are not blank, indexed by their numbers."""
     lines = enumerate(re.split("\r?\n", decode(file, *encodings)), start=1)
     return pd.Series({number: line for number, line in lines if line.strip()}, dtype=object)
-
-
-_YEAR = re.compile(r"\s*\((\d{4})\)(\s*\(V\))?\s*$")
 
 
 def _read_u_item(file: Path) -> pd.DataFrame:

@@ -9,6 +9,9 @@ import numpy as np
 from ilora.data.dataset import CANDIDATES, MIN_HISTORY, SPLITS, Dataset
 from ilora.errors import UserError
 
+Row = tuple[np.ndarray, np.ndarray, int]  # of Questions: history, padded on the left with n_items; candidates; target
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
 
 @dataclass(frozen=True)
 class Sequences:
@@ -46,9 +49,6 @@ def sequences(
     return Sequences(user[row], position[row], history, np.minimum(position[row], window), item[row])
 
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-
-
 def splitmix64(state: np.ndarray) -> np.ndarray:
     """Hash uint64 one to one (Steele, Lea and Flood 2014)."""
     state = state + _GOLDEN
@@ -81,9 +81,6 @@ def candidates(sequences: Sequences, n_items: int, seed: int) -> np.ndarray:
     place = (splitmix64(state) % np.uint64(CANDIDATES)).astype(np.int64)
     offered[:, -1], offered[row, place] = offered[row, place], target
     return offered.astype(np.int64)
-
-
-Row = tuple[np.ndarray, np.ndarray, int]  # of Questions: history, padded on the left with n_items; candidates; target
 
 
 class Questions:
