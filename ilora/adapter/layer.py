@@ -3,8 +3,7 @@
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import LoraVariant
+from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import Tensor
 
 from ilora.errors import UserError
