@@ -491,6 +491,18 @@ def test_a_run_killed_ten_times_gives_the_same_bits(tmp_path, server):
     assert len(checkpoints(tmp_path / "killed")) == 2  # and no half-written file
 
 
+def test_each_process_gets_every_second_of_the_sorted_rows(tmp_path):
+    """So that none waits for another one with longer rows."""
+    dealt = []
+    for index in (0, 1):
+        run = loop._Run(Toy(), ROWS, replace(ARGUMENTS, device="cpu", batch_size=8), tmp_path / str(index))
+        run.accelerator = Mock(num_processes=2, process_index=index, reduce=lambda value, reduction: value)
+        run.share, run.model.batch_size = 4, 3
+        run._backward(list(range(8)))
+        dealt.append(run.model.collated)
+    assert dealt == [[[0, 2], [4, 6]], [[1, 3], [5, 7]]]
+
+
 LAUNCH = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
 
 
