@@ -260,10 +260,10 @@ def test_a_gate_by_clusters_gives_each_user_the_expert_of_the_nearest_centre():
     assert not list(gate.parameters())
     assert gate(users()).isnan().all()  # before its centres are known no loss is finite
     group = torch.tensor([0, 1, 1, 0, 1])
-    gate.fit(torch.eye(D)[group] + 0.01 * torch.randn(5, D))
+    gate.centres.copy_(torch.eye(D)[:2])
     w = gate(torch.eye(D)[group] + 0.01 * torch.randn(5, D))
     assert w.sum(1).tolist() == w.amax(1).tolist() == [1.0] * 5
-    assert torch.equal(w.argmax(1) == w.argmax(1)[0], group == 0)
+    assert torch.equal(w.argmax(1), group)
 
 
 def test_zero_initialised_B_leaves_the_base_model_bit_equal():

@@ -1,7 +1,6 @@
 """Gates: from the representation z (b, d) of each row's history to the weights w (b, K) of its experts (Eq. 11)."""
 
 import torch
-from scipy.cluster.vq import kmeans2
 from torch import Tensor, nn
 
 from ilora.adapter.config import ILoraConfig
@@ -77,16 +76,11 @@ class ConvolutionalGate(Gate):
 
 
 class ClusterGate(Gate):
-    """Routing without learning: all weight for one expert, that of the nearest centre.  `fit` places the centres."""
+    """Routing without learning: all weight for one expert, that of the nearest of the `centres`, which others place."""
 
     def __init__(self, config: ILoraConfig) -> None:
         super().__init__(config)
         self.register_buffer("centres", torch.full((config.num_experts, config.gate_dim), torch.nan))
-
-    def fit(self, z: Tensor, seed: int = 0) -> None:
-        """Place the centres by k-means over representations z (n, d)."""
-        centres, _ = kmeans2(z.double().cpu().numpy(), len(self.centres), iter=25, minit="++", rng=seed)
-        self.centres.copy_(torch.from_numpy(centres))
 
     def logits(self, z: Tensor) -> Tensor:
         distance = torch.cdist(z.float(), self.centres.float())  # (b, K)

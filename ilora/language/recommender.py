@@ -16,6 +16,7 @@ import numpy as np
 import safetensors.torch
 import torch
 from peft import LoraConfig, PeftModel
+from scipy.cluster.vq import kmeans2
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -142,11 +143,13 @@ class LanguageRecommender(nn.Module):
 
     @torch.no_grad()
     def fit_gate(self, rows: Questions) -> None:
-        """Place the centres of a gate by clusters (ClusterGate) among the encoder's states of these histories."""
+        """Place the centres of a gate by clusters by k-means over the encoder's states of these histories."""
         for gate in self.language_model.modules():
             if isinstance(gate, ClusterGate):
                 parts = self.encoder.stack(rows.sequences.history).to(self.device).split(1000)
-                gate.fit(torch.cat([self.encoder.encode(part) for part in parts]), self.seed)
+                states = torch.cat([self.encoder.encode(part) for part in parts]).double().cpu().numpy()
+                centres, _ = kmeans2(states, len(gate.centres), iter=25, minit="++", rng=self.seed)
+                gate.centres.copy_(torch.from_numpy(centres))
 
     def logits(self, batch: dict[str, Tensor], hybrid: bool = True, **inputs: Tensor | dict) -> Tensor:
         """(batch, labels, vocabulary): what the model predicts for the batch's labels."""
