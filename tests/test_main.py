@@ -50,7 +50,7 @@ def repository(tmp_path, monkeypatch):
     monkeypatch.setattr(subprocess, "run", build)
     monkeypatch.chdir(tmp_path)
     environment = {
-        "ILORA_HOME": "home",
+        "ILORA_HOME": str(tmp_path / "home"),
         "JUPYTER_PATH": "",
         "OMP_NUM_THREADS": "1",
         "PREFIX": sys.prefix,
