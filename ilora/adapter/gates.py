@@ -76,7 +76,7 @@ class ConvolutionalGate(Gate):
 
 
 class ClusterGate(Gate):
-    """Routing without learning: all weight for one expert, that of the nearest of the `centres`, which others place."""
+    """Routing without learning: all weight for one expert, that of the nearest centre; the caller places them."""
 
     def __init__(self, config: ILoraConfig) -> None:
         super().__init__(config)

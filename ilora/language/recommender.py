@@ -143,7 +143,7 @@ class LanguageRecommender(nn.Module):
 
     @torch.no_grad()
     def fit_gate(self, rows: Questions) -> None:
-        """Place the centres of a gate by clusters by k-means over the encoder's states of these histories."""
+        """Place the centres of a ClusterGate by k-means over the encoder's states of these histories."""
         for gate in self.language_model.modules():
             if isinstance(gate, ClusterGate):
                 parts = self.encoder.stack(rows.sequences.history).to(self.device).split(1000)
