@@ -4,7 +4,7 @@ import importlib.util
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from ilora import artifacts
 from ilora.errors import UserError
@@ -18,16 +18,9 @@ def folder() -> Path:
     def convert(target: Path) -> None:
         source = {"pretrained_model_name_or_path": packaged_file().parent, "gguf_file": FILE}
         quantized = GgufConfig(dequantize=True)  # plain linear layers instead of packed ones
-        loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16, quantization_config=quantized)
-        loaded.config.__dict__.pop("quantization_config", None)  # with it, transformers 5.17 refuses to save
-        model = LlamaForCausalLM(loaded.config).to(torch.bfloat16)
-        model.load_state_dict(loaded.state_dict())
+        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16, quantization_config=quantized)
         model.save_pretrained(target)
-        tokenizer = AutoTokenizer.from_pretrained(**source)
-        for token in ("bos_token", "eos_token", "pad_token", "unk_token"):  # transformers 5.17 reads other ones
-            setattr(tokenizer, token, tokenizer.convert_ids_to_tokens(getattr(model.config, f"{token}_id")))
-        tokenizer.init_kwargs["clean_up_tokenization_spaces"] = False  # titles must read back as they are
-        tokenizer.save_pretrained(target)
+        AutoTokenizer.from_pretrained(**source).save_pretrained(target)
 
     content = artifacts.content(packaged_file())
     return artifacts.cached("base", {"file": FILE}, {"base_model": content}, convert, note="SmolLM2")
