@@ -102,17 +102,15 @@ def _to_list(value: object) -> object:
         return _numbers(data, dtype, shape, "F" if fortran else "C")
     if math.prod(shape) != len(data):
         raise ValueError(f"{len(data)} values in shape {shape}")
-    data = [_to_list(each) for each in data]
-    return data if len(shape) == 1 else [data[row * shape[1] : (row + 1) * shape[1]] for row in range(shape[0])]
+    return np.fromiter(map(_to_list, data), object, len(data)).reshape(shape).tolist()
 
 
 def _numbers(data: bytes, dtype: _StandIn, shape: tuple[int, ...], order: str) -> list:
     """The values of an array of plain numbers.  Raises ValueError for any other type."""
-    code, byte_order = dtype.arguments[0], dtype.state[1]
-    if not re.fullmatch("[biuf][1248]", code):
+    code = dtype.state[1] + dtype.arguments[0]  # byte order and type, such as <i8
+    if not re.fullmatch("[<>=|][biuf][1248]", code):
         raise ValueError(f"values of type {code}")
-    dtype = np.dtype((byte_order if byte_order in "<>" else "") + code)
-    return np.frombuffer(data, dtype).reshape(shape, order=order).tolist()
+    return np.frombuffer(data, code).reshape(shape, order=order).tolist()
 
 
 def _texts(parts: tuple) -> list[str]:
