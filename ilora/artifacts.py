@@ -135,23 +135,25 @@ def write_json(path: str | Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, default=methodcaller("tolist"), **options) + "\n")
 
 
-def cached(kind: str, settings: Mapping, inputs: Mapping, make: Callable[[Path], None], note: str = "") -> Path:
-    """The folder `home()/kind/key(settings, inputs)`; `make(folder)` fills it unless it exists.
+def cached(kind: str, settings: Mapping, inputs: Mapping, make: Callable[[Path, Path], None], note: str = "") -> Path:
+    """The folder `home()/kind/key(settings, inputs)`; `make(folder, work)` fills it unless it exists.
 
     The folder appears complete or not at all; its parameters.json records what the key depends on. Other runs wait for
     the one that calls `make`. All processes of a distributed run call it; the main process's folder is kept.
+    `work`, removed once the folder exists, is for what an interrupted run resumes from.
     """
     state = PartialState()
     folder = home() / kind / key(settings, inputs)
+    work = home() / "training" / folder.name
     (home() / "locks").mkdir(exist_ok=True)
     with FileLock(home() / "locks" / f"{kind}-{folder.name}") if state.is_main_process else nullcontext():
-        if utils.broadcast_object_list([(folder / "parameters.json").is_file()])[0]:  # one process decides for all
-            return folder
-        log.info("making %s/%s%s", kind, folder.name, f" ({note})" if note else "")
-        with atomic_folder(folder) if state.is_main_process else tempfile.TemporaryDirectory() as temporary:
-            make(Path(temporary))
-            write_json(Path(temporary) / "parameters.json", _ingredients(settings, inputs))
-        state.wait_for_everyone()
+        if not utils.broadcast_object_list([(folder / "parameters.json").is_file()])[0]:  # one process decides for all
+            log.info("making %s/%s%s", kind, folder.name, f" ({note})" if note else "")
+            with atomic_folder(folder) if state.is_main_process else tempfile.TemporaryDirectory() as temporary:
+                make(Path(temporary), work)
+                write_json(Path(temporary) / "parameters.json", _ingredients(settings, inputs))
+            state.wait_for_everyone()
+    shutil.rmtree(work, ignore_errors=True)
     return folder
 
 

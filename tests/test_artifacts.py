@@ -115,7 +115,7 @@ def test_a_folder_with_other_files_is_not_replaced(tmp_path):
 def test_simultaneous_runs_make_a_folder_once(home):
     made = []
 
-    def make(folder):
+    def make(folder, _):
         time.sleep(0.2)
         made.append(folder)
 
@@ -127,10 +127,13 @@ def test_simultaneous_runs_make_a_folder_once(home):
 def test_cached_makes_once_and_again_after_a_failure(home):
     made = []
 
-    def make(folder):
+    def make(folder, work):
         made.append(folder)
+        work.mkdir(parents=True, exist_ok=True)
         if len(made) == 1:
+            (work / "step-1").touch()
             raise OSError("killed")
+        assert (work / "step-1").is_file()
         (folder / "data.txt").write_text("x")
 
     with pytest.raises(OSError, match="killed"):
@@ -138,7 +141,7 @@ def test_cached_makes_once_and_again_after_a_failure(home):
     first = artifacts.cached("data", {"seed": 1}, {"file": "a"}, make, note="one line")
     assert artifacts.cached("data", {"seed": 1}, {"file": "a"}, make) == first
     assert first == home / "data" / artifacts.key({"seed": 1}, {"file": "a"})
-    assert len(made) == 2
+    assert len(made) == 2 and not list((home / "training").iterdir())
     about = {"version": ilora.__version__, "inputs": {"file": "a"}, "settings": {"seed": 1}}
     assert json.loads((first / "parameters.json").read_text()) == about
 

@@ -33,7 +33,7 @@ def load(
     """
     settings, inputs, read_source = _source(dataset, data_dir, conflict, users, seed, repeats)
 
-    def make(folder: Path) -> None:
+    def make(folder: Path, _: Path) -> None:
         source = read_source()
         events, notes = source.events, source.notes
         if repeats == "drop":

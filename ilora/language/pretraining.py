@@ -7,7 +7,6 @@ Most answers are the one offered title of the history, which no real question of
 both lists; the others are random.
 """
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -42,9 +41,8 @@ def base_for(dataset: Dataset, seed: int = 0, device: str = "auto", recipe: Mapp
     """Folder of the base for a data set, in bfloat16; made once and kept."""
     settings = {"seed": seed, "recipe": dict(recipe)}
     inputs = {"data": dataset.key, "start": artifacts.content(EMBEDDED)}
-    work = artifacts.home() / "training" / f"base-{artifacts.key(settings, inputs)}"
 
-    def make(folder: Path) -> None:
+    def make(folder: Path, work: Path) -> None:
         titles = list(dataset.items["title"])
         tokenizer = train_tokenizer(titles, wording(dataset.noun, dataset.verb), recipe["vocabulary"])
         model = embedded_with(tokenizer, seed)
@@ -56,9 +54,7 @@ def base_for(dataset: Dataset, seed: int = 0, device: str = "auto", recipe: Mapp
         model.to(torch.bfloat16).cpu().save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
-    folder = artifacts.cached("base", settings, inputs, make, note=f"a small language model for {dataset.name}")
-    shutil.rmtree(work, ignore_errors=True)
-    return folder
+    return artifacts.cached("base", settings, inputs, make, note=f"a small language model for {dataset.name}")
 
 
 def train_tokenizer(titles: list[str], words: tuple[str, ...], vocabulary: int) -> PreTrainedTokenizerFast:

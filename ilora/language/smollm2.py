@@ -15,7 +15,7 @@ FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 def folder() -> Path:
     """The folder of SmolLM2, the package's file in bfloat16, made once.  Raises UserError if a package is missing."""
 
-    def convert(target: Path) -> None:
+    def convert(target: Path, _: Path) -> None:
         source = {"pretrained_model_name_or_path": packaged_file().parent, "gguf_file": FILE}
         quantized = GgufConfig(dequantize=True)  # plain linear layers instead of packed ones
         model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16, quantization_config=quantized)

@@ -87,9 +87,9 @@ def tune(
         about = artifacts.digest([type(encoder).__name__, encoder.config]).encode()
         weights = (name.encode() + value.cpu().numpy().tobytes() for name, value in encoder.state_dict().items())
         inputs["encoder"] = hashlib.sha256(b"".join([about, *weights])).hexdigest()[:12]
-    work, trained = artifacts.home() / "training" / artifacts.key(settings, inputs), []
+    trained = []
 
-    def make(folder: Path) -> None:
+    def make(folder: Path, work: Path) -> None:
         chosen = adapter.identity()
         start = {"guidance": chosen.pop("guidance", "sequence"), "adapter": adapter_config(**chosen), "seed": seed}
         model = untuned(dataset, base_model, encoder, arguments.device, quantize, **start)
@@ -108,7 +108,6 @@ def tune(
 
     kind = "LoRA" if adapter.experts == 1 else f"iLoRA with {adapter.experts} experts"
     folder = artifacts.cached("adapters", settings, inputs, make, note=f"{kind} on {dataset.name}")
-    shutil.rmtree(work, ignore_errors=True)
     if not trained:
         trained = [LanguageRecommender.from_pretrained(folder / "recommender", base_model, arguments.device, dataset)]
         trained[0].batch_size = arguments.micro_batch_size or trained[0].batch_size

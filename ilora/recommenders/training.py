@@ -1,6 +1,5 @@
 """Training of recommenders on item ids: rows, optimisation, and the choice of dropout and L2 by validation."""
 
-import shutil
 from collections import UserList
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -50,9 +49,8 @@ def fit_recommender(
     config = {"window": window, "dropout": dropout}
     settings = {"model": kind, **config, **arguments.identity()}
     inputs = {"data": dataset.key} | ({"text_encoder": artifacts.model_content(text_encoder)} if text_encoder else {})
-    work = artifacts.home() / "training" / artifacts.key(settings, inputs)
 
-    def train(folder: Path) -> None:
+    def train(folder: Path, work: Path) -> None:
         devices.seed_all(seed)
         morec, threads = kind == "MoRec", torch.get_num_threads()
         if morec:
@@ -74,7 +72,6 @@ def fit_recommender(
         model.save_pretrained(folder)
 
     folder = artifacts.cached("recommenders", settings, inputs, train, note=f"{kind} on {dataset.name}")
-    shutil.rmtree(work, ignore_errors=True)
     return SequenceModel.from_pretrained(folder), pd.read_csv(folder / "history.csv")
 
 
