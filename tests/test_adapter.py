@@ -29,7 +29,7 @@ from transformers import (
 )
 
 import ilora
-from ilora.adapter import ILoraConfig, export_lora, gate_weights
+from ilora.adapter import ILoraConfig, conditioning, export_lora, gate_weights
 from ilora.errors import UserError
 
 D, K, R, ALPHA = 6, 4, 8, 32  # gate_dim, experts, rank, alpha
@@ -319,10 +319,25 @@ def launches(model, **keywords):
     return counted.number
 
 
-def test_training_under_autocast_launches_less_than_lora():
-    """An adapted layer's input is not cast to and fro, which pays for the gate."""
-    model, lora = adapted(dtype=torch.bfloat16).train(), plain_lora(torch.bfloat16).train()
-    assert launches(model, sequence_embeds=users()) < launches(lora)
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_training_under_autocast_launches_no_more_than_lora(per_layer):
+    """An adapted layer's input is not cast to and fro, which pays for the gate; gates per layer are applied at once."""
+    model, lora = adapted(dtype=torch.bfloat16, gate_per_layer=per_layer).train(), plain_lora(torch.bfloat16).train()
+    assert launches(model, sequence_embeds=users()) <= launches(lora)
+
+
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_gates_per_layer_applied_at_once_are_each_gate_alone(top_k, monkeypatch):
+    """Outputs and gradients, also of a copied model and where a second adapter has gates of its own."""
+    model = copy.deepcopy(adapted(gate_per_layer=True, gate_top_k=top_k))
+    at_once, result = gradients(model, users()), outputs(model, tokens(), sequence_embeds=users())
+    model.add_adapter("second", config(gate_per_layer=True, num_experts=2))
+    assert torch.equal(outputs(model, tokens(), sequence_embeds=users()), result)
+    monkeypatch.setattr(conditioning, "weights_of_all", lambda gates, z: None)
+    assert_close(outputs(model, tokens(), sequence_embeds=users()), result)
+    alone = gradients(model, users())
+    assert sum("lora_gate" in name for name in alone) == 2 * len(SEVEN)
+    assert_same_gradients(at_once, alone)
 
 
 def test_input_that_is_not_cast_changes_no_bit():

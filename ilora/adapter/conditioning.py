@@ -13,7 +13,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from ilora.adapter.gates import Gate
+from ilora.adapter.gates import Gate, weights_of_all
 from ilora.errors import UserError
 
 
@@ -24,7 +24,7 @@ class Condition:
     z: Tensor  # (b, d)
     weights: dict[str, Tensor] = field(default_factory=dict)  # adapter -> w (b, K) of its shared gate
     task: asyncio.Task | None = None  # of a context: the asyncio task that entered it
-    factors: dict[tuple, list[Tensor]] | None = None  # of a forward: unused slices, see `Conditioning.factor`
+    factors: dict[tuple, dict[Gate, list[Tensor]]] | None = None  # of a forward: unused, see `Conditioning.factor`
 
 
 class _PerThread(threading.local):
@@ -52,6 +52,7 @@ class Conditioning:
 
     def __init__(self, model: nn.Module) -> None:
         self.gates = nn.ModuleDict()  # adapter -> its gate, where all layers share one
+        self.layer_gates: dict[str, list[Gate]] = {}  # adapter -> the gates of its layers, where each has its own
         self.active: list[str] = []  # the active adapters
         self.merged: list[list[str]] = []  # for each adapted layer PEFT's list of the adapters merged into it
         self.least_dim = 3 if hasattr(model, "prepare_inputs_for_generation") else 2  # (b, s, d_in) or (b, d_in)
@@ -127,20 +128,30 @@ class Conditioning:
 
     def factor(self, layer: LoraLayer, adapter: str, middle: Tensor) -> Tensor:
         """What the middle (b, .., r) of a layer is multiplied by: K alpha/r w, each repeated r/K times, (b, 1.., r)."""
-        w, shape, scale = self.weights_of(layer, adapter), middle.shape, layer.scaling[adapter]
-        if shape[0] != w.shape[0] or len(shape) < self.least_dim:
-            problem = f"sequence_embeds has {len(w)} rows but an adapted layer got {(*shape[:-1], layer.in_features)}"
-            raise UserError(f"{problem}: pass one per row (adapter_names and loose tokens, as in OPT's fc1, fail).")
-        # layers with a shared gate take slices of one tensor, which saves small GPU kernels in every layer
-        shared = None if torch.compiler.is_compiling() or adapter not in self.running.weights else self.running.factors
-        key = adapter, scale, shape, middle.dtype, middle.device, torch.is_grad_enabled()
-        slices = [] if shared is None else shared.setdefault(key, [])
-        if not slices:
-            K, rank = w.shape[1], shape[-1]
-            factor = (K * scale * w).repeat_interleave(rank // K, dim=1, output_size=rank).to(middle)
-            factor = factor.view(len(factor), *(1,) * (len(shape) - 2), rank)
-            slices += [factor] if shared is None else factor.expand(len(self.merged), *factor.shape).unbind()
-        return slices.pop()
+        condition, gate, factor_of = self.running, self.gate_of(layer, adapter), partial(self._factor_of, layer, middle)
+        if torch.compiler.is_compiling() or condition is None or condition.factors is None:
+            return factor_of(layer.scaling[adapter], self.weights_of(layer, adapter))
+        # layers take slices of one tensor, which saves small GPU kernels in every layer
+        key = layer.scaling[adapter], middle.shape, middle.dtype, middle.device, torch.is_grad_enabled()
+        slices = condition.factors.setdefault(key, {})
+        if not slices.get(gate):
+            own = self.layer_gates.get(adapter, [])
+            if gate in own and (w := weights_of_all(own, condition.z)) is not None:
+                slices |= {gate: [factor] for gate, factor in zip(own, factor_of(key[0], w).unbind(), strict=True)}
+            else:
+                factor = factor_of(key[0], self.weights_of(layer, adapter))
+                slices[gate] = list(factor.expand(1 if own else len(self.merged), *factor.shape).unbind())
+        return slices[gate].pop()
+
+    def _factor_of(self, layer: LoraLayer, middle: Tensor, scale: float, w: Tensor) -> Tensor:
+        """w (.., b, K) -> (.., b, 1.., r).  Raises UserError."""
+        K, (rows, *between, rank) = w.shape[-1], middle.shape
+        if rows != w.shape[-2] or middle.dim() < self.least_dim:
+            problem = f"{w.shape[-2]} rows but an adapted layer got {(rows, *between, layer.in_features)}"
+            remedy = "pass one per row (adapter_names and loose tokens, as in OPT's fc1, fail)"
+            raise UserError(f"sequence_embeds has {problem}: {remedy}.")
+        factor = (K * scale * w).repeat_interleave(rank // K, dim=-1, output_size=rank).to(middle)
+        return factor.view(*w.shape[:-1], *(1 for _ in between), rank)
 
 
 def current_task() -> asyncio.Task | None:
