@@ -1,7 +1,5 @@
 """Gates: from the representation z (b, d) of each row's history to the weights w (b, K) of its experts (Eq. 11)."""
 
-from collections.abc import Callable, Sequence
-
 import torch
 from torch import Tensor, nn
 
@@ -26,12 +24,12 @@ class Gate(nn.Module):
         super().__init__()
         self.gate_dim, self.top_k = config.gate_dim, config.gate_top_k
 
-    def forward(self, z: Tensor, logits: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    def forward(self, z: Tensor, **given: Tensor) -> Tensor:
         check_representations(z, self.gate_dim)
         parameter = next(self.parameters(), z)
         z = z.to(parameter.dtype if parameter.is_meta else parameter)  # accelerate brings z to an offloaded gate
         with torch.autocast(z.device.type, enabled=False):
-            logits = (logits or self.logits)(z)
+            logits = self.logits(z, **given)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.top_k is not None:
             kept = logits.topk(self.top_k, dim=-1)
@@ -46,8 +44,8 @@ class LinearGate(Gate):
         super().__init__(config)
         self.W_g = nn.Linear(config.gate_dim, config.num_experts, bias=False)
 
-    def logits(self, z: Tensor) -> Tensor:
-        return self.W_g(z)
+    def logits(self, z: Tensor, stacked: Tensor | None = None) -> Tensor:
+        return self.W_g(z) if stacked is None else (stacked @ z.mT).mT  # of (L, K, d); gradients come contiguous
 
 
 class _ResidualBlock(nn.Module):
@@ -89,13 +87,13 @@ class ClusterGate(Gate):
         return torch.zeros_like(distance).where(distance == distance.amin(dim=1, keepdim=True), -torch.inf)
 
 
-def weights_of_all(gates: Sequence[Gate], z: Tensor) -> Tensor | None:
+def weights_of_all(gates: list[Gate], z: Tensor) -> Tensor | None:
     """w (L, b, K) of L linear gates in a few large kernels, or None if they are of another kind or apart."""
     weights = [gate.W_g.weight for gate in gates if type(gate) is LinearGate]
     kinds = {(type(weight), weight.shape, weight.dtype, weight.device) for weight in weights}  # FSDP cuts them up
     if len(weights) < len(gates) or len(kinds) > 1 or type(weights[0]) is not nn.Parameter or weights[0].is_meta:
         return None
-    return gates[0].forward(z, lambda z: (torch.stack(weights) @ z.mT).mT)  # which needs no copies of gradients
+    return gates[0].forward(z, stacked=torch.stack(weights))
 
 
 # by the name that ILoraConfig takes
