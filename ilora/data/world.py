@@ -63,16 +63,14 @@ def _simulate(
     rng: np.random.Generator, groups: np.ndarray, followers: np.ndarray, browse: np.ndarray, steps: int
 ) -> np.ndarray:
     """(steps, users) stories; all readers take a step together, and none repeats a story of the last `WINDOW`."""
-    cumulative = np.cumsum(browse, 1)
+    n_items = browse.shape[1]
+    ends = (np.cumsum(browse, 1) + np.arange(GROUPS)[:, None]).ravel()  # the probabilities of group g fill g to g + 1
     stories = np.empty((steps, len(groups)), np.int32)  # a step is contiguous in memory
     for step in range(steps):
         pending = np.arange(len(groups))
         while len(pending):  # sampling again after a repeat renormalises the probabilities exactly
             group, chance = groups[pending], rng.random(len(pending))
-            item = np.empty(len(pending), np.int32)
-            for number in range(GROUPS):
-                item[group == number] = np.searchsorted(cumulative[number], chance[group == number])
-            item = item.clip(max=browse.shape[1] - 1)
+            item = (np.searchsorted(ends, group + chance) - group * n_items).clip(0, n_items - 1)
             if step:
                 rank = rng.choice(len(FOLLOWER_WEIGHTS), size=len(pending), p=FOLLOWER_WEIGHTS)
                 follow = rng.random(len(pending)) < FOLLOW
