@@ -64,9 +64,8 @@ def content(path: str | Path) -> str:
         if about.st_size < 2**20:  # not cached: a small file may change twice within one tick of the clock
             return hashlib.sha256(path.read_bytes()).hexdigest()
         return _large_file_digest(path.resolve(), about.st_size, about.st_mtime_ns)
-    files = [file for file in sorted(path.rglob("*")) if file.is_file() and file.suffix != ".md"]
-    names = {file.relative_to(path).as_posix(): file for file in files}
-    return digest({name: content(file) for name, file in names.items() if "/." not in f"/{name}"})
+    files = [file.relative_to(path) for file in path.rglob("*") if file.is_file() and file.suffix != ".md"]
+    return digest({file.as_posix(): content(path / file) for file in files if "/." not in f"/{file.as_posix()}"})
 
 
 @cache
