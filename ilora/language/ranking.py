@@ -71,7 +71,7 @@ def long_question(model: nn.Module) -> Row:
     window = getattr(model.language_model.config.get_text_config(), "sliding_window", None) or 0
     wanted, candidates = max(300, window + 50 if window <= 1024 else 0), np.arange(min(3, len(model.prompts.titles)))
     short = model.length((candidates[:0], candidates, 0))
-    room = (model.positions or 10**6) - short - 4 * model.prompts.longest
+    room = model.positions - short - 4 * model.prompts.longest
     repeats = min(wanted, room) // (model.length((candidates, candidates, 0)) - short)
     return np.tile(candidates, max(repeats, 0)), candidates, 0
 

@@ -6,7 +6,6 @@ the same with a gate over K experts      iLoRA: the gate gets the recommender's 
 """
 
 import json
-import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
@@ -58,7 +57,7 @@ class LanguageRecommender(nn.Module):
             raise UserError("iLoRA's gate reads the recommender's representation: give an encoder")
         self.encoder, self.projector, self.compiled = encoder, None, False
         base_models.check_causal(language_model, prompts)
-        self.positions = getattr(language_model.config.get_text_config(), "max_position_embeddings", None)  # if limited
+        self.positions = getattr(language_model.config.get_text_config(), "max_position_embeddings", None) or 10**9
         self.register_buffer("placeholder", self._placeholder(language_model.get_input_embeddings()), persistent=False)
         torch.manual_seed(seed)  # the projector first, so that LoRA and iLoRA start from the same one
         if encoder is not None:
@@ -107,7 +106,7 @@ class LanguageRecommender(nn.Module):
 
     def _check_length(self, prompt: int) -> None:
         tokens = prompt + self.prompts.longest
-        if tokens > (self.positions or math.inf):
+        if tokens > self.positions:
             problem = f"a prompt with its answer has up to {tokens} tokens, but the base model reads {self.positions}"
             raise UserError(f"{problem}: choose a smaller window, or another base model")
 
