@@ -83,11 +83,10 @@ def expected_hit_ratio(
     by the hockey-stick identity a sum of two terms.  Raises UserError as `check_scores` does.
     """
     scores = check_scores(scores, (len(history), scores.shape[-1]), system)
-    row = np.arange(len(scores))
     free = np.ones((len(scores), scores.shape[1] + 1), dtype=bool)  # the last column is padding
-    free[row[:, None], np.column_stack([history, target])] = False
+    np.put_along_axis(free, np.column_stack([history, target]), False, axis=1)
     free = free[:, :-1]
-    target_score = scores[row, target][:, None]
+    target_score = np.take_along_axis(scores, target[:, None], axis=1)
     m = free.sum(1)
     better, ties = (free & (scores > target_score)).sum(1), (free & (scores == target_score)).sum(1)
 
