@@ -41,10 +41,6 @@ class Toy(nn.Module):
         self.x = torch.randn(len(ROWS), 4, generator=generator)
         self.collated, self.seeds = [], []  # the rows and the step's seed of each micro-batch
 
-    def parameter_groups(self, weight_decay):
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        return [{"params": trained, "weight_decay": weight_decay}]
-
     def collate(self, rows):
         self.collated.append(list(rows))
         x = self.x[torch.tensor(rows)]

@@ -108,9 +108,6 @@ class Pretraining(nn.Module):
         super().__init__()
         self.model = model
 
-    def parameter_groups(self, weight_decay: float) -> list[dict]:
-        return [{"params": list(self.parameters()), "weight_decay": weight_decay}]
-
     def collate(self, rows: list[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
         """input_ids and labels, (batch, longest), padded on the right, where a causal model needs no mask."""
         tokens, labels = ([torch.tensor(row[column]) for row in rows] for column in (0, 1))

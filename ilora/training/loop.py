@@ -74,9 +74,9 @@ def fit(
     """Train `model` in place and return its history, one row per step.  Raises UserError.
 
     model: `collate([train[i], ...])` makes a batch; `model(batch, progress=, step_seed=)` returns its mean loss, where
-        `progress` is step / all steps and `step_seed` is the same for all micro-batches of a step;
-        `parameter_groups(weight_decay)` is for AdamW, and a group may have "lr_scale". Optional: `length(row)`, by
-        which a batch is sorted before it is split; `trainable_state()`, see `trained_tensors`; `compile_layers()`,
+        `progress` is step / all steps and `step_seed` is the same for all micro-batches of a step. Optional:
+        `parameter_groups(weight_decay)` for AdamW, where a group may have "lr_scale"; `length(row)`, by which a batch
+        is sorted before it is split; `trainable_state()`, see `trained_tensors`; `compile_layers()`,
         `checkpoint_layers()`. Its `batch_size` becomes the number of rows of one forward pass.
     train: has `len(train)`, `train[i]` and optionally `set_epoch(epoch)`.
     folder: receives checkpoints/, from which an interrupted run resumes, and snapshots/, see `load_snapshot`.
@@ -271,7 +271,8 @@ def combined_seed(*numbers: int) -> int:
 
 def _optimizer(model: nn.Module, arguments: TrainingArguments, total_steps: int) -> tuple:
     """AdamW and its schedule: linear warm-up from floor * peak, then a cosine to floor * peak, or a constant peak."""
-    groups = model.parameter_groups(arguments.weight_decay)
+    usual = [{"params": list(model.parameters()), "weight_decay": arguments.weight_decay}]
+    groups = model.parameter_groups(arguments.weight_decay) if hasattr(model, "parameter_groups") else usual
     groups = [group | {"lr": arguments.learning_rate * group.get("lr_scale", 1.0)} for group in groups]
     warmup, optimizer = round(arguments.warmup * total_steps), torch.optim.AdamW(groups, fused=True)
     if arguments.schedule == "constant":
