@@ -95,21 +95,19 @@ def _read_columns(file: Path, *columns: str) -> pd.DataFrame:
 
 
 def _parse_times(file: Path, text: pd.Series) -> np.ndarray:
-    """int64: whole numbers as they are, ISO dates as microseconds since 1970 (UTC where they name no zone)."""
+    """int64: whole numbers as they are, ISO dates as microseconds since 1970 (UTC where they name no zone).
+
+    Raises UserError for other forms, for more than 64 bits, and for seconds since 1970 among milliseconds.
+    """
     has = text.str.extract(f"^(?:{_TIME})$", flags=re.ASCII).notna()  # number, date, clock, zone
     remedy = "write 2024-05-31, 2024-05-31T18:00:00 or seconds since 1970, with all digits and all lines in one way"
     refuse_rows(file, ~has.any(axis=1), f"time {{!r}} is neither a whole number nor an ISO date; {remedy}", text)
     differs = (has != has.to_numpy()[:1]).any(axis=1)
     refuse_rows(file, differs, f"time {{!r}} is not written like {next(iter(text), '')!r}; {remedy}", text)
-    if has["number"].all():
-        return _whole_numbers(file, text)
-    values = pd.to_datetime(text, format="ISO8601", utc=True, errors="coerce").dt.as_unit("us")
-    refuse_rows(file, values.isna(), "time {!r} is no day and time that exists; correct it", text)
-    return values.astype(np.int64).to_numpy()
-
-
-def _whole_numbers(file: Path, text: pd.Series) -> np.ndarray:
-    """int64, without loss.  Raises UserError for more than 64 bits, or seconds since 1970 among milliseconds."""
+    if not has["number"].all():
+        values = pd.to_datetime(text, format="ISO8601", utc=True, errors="coerce").dt.as_unit("us")
+        refuse_rows(file, values.isna(), "time {!r} is no day and time that exists; correct it", text)
+        return values.astype(np.int64).to_numpy()
     values = np.array([int(number) for number in text], dtype=object)
     large = pd.Series((values < -(2**63)) | (values >= 2**63), text.index, dtype=bool)
     refuse_rows(file, large, "time {!r} is not a whole number of at most 64 bits; correct it", text)
