@@ -1,8 +1,6 @@
 """`python -m ilora`: the notebooks in order, then the book; `table` and `sweep` are further commands."""
 
-import sys
-
 from ilora.study.commands import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())
