@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from ilora.language import (
 from ilora.language import recommender as recommender_module
 from ilora.language.ranking import mask_and_positions
 from ilora.recommenders import Caser, GRU4Rec, SASRec
+from ilora.recommenders.base import k_means
 from ilora.training import TrainingArguments, fit
 
 WORDS = " ".join(titles()["title"]).split()
@@ -572,6 +574,24 @@ def test_a_question_is_a_padded_history_candidates_and_target():
         assert list(history) == list(sequences.history[row])
         assert target == sequences.target[row] and list(candidates).count(target) == 1
         assert len(set(candidates)) == 20 and not set(candidates) & set(history)
+
+
+@pytest.mark.parametrize("gate_per_layer", [False, True])
+def test_k_means_of_the_states_places_the_centres_of_a_gate(gate_per_layer, monkeypatch):
+    shape = {"experts": 2, "gate": "clusters", "gate_per_layer": gate_per_layer}
+    monkeypatch.setitem(KINDS, "placed", (True, shape))
+    model, sequences, calls = make("placed"), windows(), []
+    monkeypatch.setattr(recommender_module, "k_means", lambda *given: calls.append(given) or k_means(*given))
+    questions = Questions(sequences, len(TITLES), seed=5)
+    model.fit_gate(questions)
+    assert len(calls) == 1  # however many layers have a gate
+    z = model.encoder.encode(torch.from_numpy(sequences.history)).detach().numpy()
+    labels, _ = k_means(z, 2, model.seed, sequences.user)
+    weights = model.gate_weights([questions[row] for row in range(30)]).view(-1, 30, 2)
+    np.testing.assert_array_equal(weights, np.broadcast_to(np.eye(2)[labels], weights.shape))
+    alone = Questions(replace(sequences, user=np.zeros(30, int)), len(TITLES), seed=5)
+    with pytest.raises(UserError, match="2 clusters"):
+        model.fit_gate(alone)
 
 
 def test_a_prompt_leaves_out_padding():

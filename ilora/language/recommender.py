@@ -15,7 +15,6 @@ import numpy as np
 import safetensors.torch
 import torch
 from peft import LoraConfig, PeftModel
-from scipy.cluster.vq import kmeans2
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -30,7 +29,7 @@ from ilora.language import base_models, ranking
 from ilora.language.adapted_layers import adapted
 from ilora.language.graphs import record_passes
 from ilora.language.prompts import PROMPT, Prompts, read_answer
-from ilora.recommenders.base import SequenceModel
+from ilora.recommenders.base import SequenceModel, k_means
 
 GUIDANCE = ("sequence", "random", "token")  # what the gate may get, see `LanguageRecommender.guide`
 
@@ -142,12 +141,12 @@ class LanguageRecommender(nn.Module):
 
     @torch.no_grad()
     def fit_gate(self, rows: Questions) -> None:
-        """Place the centres of a ClusterGate by k-means over the encoder's states of these histories."""
-        for gate in self.language_model.modules():
-            if isinstance(gate, ClusterGate):
-                parts = self.encoder.stack(rows.sequences.history).to(self.device).split(1000)
-                states = torch.cat([self.encoder.encode(part) for part in parts]).double().cpu().numpy()
-                centres, _ = kmeans2(states, len(gate.centres), iter=25, minit="++", rng=self.seed)
+        """Place the centres of ClusterGates by k-means over the encoder's states of these histories."""
+        if gates := [part for part in self.language_model.modules() if isinstance(part, ClusterGate)]:
+            parts = self.encoder.stack(rows.sequences.history).to(self.device).split(1000)
+            states = torch.cat([self.encoder.encode(part) for part in parts]).cpu().numpy()
+            _, centres = k_means(states, len(gates[0].centres), self.seed, rows.sequences.user)
+            for gate in gates:
                 gate.centres.copy_(torch.from_numpy(centres))
 
     def logits(self, batch: dict[str, Tensor], hybrid: bool = True, **inputs: Tensor | dict) -> Tensor:

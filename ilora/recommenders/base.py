@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import safetensors.torch
 import torch
+from scipy.cluster.vq import ClusterError, kmeans2
 from torch import Tensor, nn
 
 from ilora import artifacts
@@ -110,3 +112,16 @@ class SequenceModel(Recommender):
     def forward(self, batch: Tensor, progress: float = 0.0, step_seed: int = 0) -> Tensor:
         """Mean cross entropy of the targets over all items."""
         return nn.functional.cross_entropy(self.score_all(batch[:, :-1]), batch[:, -1])
+
+
+def k_means(z: np.ndarray, count: int, seed: int, users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Labels (n,), centres (count, dim) of z (n, dim), the best of ten k-means; UserError unless each has two users."""
+    z, rng, found = np.asarray(z, float), np.random.default_rng(seed), []
+    for _ in range(10 if len(np.unique(z, axis=0)) >= count else 0):
+        with suppress(ClusterError):  # a cluster became empty: discard this start
+            centres, labels = kmeans2(z, count, iter=25, minit="++", missing="raise", rng=rng)
+            if all(len(np.unique(users[labels == label])) > 1 for label in range(count)):
+                found.append((((z - centres[labels]) ** 2).sum(), labels, centres))
+    if not found:
+        raise UserError(f"{len(z)} sequences cannot be divided into {count} clusters: use more sequences")
+    return min(found, key=lambda start: start[0])[1:]

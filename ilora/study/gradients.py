@@ -1,6 +1,5 @@
 """Clusters of n sequences, and gradients of the training loss summed over each (the paper's Figs. 1 and 3)."""
 
-import contextlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,17 +7,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from scipy.cluster.hierarchy import leaves_list, linkage
-from scipy.cluster.vq import ClusterError, kmeans2
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ilora.data.windows import Questions
 from ilora.errors import UserError
 from ilora.language.recommender import LanguageRecommender
-from ilora.recommenders.base import SequenceModel
+from ilora.recommenders.base import SequenceModel, k_means
 from ilora.training.checkpoints import load_snapshot
 
-RESTARTS = 10  # of k-means
 GATE = "gate"  # the gate's own weights, next to q_proj, ..., down_proj
 
 
@@ -35,18 +32,7 @@ def clusters(z: np.ndarray, count: int = 8, seed: int = 0, users: np.ndarray | N
 
     Raises UserError unless every cluster has two or more users (n,), as `halves` needs; default: one per sequence.
     """
-    z, users, rng = np.asarray(z, float), np.arange(len(z)) if users is None else users, np.random.default_rng(seed)
-    labels, smallest = None, np.inf
-    for _ in range(RESTARTS if len(np.unique(z, axis=0)) >= count else 0):
-        with contextlib.suppress(ClusterError):  # a cluster became empty: discard this start
-            centres, start = kmeans2(z, count, iter=25, minit="++", missing="raise", rng=rng)
-            variance = ((z - centres[start]) ** 2).sum()
-            several_users = min(len(np.unique(users[start == label])) for label in range(count)) > 1
-            if several_users and variance < smallest:
-                labels, smallest = start, variance
-    if labels is None:
-        raise UserError(f"{len(z)} sequences cannot be divided into {count} clusters: use more sequences")
-    centres = np.stack([z[labels == label].mean(0) for label in range(count)])
+    labels, centres = k_means(z, count, seed, np.arange(len(z)) if users is None else users)
     order = leaves_list(linkage(centres, "average", optimal_ordering=True))
     return order.argsort()[labels], centres[order]
 
