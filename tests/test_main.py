@@ -6,9 +6,13 @@ import re
 import signal
 import subprocess
 import sys
+import threading
+import time
 
 import nbformat
+import psutil
 import pytest
+import tqdm
 
 from ilora import artifacts
 from ilora.errors import UserError
@@ -235,6 +239,60 @@ def test_a_failure_names_notebook_cell_and_reason_and_leaves_the_book_alone(repo
     assert last.startswith(reason)
     assert files(root) == before
     assert not builds
+
+
+STARTED_CELL = """\
+import time
+from pathlib import Path
+Path("started").touch()
+time.sleep(60)"""
+WAITING_CELL = """\
+import os, signal, time
+from pathlib import Path
+while not Path("started").exists():
+    time.sleep(0.01)"""
+
+
+@pytest.mark.parametrize(
+    ("cell", "code", "message"),
+    [("1 / 0", 1, "ilora: 01_one.ipynb failed"), ("os.kill(os.getppid(), signal.SIGINT)", 130, "ilora: interrupted")],
+)
+def test_nothing_goes_on_after_a_failure_or_an_interrupt(repository, tmp_path, monkeypatch, capfd, cell, code, message):
+    """A notebook that ended later would change the process's working directory back once more."""
+    root, _ = repository
+    write(root / "notebooks" / "01_one.ipynb", "seed = 0", WAITING_CELL, cell + "\ntime.sleep(60)")
+    write(root / "notebooks" / "02_two.ipynb", "seed = 0", STARTED_CELL)
+    write(root / "notebooks" / "03_three.ipynb", "seed = 0", "seed + 1")
+    monkeypatch.setenv("ILORA_HOME", "home")  # from the shell's working directory
+    threads, processes = set(threading.enumerate()), set(psutil.Process().children())
+    started = time.monotonic()
+    assert commands.main(["--no-book"]) == code
+    assert message in capfd.readouterr().err
+    leftover = [thread for thread in set(threading.enumerate()) - threads if not isinstance(thread, tqdm.TMonitor)]
+    for thread in leftover:
+        thread.join(20)
+    assert (os.getcwd(), leftover) == (str(tmp_path), [])
+    assert set(psutil.Process().children()) <= processes
+    assert time.monotonic() - started < 30
+    assert sorted(path.name[:2] for path in (tmp_path / "home" / "notebooks").iterdir()) == ["01", "02"]
+
+
+def test_a_kernel_that_starts_after_a_failure_is_killed_too(repository, monkeypatch):
+    starting, kernels = threading.Event(), []
+
+    def run(job, progress):
+        if job.source.stem == "01_one":
+            starting.wait()
+            raise UserError("failed")
+        starting.set()
+        time.sleep(0.5)
+        kernels.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(20)"]))
+        kernels[0].wait()
+
+    monkeypatch.setattr(notebooks.Job, "run", run)
+    with pytest.raises(UserError, match="failed"):
+        notebooks.run_all(notebooks.plan({}, None))
+    assert kernels[0].poll() == -signal.SIGKILL
 
 
 # ---------------------------------------------------------------- copies

@@ -6,10 +6,11 @@ import itertools
 import os
 import shlex
 import sys
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cached_property
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -139,12 +140,23 @@ def run_all(jobs: list[Job]) -> None:
     several = len(jobs) > 1 and not torch.cuda.is_available()  # whose memory may not hold two models
     if several:
         os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // 2, 1)))  # of each kernel
-    with contextlib.chdir(ROOT), ThreadPool(1 + several) as pool:
+    waiting = iter(sorted(jobs, key=lambda job: not job.source.name.startswith(EARLY)))  # which the threads share
+
+    def work() -> None:
+        for job in waiting:  # a failure ends this thread
+            job.run(not several)
+            bar.update()
+
+    bar = tqdm(total=len(jobs), unit="notebook", smoothing=0)
+    with contextlib.chdir(ROOT), bar, ThreadPoolExecutor() as pool:
+        threads = [pool.submit(work) for _ in range(1 + several)]
         try:
-            ordered = sorted(jobs, key=lambda job: not job.source.name.startswith(EARLY))
-            runs = pool.imap_unordered(lambda job: job.run(not several), ordered)
-            list(tqdm(runs, total=len(jobs), unit="notebook", smoothing=0))
+            for thread in as_completed(threads):
+                thread.result()
         except BaseException:
-            for kernel in psutil.Process().children():
-                kernel.kill()
+            while not all(thread.done() for thread in threads):  # one may only now start its kernel
+                for kernel in psutil.Process().children():
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        kernel.kill()
+                time.sleep(0.1)
             raise
