@@ -129,8 +129,9 @@ class Bench:
         if checkpointed:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if compiled or recorded:
+            options = {"options": {"combo_kernels": True}} if self.compiler == "inductor" else {}  # as `fit` has it
             for layer in modules.model.layers:  # all alike: one compilation serves every layer
-                layer.compile(backend=self.compiler, dynamic=False)
+                layer.compile(backend=self.compiler, dynamic=False, **options)
         if recorded:
             record_passes(modules.model, getattr(model.base_model, "conditioning", None))
         return model

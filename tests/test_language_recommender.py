@@ -634,7 +634,7 @@ def test_compiled_layers_train_alike_and_only_in_training(tmp_path, monkeypatch,
     """One compilation serves all layers and later steps, hybrid and text-only ones."""
     compiled = []
 
-    def backend(graph, inputs):
+    def backend(graph, inputs, **_):
         compiled.append(len(inputs))
         return graph.forward
 
