@@ -90,6 +90,7 @@ def test_users_alone_give_students_interval():
     result = crossed_interval(values, users)
     low, high = stats.t.interval(0.95, 59, values.mean(), stats.sem(values.ravel()))
     assert (result["low"], result["high"]) == pytest.approx((low, high))
+    assert result["p_student"] == pytest.approx(stats.ttest_1samp(values.ravel(), 0).pvalue)
     assert result["error_seeds"] is None and result["error_draws"] is None and result["sd_draws"] is None
 
 
@@ -106,13 +107,15 @@ def test_the_interval_has_its_coverage():
         result = crossed_interval(*scores(seeds=5, draws=5, sd=(0.3, 0.3, 1.0, 1.0), mean=0.4, seed=seed))
         inside += result["low"] < 0.4 < result["high"]
         narrow += abs(result["value"] - 0.4) < 1.96 * result["error_users"]
+        assert (result["p_student"] < 0.05) == (result["low"] > 0 or result["high"] < 0)
     assert 0.92 <= inside / 400 <= 0.99
     assert narrow / 400 < 0.85
 
 
 def test_values_without_any_spread_have_no_width():
     result = crossed_interval(np.ones((2, 2, 5)), np.arange(5))
-    assert result["low"] == result["value"] == result["high"] == 1
+    assert result["low"] == result["value"] == result["high"] == 1 and result["p_student"] == 0
+    assert crossed_interval(np.zeros((2, 2, 5)), np.arange(5))["p_student"] == 1
 
 
 def test_mcnemar_is_the_binomial_of_the_questions_that_differ():

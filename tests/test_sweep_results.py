@@ -161,6 +161,7 @@ def test_a_variant_on_real_data_is_compared_with_ilora(monkeypatch):
     ]
     assert table["value"].tolist() == pytest.approx([-1 / 3, 1 / 3])
     assert (table["low"] < table["value"]).all() and (table["value"] < table["high"]).all()
+    assert table["p"].tolist() == pytest.approx([0.423] * 2, abs=0.001)  # of three users, one of whom differs
     assert sweep_results.differences_from_ilora(results, "K = 8").empty
     assert sweep_results.differences_from_ilora([], "K = 2").empty
 

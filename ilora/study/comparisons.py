@@ -95,7 +95,8 @@ def crossed_interval(values: np.ndarray, users: np.ndarray) -> dict[str, float |
 
     The variance of the mean is the sum of those over seeds, draws, and users as clusters. Each contains part of their
     interaction, so the sum errs on the large side. The interval is Student's, with Satterthwaite's degrees of freedom.
-    error_*: standard errors of the mean, None for a source with one value; sd_draws: of one run's result over draws.
+    p_student: of the mean being zero; error_*: standard errors of the mean, None for a source with one value;
+    sd_draws: of one run's result over draws.
     """
     values = np.asarray(values, float)
     (seeds, draws, n), mean = values.shape, values.mean()
@@ -110,11 +111,12 @@ def crossed_interval(values: np.ndarray, users: np.ndarray) -> dict[str, float |
     total = sum(variance.values())
     freedom = total**2 / sum(part**2 / (sizes[source] - 1) for source, part in variance.items()) if total else 1
     half = stats.t.ppf(0.975, freedom) * np.sqrt(total)
-    result = {"value": float(mean), "low": float(mean - half), "high": float(mean + half), "n": n} | sizes
+    p = 2 * stats.t.sf(abs(mean) / np.sqrt(total), freedom) if total else float(mean == 0)
+    result = {"value": float(mean), "low": float(mean - half), "high": float(mean + half), "n": n, **sizes}
     for source in sizes:
         result[f"error_{source}"] = float(np.sqrt(variance[source])) if source in variance else None
     result["sd_draws"] = float(np.sqrt(values.mean(2).var(axis=1, ddof=1).mean())) if draws > 1 else None
-    return result
+    return result | {"p_student": p}
 
 
 def _sum_by_user(values: np.ndarray, users: np.ndarray) -> np.ndarray:

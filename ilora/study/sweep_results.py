@@ -120,7 +120,7 @@ def differences_from_default(runs: pd.DataFrame, name: str, *others: str) -> pd.
 def differences_from_ilora(results: Sequence[Mapping], *variants: str) -> pd.DataFrame:
     """HitRatio@1 of variants of iLoRA ("K = 2") and of LoRA, minus iLoRA's, on data sets of the table with a variant.
 
-    All have the same questions and several seeds, n. Intervals are over seeds and users, p is about users.
+    All have the same questions and several seeds, n. Intervals and p are over seeds and users.
     """
     columns, tables = ["setting", "variant", "value", "low", "high", "n", "p"], []
     names = {"LLaRA": LORA} | {f"iLoRA, {variant}": variant for variant in variants}
@@ -129,8 +129,8 @@ def differences_from_ilora(results: Sequence[Mapping], *variants: str) -> pd.Dat
         kept = {name: of for name, of in outcomes.items() if name in ("iLoRA", *names) and len(of.seeds) > 1}
         if "iLoRA" in kept and kept.keys() - {"iLoRA", "LLaRA"}:
             table = compare_systems(kept).rename(names).rename_axis("variant").reset_index()
-            signs = {"value": -table["value"], "low": -table["high"], "high": -table["low"], "n": table["seeds"]}
-            tables.append(table.assign(setting=PRINTED_NAMES[dataset], **signs)[columns].astype({"n": int}))
+            signs = {"value": -table["value"], "low": -table["high"], "high": -table["low"], "p": table["p_student"]}
+            tables.append(table.assign(setting=PRINTED_NAMES[dataset], n=table["seeds"].astype(int), **signs)[columns])
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
 
 
