@@ -9,6 +9,7 @@ import copy
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -98,12 +99,11 @@ class Prompts:
         """
         prompts = [self.write(*row, hybrid) for row in zip(histories, candidates, strict=True)]
         rows = [self._row(*row) for row in zip(prompts, answers or [()] * len(prompts), strict=True)]
-        items = [item for row in zip(histories, candidates, strict=True) for part in row for item in part]
-        items = [item for item in items if item != len(self.titles)]
-        batch = {"items": torch.LongTensor(items if hybrid else [])}
+        items = np.concatenate([part for row in zip(histories, candidates, strict=True) for part in row])
+        batch = {"items": torch.from_numpy(items[(items != len(self.titles)) & hybrid]).long()}
         side, multiple = ("right", self.pad_to_multiple_of) if answers else ("left", 1)
         for name, value in FILL.items():
-            padded = pad_sequence([torch.LongTensor(row[name]) for row in rows], True, value, side)
+            padded = pad_sequence([torch.from_numpy(np.array(row[name], int)) for row in rows], True, value, side)
             extra = -padded.shape[1] % (multiple if name in ("input_ids", "part") else 1)
             batch[name] = nn.functional.pad(padded, (0, extra), value=value)
         return batch | {"places": (batch["input_ids"].flatten() == self.item_token).nonzero()[:, 0]}
