@@ -91,9 +91,8 @@ def weights_of_all(gates: list[Gate], z: Tensor) -> Tensor | None:
     """w (L, b, K) of L linear gates in a few large kernels, or None if they are of another kind or apart."""
     weights = [gate.W_g.weight for gate in gates if type(gate) is LinearGate]
     kinds = {(type(weight), weight.shape, weight.dtype, weight.device) for weight in weights}  # FSDP cuts them up
-    if len(weights) < len(gates) or len(kinds) > 1 or type(weights[0]) is not nn.Parameter or weights[0].is_meta:
-        return None
-    return gates[0].forward(z, stacked=torch.stack(weights))
+    alike = len(weights) == len(gates) and len(kinds) == 1 and type(weights[0]) is nn.Parameter
+    return gates[0].forward(z, stacked=torch.stack(weights)) if alike and not weights[0].is_meta else None
 
 
 # by the name that ILoraConfig takes

@@ -123,7 +123,7 @@ class _Run:
         self.history, self.best = load_checkpoint(self.checkpoints, self.identity, self.state)
         utils.broadcast([value.detach() for value in self.state["model"].values()])  # all processes start from the same
         self.started = time.monotonic() - (self.history[-1]["seconds"] if self.history else 0.0)
-        self.unread = []  # records whose loss is still on the GPU, with their row numbers
+        self.unread = []  # records whose loss may still be on the GPU, with row numbers, values and an event
         self.bar = tqdm(total=self.total_steps, initial=len(self.history), unit="step", disable=not self.main)
         self.device = next(self.model.parameters()).device
         self.share = math.ceil(arguments.batch_size / self.accelerator.num_processes)  # rows of a step in one process
@@ -170,9 +170,7 @@ class _Run:
             self.model.eval()
 
     def train_step(self, epoch: int, row_numbers: np.ndarray) -> None:
-        rows, rate = [self.train[i] for i in row_numbers], self.schedule.get_last_lr()[0]
-        if hasattr(self.model, "length"):
-            rows.sort(key=self.model.length)
+        rows = sorted((self.train[i] for i in row_numbers), key=getattr(self.model, "length", lambda row: 0))
         if not self.model.training:  # train() visits every module: a good part of a small model's step
             self.model.train()
         loss, chosen = None, self.arguments.micro_batch_size == 0
@@ -185,10 +183,12 @@ class _Run:
                 self.model.batch_size = math.ceil(self.model.batch_size / 2)
                 self.optimizer.zero_grad()
         norm = self.accelerator.clip_grad_norm_(self.trained, self.arguments.clip)
-        examples = (self.history[-1]["examples"] if self.history else 0) + len(rows)
-        record = {"step": len(self.history) + 1, "epoch": epoch + 1, "loss": loss, "learning_rate": rate}
-        self.history.append(record | {"gradient_norm": norm, "seconds": 0.0, "examples": examples})
-        self.unread.append((self.history[-1], row_numbers))
+        record = {"step": len(self.history) + 1, "epoch": epoch + 1, "loss": math.nan}
+        record |= {"learning_rate": self.schedule.get_last_lr()[0], "gradient_norm": math.nan, "seconds": 0.0}
+        self.history.append(record | {"examples": len(rows) + (self.history[-1]["examples"] if self.history else 0)})
+        values = torch.stack([loss, norm]).to("cpu", non_blocking=norm.is_cuda)  # which `float` would wait for
+        copied_now = torch.cuda.current_stream(norm.device).record_event() if norm.is_cuda else None
+        self.unread.append((self.history[-1], row_numbers, values, copied_now))
         self._read_losses(lag=1 if norm.is_cuda else 0)  # a GPU need not wait for Python before it goes on
         self.optimizer.step()
         self.schedule.step()
@@ -229,8 +229,10 @@ class _Run:
     def _read_losses(self, lag: int = 0) -> None:
         """Read losses and gradient norms from the device, except the last `lag`.  Raises UserError if not finite."""
         while len(self.unread) > lag:
-            record, row_numbers = self.unread.pop(0)
-            loss, norm = float(record["loss"]), float(record["gradient_norm"])
+            record, row_numbers, values, copied_now = self.unread.pop(0)
+            if copied_now:
+                copied_now.synchronize()
+            loss, norm = values.tolist()
             record |= {"loss": loss, "gradient_norm": norm, "seconds": time.monotonic() - self.started}
             if not math.isfinite(loss + norm):
                 where = f"at step {record['step']}, learning rate {record['learning_rate']:.3g}"
