@@ -132,15 +132,13 @@ class Conditioning:
         if torch.compiler.is_compiling() or condition is None or condition.factors is None:
             return factor_of(layer.scaling[adapter], self.weights_of(layer, adapter))
         # layers take slices of one tensor, which saves small GPU kernels in every layer
-        key = layer.scaling[adapter], middle.shape, middle.dtype, middle.device, torch.is_grad_enabled()
-        slices = condition.factors.setdefault(key, {})
+        key = adapter, layer.scaling[adapter], middle.shape, middle.dtype, middle.device, torch.is_grad_enabled()
+        slices, own = condition.factors.setdefault(key, {}), self.layer_gates.get(adapter)
+        if own and not slices and (w := weights_of_all(own, condition.z)) is not None:
+            slices |= {gate: [factor] for gate, factor in zip(own, factor_of(key[1], w).unbind(), strict=True)}
         if not slices.get(gate):
-            own = self.layer_gates.get(adapter, [])
-            if gate in own and (w := weights_of_all(own, condition.z)) is not None:
-                slices |= {gate: [factor] for gate, factor in zip(own, factor_of(key[0], w).unbind(), strict=True)}
-            else:
-                factor = factor_of(key[0], self.weights_of(layer, adapter))
-                slices[gate] = list(factor.expand(1 if own else len(self.merged), *factor.shape).unbind())
+            factor = factor_of(key[1], self.weights_of(layer, adapter))
+            slices[gate] = list(factor.expand(1 if own else len(self.merged), *factor.shape).unbind())
         return slices[gate].pop()
 
     def _factor_of(self, layer: LoraLayer, middle: Tensor, scale: float, w: Tensor) -> Tensor:
