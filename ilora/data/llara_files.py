@@ -100,7 +100,7 @@ def _to_list(value: object) -> object:
     _, shape, dtype, fortran, data = value.state
     if not isinstance(data, list):
         return _numbers(data, dtype, shape, "F" if fortran else "C")
-    if math.prod(shape) != len(data):
+    if math.prod(shape) != len(data) or not data:  # a shape without values can claim any number of empty lists
         raise ValueError(f"{len(data)} values in shape {shape}")
     return np.fromiter(map(_to_list, data), object, len(data)).reshape(shape).tolist()
 
@@ -108,8 +108,8 @@ def _to_list(value: object) -> object:
 def _numbers(data: bytes, dtype: _StandIn, shape: tuple[int, ...], order: str) -> list:
     """The values of an array of plain numbers.  Raises ValueError for any other type."""
     code = dtype.state[1] + dtype.arguments[0]  # byte order and type, such as <i8
-    if not re.fullmatch("[<>=|][biuf][1248]", code):
-        raise ValueError(f"values of type {code}")
+    if not data or not re.fullmatch("[<>=|][biuf][1248]", code):
+        raise ValueError(f"{len(data)} bytes of type {code}")
     return np.frombuffer(data, code).reshape(shape, order=order).tolist()
 
 
