@@ -128,16 +128,17 @@ class Conditioning:
 
     def factor(self, layer: LoraLayer, adapter: str, middle: Tensor) -> Tensor:
         """What the middle (b, .., r) of a layer is multiplied by: K alpha/r w, each repeated r/K times, (b, 1.., r)."""
-        condition, gate, factor_of = self.running, self.gate_of(layer, adapter), partial(self._factor_of, layer, middle)
+        condition, gate, scale = self.running, self.gate_of(layer, adapter), layer.scaling[adapter]
+        factor_of = partial(self._factor_of, layer, middle, scale)
         if torch.compiler.is_compiling() or condition is None or condition.factors is None:
-            return factor_of(layer.scaling[adapter], self.weights_of(layer, adapter))
+            return factor_of(self.weights_of(layer, adapter))
         # layers take slices of one tensor, which saves small GPU kernels in every layer
-        key = adapter, layer.scaling[adapter], middle.shape, middle.dtype, middle.device, torch.is_grad_enabled()
+        key = adapter, scale, middle.shape, middle.dtype, middle.device, torch.is_grad_enabled()
         slices, own = condition.factors.setdefault(key, {}), self.layer_gates.get(adapter)
         if own and not slices and (w := weights_of_all(own, condition.z)) is not None:
-            slices |= {gate: [factor] for gate, factor in zip(own, factor_of(key[1], w).unbind(), strict=True)}
+            slices |= {gate: [factor] for gate, factor in zip(own, factor_of(w).unbind(), strict=True)}
         if not slices.get(gate):
-            factor = factor_of(key[1], self.weights_of(layer, adapter))
+            factor = factor_of(self.weights_of(layer, adapter))
             slices[gate] = list(factor.expand(1 if own else len(self.merged), *factor.shape).unbind())
         return slices[gate].pop()
 

@@ -186,7 +186,7 @@ class _Run:
         record = {"step": len(self.history) + 1, "epoch": epoch + 1, "loss": math.nan}
         record |= {"learning_rate": self.schedule.get_last_lr()[0], "gradient_norm": math.nan, "seconds": 0.0}
         self.history.append(record | {"examples": len(rows) + (self.history[-1]["examples"] if self.history else 0)})
-        values = torch.stack([loss, norm]).to("cpu", non_blocking=norm.is_cuda)  # which `float` would wait for
+        values = torch.stack([loss, norm]).to("cpu", non_blocking=norm.is_cuda)  # float() waits for all queued work
         copied_now = torch.cuda.current_stream(norm.device).record_event() if norm.is_cuda else None
         self.unread.append((self.history[-1], row_numbers, values, copied_now))
         self._read_losses(lag=1 if norm.is_cuda else 0)  # a GPU need not wait for Python before it goes on
