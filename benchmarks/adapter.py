@@ -37,6 +37,7 @@ from pathlib import Path
 import measure
 import numpy as np
 import torch
+from accelerate.utils import set_seed
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
@@ -109,7 +110,7 @@ class Bench:
         self.dtype = torch.bfloat16 if name in ("cuda", "calls") else torch.float32
         shape, self.side = SHAPES[name]
         config = LlamaConfig(**dict(zip(SIZES, shape, strict=True)), max_position_embeddings=4096, use_cache=False)
-        devices.seed_all(0)
+        set_seed(0)
         with torch.device(self.device):
             self.base = AutoModelForCausalLM.from_config(config, dtype=self.dtype).requires_grad_(False)
             self.ids = torch.randint(1, config.vocab_size, (self.rows, self.tokens))

@@ -16,10 +16,11 @@ from collections.abc import Sequence
 import measure
 import numpy as np
 import torch
+from accelerate.utils import set_seed
 from language import collate_text, full_loss
 from torch import Tensor
 
-from ilora import data, devices, language
+from ilora import data, language
 from ilora.data import Questions
 from ilora.language import LanguageRecommender, adapter_config
 from ilora.recommenders import SASRec
@@ -30,7 +31,7 @@ GOALS = {"usual loop": {"at_least": 5}, "pass": {"at_least": 0.83}}  # at most 1
 
 def prepare(options: Namespace) -> tuple[LanguageRecommender, Questions]:
     """An untrained iLoRA on the world whose A and B both have gradients, and the questions."""
-    devices.seed_all(0)
+    set_seed(0)
     source = data.load("world", users=options.users)
     plain = language.untuned(source, device=options.device)
     encoder = SASRec(len(source.items)).eval()

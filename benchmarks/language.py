@@ -29,12 +29,13 @@ import numpy as np
 import pandas as pd
 import torch
 import transformers
+from accelerate.utils import set_seed
 from large import matrix_rate
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache
 
-from ilora import data, devices, evaluation, language
+from ilora import data, evaluation, language
 from ilora.data import Questions
 from ilora.evaluation.outcomes import batches_by_length
 from ilora.language import ITEM_TOKEN, NO_LABEL, PROMPT, LanguageRecommender, adapter_config, ranking, wording
@@ -59,7 +60,7 @@ class Bench:
     """A model, training and test questions, and for each part its ways and a function that compares their results."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        devices.seed_all(0)
+        set_seed(0)
         source = data.load(options.dataset, options.data_dir, users=options.users)
         self.make = partial(make_model, source, options)
         self.model = self.make()

@@ -31,6 +31,7 @@ import numpy as np
 import pandas as pd
 import psutil
 import torch
+from accelerate.utils import set_seed
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from ilora import data, devices
@@ -56,7 +57,7 @@ def make(shape: str, folder: Path, tokenizer: str, device: torch.device) -> None
     """Write a Llama with random weights in bfloat16, and the tokenizer."""
     config = LlamaConfig(**dict(zip(SIZES, SHAPES[shape], strict=True)), max_position_embeddings=4096)
     config.vocab_size = len(AutoTokenizer.from_pretrained(tokenizer))
-    devices.seed_all(0)
+    set_seed(0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder, max_shard_size="4GB")

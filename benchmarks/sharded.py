@@ -16,7 +16,7 @@ import numpy as np
 import safetensors.torch
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
+from accelerate.utils import send_to_device, set_seed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             load_snapshot(plain, file)
             plain.save_pretrained(folder, options.base_model)
             del plain
-            devices.seed_all(0)
+            set_seed(0)
             loaded = LanguageRecommender.from_pretrained(folder, options.base_model, str(device))
             with torch.no_grad():
                 after = loss_of(loaded, batch).item()

@@ -1,24 +1,12 @@
-"""Random seeds and compute devices."""
+"""Compute devices and their memory."""
 
-import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 
 from ilora.errors import UserError
-
-
-def seed_all(seed: int) -> None:
-    """Seed Python's, numpy's and torch's global generators."""
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002, libraries draw from it
-    if torch.accelerator.is_available():
-        torch.manual_seed(seed)
-    else:  # torch.manual_seed would record a stack trace for each missing kind of device: 1 ms per step
-        torch.default_generator.manual_seed(seed)
 
 
 def pick_device(device: str = "auto") -> torch.device:
@@ -42,8 +30,7 @@ def memory_for(rows: int) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         fewer = "a smaller micro_batch_size (0: the largest that fits), " if rows > 1 else ""
         remedy = f"{fewer}gradient_checkpointing=True, quantize='8bit' or '4bit', or a smaller window"
-        problem = f"the device's memory is too small for the model and a batch of {rows}"
-        raise UserError(f"{problem}: choose {remedy}") from error
+        raise UserError(f"the device's memory cannot hold the model and a batch of {rows}: choose {remedy}") from error
 
 
 def peak_memory_mib(device: torch.device) -> float:

@@ -2,7 +2,6 @@
 
 import asyncio
 import math
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from ilora.adapter.gates import Gate, weights_of_all
+from ilora.adapter.gates import Gate, PerThread, weights_of_all
 from ilora.errors import UserError
 
 
@@ -25,14 +24,6 @@ class Condition:
     weights: dict[str, Tensor] = field(default_factory=dict)  # adapter -> w (b, K) of its shared gate
     task: asyncio.Task | None = None  # of a context: the asyncio task that entered it
     factors: dict[tuple, dict[Gate, list[Tensor]]] | None = None  # of a forward: unused, see `Conditioning.factor`
-
-
-class _PerThread(threading.local):
-    def __init__(self) -> None:
-        self.conditions: list[Condition | None] = [None]  # innermost last
-
-    def __reduce__(self) -> tuple:
-        return _PerThread, ()  # a copied or pickled model starts without a condition
 
 
 class Conditioning:
@@ -56,7 +47,7 @@ class Conditioning:
         self.active: list[str] = []  # the active adapters
         self.merged: list[list[str]] = []  # for each adapted layer PEFT's list of the adapters merged into it
         self.least_dim = 3 if hasattr(model, "prepare_inputs_for_generation") else 2  # (b, s, d_in) or (b, d_in)
-        self._per_thread = _PerThread()  # compiled code reads no context variable
+        self._conditions = PerThread()  # compiled code reads no context variable
         checkpointed = [part for part in model.modules() if hasattr(part, "gradient_checkpointing")]
         self._hooks = [
             model.register_forward_pre_hook(partial(self._begin_forward, checkpointed), with_kwargs=True),
@@ -73,11 +64,11 @@ class Conditioning:
 
     @property
     def running(self) -> Condition | None:
-        return self._per_thread.conditions[-1]  # of this thread
+        return self._conditions.values[-1]
 
     @contextmanager
     def under(self, condition: Condition) -> Iterator[None]:
-        conditions = self._per_thread.conditions
+        conditions = self._conditions.values
         conditions.append(condition)
         try:
             yield
@@ -92,8 +83,7 @@ class Conditioning:
         context = self.running
         if context is not None and not torch.compiler.is_compiling() and context.task is not current_task():
             raise UserError("another asyncio task is inside `with model.sequence_embeds(z):`: do not await inside it.")
-        if z is None and context is not None:
-            z = context.z
+        z = context.z if z is None and context is not None else z
         if z is not None and any(self.merged):
             raise UserError("the adapter is merged for one user: call model.unmerge_adapter() to serve others.")
         return z
@@ -103,7 +93,8 @@ class Conditioning:
         z = self.representations(kwargs.pop("sequence_embeds", None))
         if z is not None:
             weights = {name: self.gates[name](z) for name in self.active if name in self.gates}
-            self._per_thread.conditions.append(Condition(z, weights, factors={}))
+            self._conditions.values.append(Condition(z, weights, factors={}))
+            self._apply_layer_gates(z)
         for part in checkpointed if not torch.compiler.is_compiling() else ():
             function = vars(part).get("_gradient_checkpointing_func")
             if function is not None and not isinstance(function, CarryingCheckpoint):
@@ -112,7 +103,14 @@ class Conditioning:
 
     def _end_forward(self, *_: Any) -> None:
         while self.running is not None and self.running.factors is not None:
-            self._per_thread.conditions.pop()
+            self._conditions.values.pop()
+            self._apply_layer_gates(None)
+
+    def _apply_layer_gates(self, z: Tensor | None) -> None:
+        """Give the gate of each layer its w: a few kernels in all where each layer would launch some.  None: end it."""
+        for gates in (self.layer_gates.get(name, []) for name in self.active if not torch.compiler.is_compiling()):
+            for gate, w in zip(gates, weights_of_all(gates, z), strict=True):
+                gate.applied.values[0] = w
 
     def gate_of(self, layer: LoraLayer, adapter: str) -> Gate:
         return self.gates[adapter] if adapter in self.gates else layer.lora_gate[adapter]
@@ -124,7 +122,9 @@ class Conditioning:
             raise UserError(f"iLoRA got no representations: pass sequence_embeds=z (batch, gate_dim), or {remedy}.")
         if adapter in condition.weights:
             return condition.weights[adapter]
-        return self.gate_of(layer, adapter)(condition.z)
+        gate = self.gate_of(layer, adapter)
+        w = None if condition.factors is None else gate.applied.values[0]
+        return gate(condition.z) if w is None else w
 
     def factor(self, layer: LoraLayer, adapter: str, middle: Tensor) -> Tensor:
         """What the middle (b, .., r) of a layer is multiplied by: K alpha/r w, each repeated r/K times, (b, 1.., r)."""
@@ -135,8 +135,9 @@ class Conditioning:
         # layers take slices of one tensor, which saves small GPU kernels in every layer
         key = adapter, scale, middle.shape, middle.dtype, middle.device, torch.is_grad_enabled()
         slices, own = condition.factors.setdefault(key, {}), self.layer_gates.get(adapter)
-        if own and not slices and (w := weights_of_all(own, condition.z)) is not None:
-            slices |= {gate: [factor] for gate, factor in zip(own, factor_of(w).unbind(), strict=True)}
+        if own and not slices and gate.applied.values[0] is not None:
+            factors = factor_of(torch.stack([each.applied.values[0] for each in own])).unbind()
+            slices |= {each: [factor] for each, factor in zip(own, factors, strict=True)}
         if not slices.get(gate):
             factor = factor_of(self.weights_of(layer, adapter))
             slices[gate] = list(factor.expand(1 if own else len(self.merged), *factor.shape).unbind())

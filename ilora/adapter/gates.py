@@ -1,5 +1,7 @@
 """Gates: from the representation z (b, d) of each row's history to the weights w (b, K) of its experts (Eq. 11)."""
 
+import threading
+
 import torch
 from torch import Tensor, nn
 
@@ -17,12 +19,23 @@ def check_representations(z: Tensor, width: int | None = None) -> None:
         raise UserError(f"{expected}, not {tuple(z.shape)}: pass one representation per row.")
 
 
+class PerThread(threading.local):
+    """Values of each thread, innermost last; a copied or pickled one starts with None."""
+
+    def __init__(self) -> None:
+        self.values: list = [None]
+
+    def __reduce__(self) -> tuple:
+        return PerThread, ()
+
+
 class Gate(nn.Module):
     """softmax(logits(z)) of the gate_top_k largest logits; subclasses define `logits`: z (b, d) -> (b, K)."""
 
     def __init__(self, config: ILoraConfig) -> None:
         super().__init__()
         self.gate_dim, self.top_k = config.gate_dim, config.gate_top_k
+        self.applied = PerThread()  # w (b, K) of the running pass, where all gates were applied before the layers
 
     def forward(self, z: Tensor, **given: Tensor) -> Tensor:
         check_representations(z, self.gate_dim)
@@ -87,12 +100,13 @@ class ClusterGate(Gate):
         return torch.zeros_like(distance).where(distance == distance.amin(dim=1, keepdim=True), -torch.inf)
 
 
-def weights_of_all(gates: list[Gate], z: Tensor) -> Tensor | None:
-    """w (L, b, K) of L linear gates in a few large kernels, or None if they are of another kind or apart."""
-    weights = [gate.W_g.weight for gate in gates if type(gate) is LinearGate]
+def weights_of_all(gates: list[Gate], z: Tensor | None) -> tuple[Tensor | None, ...]:
+    """w (b, K) of each of L linear gates, in a few large kernels; None for each where the gates differ or z is None."""
+    weights = [gate.W_g.weight for gate in gates if type(gate) is LinearGate and not gate.W_g.weight.is_meta]
     kinds = {(type(weight), weight.shape, weight.dtype, weight.device) for weight in weights}  # FSDP cuts them up
-    alike = len(weights) == len(gates) and len(kinds) == 1 and type(weights[0]) is nn.Parameter
-    return gates[0].forward(z, stacked=torch.stack(weights)) if alike and not weights[0].is_meta else None
+    if z is None or len(weights) < len(gates) or len(kinds) != 1 or type(weights[0]) is not nn.Parameter:
+        return (None,) * len(gates)
+    return gates[0].forward(z, stacked=torch.stack(weights)).unbind()
 
 
 # by the name that ILoraConfig takes

@@ -45,8 +45,7 @@ class MoRec(SASRec):
             reason = str(error).splitlines()[0]
             raise UserError(f"text_encoder {str(text_encoder)!r} could not be loaded ({reason}): {remedy}") from error
         if encoder.config.is_encoder_decoder:
-            remedy = "choose a model that only encodes, as BERT"
-            raise UserError(f"text_encoder {str(text_encoder)!r} has a decoder: {remedy}")
+            raise UserError(f"text_encoder {str(text_encoder)!r} has a decoder: choose one that only encodes, as BERT")
         ids = [torch.tensor(row) for row in tokenizer(list(dataset.items["title"]), truncation=True).input_ids]
         tokens = pad_sequence(ids, batch_first=True, padding_value=NO_TOKEN)  # (titles, title_tokens)
         model = cls(len(tokens), json.loads(encoder.config.to_json_string()), tokens.shape[1], **config)

@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from ilora import artifacts, devices
+from ilora import artifacts
 from ilora.data import Dataset, Sequences, sequences
 from ilora.errors import UserError
 from ilora.evaluation.metrics import hit_ratios
@@ -51,7 +51,7 @@ def fit_recommender(
     inputs = {"data": dataset.key} | ({"text_encoder": artifacts.model_content(text_encoder)} if text_encoder else {})
 
     def train(folder: Path, work: Path) -> None:
-        devices.seed_all(seed)
+        torch.manual_seed(seed)
         morec, threads = kind == "MoRec", torch.get_num_threads()
         if morec:
             model = MoRec.from_dataset(dataset, text_encoder, **config)

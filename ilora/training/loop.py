@@ -205,7 +205,7 @@ class _Run:
         for part in range(parts):
             micro_batch = own[cuts[part] : cuts[part + 1]]
             share = len(micro_batch) / len(rows)
-            devices.seed_all(combined_seed(seed, step, part * processes + index))
+            utils.set_seed(combined_seed(seed, step, part * processes + index))
             # A small last batch can leave a part empty: one row with weight 0 keeps the processes in step.
             curriculum = {"progress": step / self.total_steps, "step_seed": combined_seed(seed, step)}
             loss = self._loss(micro_batch or rows[:1], **curriculum)
