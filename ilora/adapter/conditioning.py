@@ -24,6 +24,7 @@ class Condition:
     weights: dict[str, Tensor] = field(default_factory=dict)  # adapter -> w (b, K) of its shared gate
     task: asyncio.Task | None = None  # of a context: the asyncio task that entered it
     factors: dict[tuple, dict[Gate, list[Tensor]]] | None = None  # of a forward: unused, see `Conditioning.factor`
+    at_once: dict[str, Tensor] = field(default_factory=dict)  # adapter -> w (L, b, K) of its L layers: `Gate.applied`
 
 
 class Conditioning:
@@ -89,12 +90,16 @@ class Conditioning:
         return z
 
     def _begin_forward(self, checkpointed: list[nn.Module], _: nn.Module, args: tuple, kwargs: dict) -> tuple:
-        """Take `sequence_embeds` out of the base model's keywords and apply the shared gates to it."""
+        """Take `sequence_embeds` out of the base model's keywords and apply the gates to it."""
         z = self.representations(kwargs.pop("sequence_embeds", None))
         if z is not None:
             weights = {name: self.gates[name](z) for name in self.active if name in self.gates}
             self._conditions.values.append(Condition(z, weights, factors={}))
-            self._apply_layer_gates(z)
+            for name in self.active if not torch.compiler.is_compiling() else ():
+                if (w := weights_of_all(self.layer_gates.get(name, []), z)) is not None:
+                    self.running.at_once[name] = w
+                    for gate, part in zip(self.layer_gates[name], w.unbind(), strict=True):
+                        gate.applied.values[0] = part
         for part in checkpointed if not torch.compiler.is_compiling() else ():
             function = vars(part).get("_gradient_checkpointing_func")
             if function is not None and not isinstance(function, CarryingCheckpoint):
@@ -103,14 +108,9 @@ class Conditioning:
 
     def _end_forward(self, *_: Any) -> None:
         while self.running is not None and self.running.factors is not None:
-            self._conditions.values.pop()
-            self._apply_layer_gates(None)
-
-    def _apply_layer_gates(self, z: Tensor | None) -> None:
-        """Give the gate of each layer its w: a few kernels in all where each layer would launch some.  None: end it."""
-        for gates in (self.layer_gates.get(name, []) for name in self.active if not torch.compiler.is_compiling()):
-            for gate, w in zip(gates, weights_of_all(gates, z), strict=True):
-                gate.applied.values[0] = w
+            for name in self._conditions.values.pop().at_once:
+                for gate in self.layer_gates[name]:
+                    gate.applied.values[0] = None
 
     def gate_of(self, layer: LoraLayer, adapter: str) -> Gate:
         return self.gates[adapter] if adapter in self.gates else layer.lora_gate[adapter]
@@ -123,8 +123,7 @@ class Conditioning:
         if adapter in condition.weights:
             return condition.weights[adapter]
         gate = self.gate_of(layer, adapter)
-        w = None if condition.factors is None else gate.applied.values[0]
-        return gate(condition.z) if w is None else w
+        return gate.applied.values[0] if adapter in condition.at_once else gate(condition.z)
 
     def factor(self, layer: LoraLayer, adapter: str, middle: Tensor) -> Tensor:
         """What the middle (b, .., r) of a layer is multiplied by: K alpha/r w, each repeated r/K times, (b, 1.., r)."""
@@ -135,8 +134,8 @@ class Conditioning:
         # layers take slices of one tensor, which saves small GPU kernels in every layer
         key = adapter, scale, middle.shape, middle.dtype, middle.device, torch.is_grad_enabled()
         slices, own = condition.factors.setdefault(key, {}), self.layer_gates.get(adapter)
-        if own and not slices and gate.applied.values[0] is not None:
-            factors = factor_of(torch.stack([each.applied.values[0] for each in own])).unbind()
+        if not slices and adapter in condition.at_once:
+            factors = factor_of(condition.at_once[adapter]).unbind()
             slices |= {each: [factor] for each, factor in zip(own, factors, strict=True)}
         if not slices.get(gate):
             factor = factor_of(self.weights_of(layer, adapter))

@@ -100,13 +100,12 @@ class ClusterGate(Gate):
         return torch.zeros_like(distance).where(distance == distance.amin(dim=1, keepdim=True), -torch.inf)
 
 
-def weights_of_all(gates: list[Gate], z: Tensor | None) -> tuple[Tensor | None, ...]:
-    """w (b, K) of each of L linear gates, in a few large kernels; None for each where the gates differ or z is None."""
+def weights_of_all(gates: list[Gate], z: Tensor) -> Tensor | None:
+    """w (L, b, K) of L linear gates in a few large kernels, or None if they are of another kind or apart."""
     weights = [gate.W_g.weight for gate in gates if type(gate) is LinearGate and not gate.W_g.weight.is_meta]
     kinds = {(type(weight), weight.shape, weight.dtype, weight.device) for weight in weights}  # FSDP cuts them up
-    if z is None or len(weights) < len(gates) or len(kinds) != 1 or type(weights[0]) is not nn.Parameter:
-        return (None,) * len(gates)
-    return gates[0].forward(z, stacked=torch.stack(weights)).unbind()
+    alike = len(weights) == len(gates) and len(kinds) == 1 and type(weights[0]) is nn.Parameter
+    return gates[0].forward(z, stacked=torch.stack(weights)) if alike else None
 
 
 # by the name that ILoraConfig takes
