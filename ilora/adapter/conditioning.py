@@ -100,6 +100,8 @@ class Conditioning:
                     self.running.at_once[name] = w
                     for gate, part in zip(self.layer_gates[name], w.unbind(), strict=True):
                         gate.applied.values[0] = part
+                else:  # for good: a gate that FSDP 2 left gathered looks whole, but its gradient is due with its layer
+                    self.layer_gates[name] = []
         for part in checkpointed if not torch.compiler.is_compiling() else ():
             function = vars(part).get("_gradient_checkpointing_func")
             if function is not None and not isinstance(function, CarryingCheckpoint):
@@ -133,13 +135,12 @@ class Conditioning:
             return factor_of(self.weights_of(layer, adapter))
         # layers take slices of one tensor, which saves small GPU kernels in every layer
         key = adapter, scale, middle.shape, middle.dtype, middle.device, torch.is_grad_enabled()
-        slices, own = condition.factors.setdefault(key, {}), self.layer_gates.get(adapter)
+        slices, own = condition.factors.setdefault(key, {}), self.layer_gates[adapter]
         if not slices and adapter in condition.at_once:
-            factors = factor_of(condition.at_once[adapter]).unbind()
-            slices |= {each: [factor] for each, factor in zip(own, factors, strict=True)}
+            slices |= zip(own, ([part] for part in factor_of(condition.at_once[adapter]).unbind()), strict=True)
         if not slices.get(gate):
             factor = factor_of(self.weights_of(layer, adapter))
-            slices[gate] = list(factor.expand(1 if own else len(self.merged), *factor.shape).unbind())
+            slices[gate] = list(factor.expand(len(self.merged) if adapter in self.gates else 1, *factor.shape).unbind())
         return slices[gate].pop()
 
     def _factor_of(self, layer: LoraLayer, middle: Tensor, scale: float, w: Tensor) -> Tensor:

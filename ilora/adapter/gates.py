@@ -102,9 +102,10 @@ class ClusterGate(Gate):
 
 def weights_of_all(gates: list[Gate], z: Tensor) -> Tensor | None:
     """w (L, b, K) of L linear gates in a few large kernels, or None if they are of another kind or apart."""
-    weights = [gate.W_g.weight for gate in gates if type(gate) is LinearGate and not gate.W_g.weight.is_meta]
-    kinds = {(type(weight), weight.shape, weight.dtype, weight.device) for weight in weights}  # FSDP cuts them up
-    alike = len(weights) == len(gates) and len(kinds) == 1 and type(weights[0]) is nn.Parameter
+    weights = [gate.W_g.weight for gate in gates if type(gate) is LinearGate]
+    kinds = {(type(W), W.dim(), W.is_meta, hasattr(W, "_fsdp_flattened")) for W in weights}  # FSDP 1 marks its own
+    places = {(W.dtype, W.device) for W in weights}
+    alike = len(weights) == len(gates) and kinds == {(nn.Parameter, 2, False, False)} and len(places) == 1
     return gates[0].forward(z, stacked=torch.stack(weights)) if alike else None
 
 
