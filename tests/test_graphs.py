@@ -73,6 +73,23 @@ def test_recorded_passes_train_as_the_decoder_does(recorded, adapter):
     assert [shapes[0] for shapes in recorded] == [(3, 7, 32), (2, 7, 32)]
 
 
+@pytest.mark.parametrize("adapter", list(ADAPTERS.values())[1:], ids=list(ADAPTERS)[1:])
+def test_gates_are_applied_before_what_is_recorded(recorded, adapter, monkeypatch):
+    """A capture fails where it uses a parameter that a pass outside of it has used, as the gates of layers are."""
+    reached = []
+
+    def make_graphed_callables(passes, sample, **_):
+        gates = [parameter for name, parameter in passes.named_parameters() if "lora_gate" in name]
+        reached.extend(torch.autograd.grad(passes(*sample).sum(), [sample[0], *gates], allow_unused=True)[1:])
+        return passes
+
+    model = make_model(**adapter)
+    record(model)
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", make_graphed_callables)
+    step(model)
+    assert len(reached) == 14 * ("gate_per_layer" in adapter) and set(reached) <= {None}
+
+
 def test_only_training_without_a_mask_is_recorded(recorded):
     model = make_model(experts=4)
     record(model)

@@ -21,10 +21,9 @@ class Condition:
     """What the rows of a batch are conditioned on."""
 
     z: Tensor  # (b, d)
-    weights: dict[str, Tensor] = field(default_factory=dict)  # adapter -> w (b, K) of its shared gate
+    weights: dict[str, Tensor] = field(default_factory=dict)  # adapter -> w (b, K) or, of its L layers, (L, b, K)
     task: asyncio.Task | None = None  # of a context: the asyncio task that entered it
     factors: dict[tuple, dict[Gate, list[Tensor]]] | None = None  # of a forward: unused, see `Conditioning.factor`
-    at_once: dict[str, Tensor] = field(default_factory=dict)  # adapter -> w (L, b, K) of its L layers: `Gate.applied`
 
 
 class Conditioning:
@@ -35,10 +34,8 @@ class Conditioning:
                 +-------> hook of the base model <-------------+
                                     |
                  Condition: z (b, d), w = gate(z) (b, K)         one for each thread
-                                    |
           +-------------------------+-------------------------+
-          v                         v                         v
-    adapted layer             adapted layer      ...    adapted layer
+    adapted layer:            adapted layer:     ...    adapted layer:
     middle * factor           middle * factor           middle * factor
     """
 
@@ -69,12 +66,24 @@ class Conditioning:
 
     @contextmanager
     def under(self, condition: Condition) -> Iterator[None]:
-        conditions = self._conditions.values
-        conditions.append(condition)
+        self._push(condition)
         try:
             yield
         finally:
-            del conditions[conditions.index(condition) :]
+            while self._pop() is not condition:
+                pass
+
+    def _push(self, condition: Condition) -> None:  # compiled layers find their w at their gate
+        self._conditions.values.append(condition)
+        for name in condition.weights.keys() - self.gates.keys():
+            for gate, w in zip(self.layer_gates[name], condition.weights[name].unbind(), strict=True):
+                gate.applied.values.append(w)
+
+    def _pop(self) -> Condition:
+        condition = self._conditions.values.pop()
+        for gate in (each for name in condition.weights.keys() - self.gates.keys() for each in self.layer_gates[name]):
+            gate.applied.values.pop()
+        return condition
 
     def representations(self, z: Tensor | None) -> Tensor | None:
         """The z of a starting call, else the context's.  Raises UserError for NaN on a CPU, or if merged."""
@@ -94,14 +103,12 @@ class Conditioning:
         z = self.representations(kwargs.pop("sequence_embeds", None))
         if z is not None:
             weights = {name: self.gates[name](z) for name in self.active if name in self.gates}
-            self._conditions.values.append(Condition(z, weights, factors={}))
             for name in self.active if not torch.compiler.is_compiling() else ():
                 if (w := weights_of_all(self.layer_gates.get(name, []), z)) is not None:
-                    self.running.at_once[name] = w
-                    for gate, part in zip(self.layer_gates[name], w.unbind(), strict=True):
-                        gate.applied.values[0] = part
+                    weights[name] = w
                 else:  # for good: a gate that FSDP 2 left gathered looks whole, but its gradient is due with its layer
                     self.layer_gates[name] = []
+            self._push(Condition(z, weights, factors={}))
         for part in checkpointed if not torch.compiler.is_compiling() else ():
             function = vars(part).get("_gradient_checkpointing_func")
             if function is not None and not isinstance(function, CarryingCheckpoint):
@@ -110,9 +117,7 @@ class Conditioning:
 
     def _end_forward(self, *_: Any) -> None:
         while self.running is not None and self.running.factors is not None:
-            for name in self._conditions.values.pop().at_once:
-                for gate in self.layer_gates[name]:
-                    gate.applied.values[0] = None
+            self._pop()
 
     def gate_of(self, layer: LoraLayer, adapter: str) -> Gate:
         return self.gates[adapter] if adapter in self.gates else layer.lora_gate[adapter]
@@ -122,10 +127,10 @@ class Conditioning:
         if (condition := self.running) is None:
             remedy = "call inside `with model.sequence_embeds(z):` (in a Trainer, also set remove_unused_columns=False)"
             raise UserError(f"iLoRA got no representations: pass sequence_embeds=z (batch, gate_dim), or {remedy}.")
-        if adapter in condition.weights:
-            return condition.weights[adapter]
         gate = self.gate_of(layer, adapter)
-        return gate.applied.values[0] if adapter in condition.at_once else gate(condition.z)
+        if adapter not in condition.weights:
+            return gate(condition.z)
+        return condition.weights[adapter] if adapter in self.gates else gate.applied.values[-1]
 
     def factor(self, layer: LoraLayer, adapter: str, middle: Tensor) -> Tensor:
         """What the middle (b, .., r) of a layer is multiplied by: K alpha/r w, each repeated r/K times, (b, 1.., r)."""
@@ -133,11 +138,10 @@ class Conditioning:
         factor_of = partial(self._factor_of, layer, middle, scale)
         if torch.compiler.is_compiling() or condition is None or condition.factors is None:
             return factor_of(self.weights_of(layer, adapter))
-        # layers take slices of one tensor, which saves small GPU kernels in every layer
         key = adapter, scale, middle.shape, middle.dtype, middle.device, torch.is_grad_enabled()
-        slices, own = condition.factors.setdefault(key, {}), self.layer_gates[adapter]
-        if not slices and adapter in condition.at_once:
-            slices |= zip(own, ([part] for part in factor_of(condition.at_once[adapter]).unbind()), strict=True)
+        slices, own = condition.factors.setdefault(key, {}), self.layer_gates[adapter]  # of one tensor: fewer kernels
+        if own and not slices and adapter in condition.weights:
+            slices |= zip(own, ([part] for part in factor_of(condition.weights[adapter]).unbind()), strict=True)
         if not slices.get(gate):
             factor = factor_of(self.weights_of(layer, adapter))
             slices[gate] = list(factor.expand(len(self.merged) if adapter in self.gates else 1, *factor.shape).unbind())

@@ -35,7 +35,7 @@ class Gate(nn.Module):
     def __init__(self, config: ILoraConfig) -> None:
         super().__init__()
         self.gate_dim, self.top_k = config.gate_dim, config.gate_top_k
-        self.applied = PerThread()  # w (b, K) of the running pass, where all gates were applied before the layers
+        self.applied = PerThread()  # w (b, K) of the running pass, where `weights_of_all` made it
 
     def forward(self, z: Tensor, **given: Tensor) -> Tensor:
         check_representations(z, self.gate_dim)
@@ -102,11 +102,10 @@ class ClusterGate(Gate):
 
 def weights_of_all(gates: list[Gate], z: Tensor) -> Tensor | None:
     """w (L, b, K) of L linear gates in a few large kernels, or None if they are of another kind or apart."""
-    weights = [gate.W_g.weight for gate in gates if type(gate) is LinearGate]
-    kinds = {(type(W), W.dim(), W.is_meta, hasattr(W, "_fsdp_flattened")) for W in weights}  # FSDP 1 marks its own
-    places = {(W.dtype, W.device) for W in weights}
-    alike = len(weights) == len(gates) and kinds == {(nn.Parameter, 2, False, False)} and len(places) == 1
-    return gates[0].forward(z, stacked=torch.stack(weights)) if alike else None
+    weights = [gate.W_g.weight for gate in gates if type(gate) is LinearGate and not gate.W_g.weight.is_meta]
+    whole = [type(W) is nn.Parameter and W.dim() == 2 and not hasattr(W, "_fsdp_flattened") for W in weights]  # by FSDP
+    alike = len(weights) == len(gates) and len({(W.dtype, W.device) for W in weights}) == 1
+    return gates[0].forward(z, stacked=torch.stack(weights)) if alike and all(whole) else None
 
 
 # by the name that ILoraConfig takes

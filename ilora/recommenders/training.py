@@ -52,11 +52,8 @@ def fit_recommender(
 
     def train(folder: Path, work: Path) -> None:
         torch.manual_seed(seed)
-        morec, threads = kind == "MoRec", torch.get_num_threads()
-        if morec:
-            model = MoRec.from_dataset(dataset, text_encoder, **config)
-        else:
-            model = SequenceModel.kinds[kind](len(dataset.items), **config)
+        morec, n, threads = kind == "MoRec", len(dataset.items), torch.get_num_threads()
+        model = MoRec.from_dataset(dataset, text_encoder, **config) if morec else SequenceModel.kinds[kind](n, **config)
         validation = sequences(dataset, "validation", window)
         # MoRec learns from every state of a row: one row covers `window` targets and encodes their titles once.
         rows = TrainingRows(sequences(dataset, "train", window, min_history=1), window if morec else 1, seed)
