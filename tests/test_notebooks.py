@@ -185,6 +185,34 @@ def test_chapters_4_and_6_run_where_no_groups_of_users_are_known(kernel, tmp_pat
     assert "an unknown share" in str(glued)
 
 
+def results_on(folder, *datasets):
+    """A folder with results of chapter 6 as if they were on these data sets, over SmolLM2."""
+    folder.mkdir()
+    path, *_ = sorted((ROOT / "book" / "results" / "sweeps").glob("06_*.json"))
+    result = json.loads(path.read_text(encoding="utf-8"))
+    result["metrics"]["ten readers"] = [[0.7, 0.1, 0.1, 0.1], [0.2, 0.6, 0.1, 0.1]] * 5
+    for dataset in datasets:
+        changed = result["parameters"] | {"dataset": dataset, "base_model": "smollm2"}
+        (folder / f"06_gradients-{dataset}.json").write_text(json.dumps(result | {"parameters": changed}))
+    return str(folder)
+
+
+def test_chapter_6_shows_the_results_on_real_data_that_there_are(kernel, tmp_path):
+    """Those of two data sets; its cells are then run again for those of one, and for none."""
+    folders = [results_on(tmp_path / str(len(names)), *names) for names in (("movielens", "lastfm"), ("lastfm",), ())]
+    cells = nbformat.read(ROOT / "notebooks" / "06_gradients.ipynb", 4).cells
+    section = [cell.source for cell in cells if "on_data" in cell.source]
+    again = [source for folder in folders[1:] for source in (f"results = {folder!r}", *section)]
+    given = known("06_gradients", SMALL | FEWER) | {"results": folders[0]}
+    notebook, _ = run(kernel, tmp_path, "06_gradients", *again, **given)
+    shown = [str(cell.get("outputs", "")) for cell in notebook.cells if "on_data" in cell.source]
+    for part in range(3):
+        outputs = shown[part * len(section) : (part + 1) * len(section)]
+        assert ("MovieLens" in str(outputs), "LastFM" in str(outputs)) == (part < 1, part < 2)
+        assert sum("image/" in output for output in outputs) == (2 if part < 2 else 0)
+    assert "no results on real data" in str(outputs)
+
+
 def cells_of(folder, keep):
     """A folder with the book's cells of one data set and system, and one cell that failed."""
     folder.mkdir()
