@@ -18,6 +18,7 @@ from test_adapter import (
     HEADS,
     SEVEN,
     D,
+    K,
     R,
     adapted,
     assert_close,
@@ -180,6 +181,15 @@ def test_another_kind_of_gate_on_the_second_wrapping():
         model = wrapped(second, wrapped(first).get_base_model(), seed=5)
         assert_close(logits(second, model), logits(second, wrapped(second, seed=5)))
         assert set(gradients(model, users())) == {key for key, p in model.named_parameters() if p.requires_grad}
+
+
+def test_wrapping_some_layers_again_leaves_the_others_their_gates():
+    """As with stock LoRA the other layers keep the first adapter, here with another number of experts."""
+    first = wrapped("gate per layer")
+    again = config(gate_per_layer=True, target_modules=["q_proj"], num_experts=2)
+    second = get_peft_model(first.get_base_model(), again)
+    trained = gradients(second.train(), users())
+    assert {len(gradient) for key, gradient in trained.items() if "lora_gate" in key} == {K, 2}
 
 
 # ---- a merged model serves only its user

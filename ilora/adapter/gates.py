@@ -104,7 +104,7 @@ def weights_of_all(gates: list[Gate], z: Tensor) -> Tensor | None:
     """w (L, b, K) of L linear gates in a few large kernels, or None if they are of another kind or apart."""
     weights = [gate.W_g.weight for gate in gates if type(gate) is LinearGate and not gate.W_g.weight.is_meta]
     whole = [type(W) is nn.Parameter and W.dim() == 2 and not hasattr(W, "_fsdp_flattened") for W in weights]  # by FSDP
-    alike = len(weights) == len(gates) and len({(W.dtype, W.device) for W in weights}) == 1
+    alike = len(weights) == len(gates) and len({(W.dtype, W.device, W.shape) for W in weights}) == 1
     return gates[0].forward(z, stacked=torch.stack(weights)) if alike and all(whole) else None
 
 
