@@ -394,6 +394,15 @@ def test_checkpointing_changes_no_gradient(reentrant, options):
 
 
 @CHECKPOINTS
+def test_checkpoints_launch_as_much_for_gates_per_layer_as_for_a_shared_one(reentrant):
+    """But for the stack of all W_g and those of the gradients of w: no block computes gradients of other blocks' w."""
+    shared, own = (adapted(dtype=torch.bfloat16, gate_per_layer=per_layer).train() for per_layer in (False, True))
+    for model in (shared, own):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    assert launches(own, sequence_embeds=users()) <= launches(shared, sequence_embeds=users()) + 3
+
+
+@CHECKPOINTS
 def test_checkpointing_recomputes_with_its_own_users(reentrant):
     """Two forwards before two backwards, the latter in another thread, inside yet another user's context."""
     model = adapted().train()
@@ -747,6 +756,47 @@ def test_an_interrupted_forward_leaves_no_user_behind():
     hook.remove()
     assert model.generate(tokens(), sequence_embeds=users(), max_new_tokens=1).shape == (BATCH, 8)
     nobody_is_left()
+
+
+class Interrupted(list):
+    """Raises where its second value is appended, as a signal between two instructions does."""
+
+    def append(self, value):
+        if len(self) == 2:
+            raise KeyboardInterrupt
+        super().append(value)
+
+
+def test_an_interruption_before_a_checkpointed_block_leaves_no_user_behind():
+    model = adapted(gate_per_layer=True).train()
+    model.gradient_checkpointing_enable()
+    applied = model.adapted_layers()[3].lora_gate["default"].applied
+    applied.values = Interrupted(applied.values)
+    with pytest.raises(KeyboardInterrupt):
+        model(tokens(), sequence_embeds=users())
+    applied.values = list(applied.values)
+    with pytest.raises(UserError, match="pass sequence_embeds=z"):
+        model(tokens())
+
+
+@pytest.mark.parametrize("where", ["in another order", "in another thread"])
+def test_contexts_that_end_elsewhere_leave_the_model_usable(where):
+    def stream(seed):
+        with model.sequence_embeds(users(seed=seed)):
+            yield outputs(model, tokens())
+
+    model, results = adapted(gate_per_layer=True), []
+    expected, streams = outputs(model, tokens(), sequence_embeds=users()), [stream(seed) for seed in (3, 4)]
+    for each in streams:
+        next(each)
+
+    def end():
+        for each in streams:
+            each.close()
+        results.append(outputs(model, tokens(), sequence_embeds=users()))
+
+    end() if where == "in another order" else in_threads([end])
+    assert_close(results, [expected])
 
 
 def test_merge_and_export_refuse_all_but_one_user(tmp_path):

@@ -22,6 +22,7 @@ class Condition:
 
     z: Tensor  # (b, d)
     weights: dict[str, Tensor] = field(default_factory=dict)  # adapter -> w (b, K) or, of its L layers, (L, b, K)
+    slices: dict[Gate, Tensor] = field(default_factory=dict)  # gate of a layer -> its w (b, K) of those
     task: asyncio.Task | None = None  # of a context: the asyncio task that entered it
     factors: dict[tuple, dict[Gate, list[Tensor]]] | None = None  # of a forward: unused, see `Conditioning.factor`
 
@@ -66,24 +67,23 @@ class Conditioning:
 
     @contextmanager
     def under(self, condition: Condition) -> Iterator[None]:
-        self._push(condition)
         try:
+            self._push(condition)
             yield
         finally:
-            while self._pop() is not condition:
-                pass
+            while condition in self._conditions.values:  # another thread, or an outer context that ended first, has not
+                self._pop()
 
     def _push(self, condition: Condition) -> None:  # compiled layers find their w at their gate
-        self._conditions.values.append(condition)
-        for name in condition.weights.keys() - self.gates.keys():
-            for gate, w in zip(self.layer_gates[name], condition.weights[name].unbind(), strict=True):
-                gate.applied.values.append(w)
+        for name in condition.weights.keys() - self.gates.keys() if not condition.slices else ():
+            condition.slices |= zip(self.layer_gates[name], condition.weights[name].unbind(), strict=True)
+        for gate, w in condition.slices.items():
+            gate.applied.values.append(w)
+        self._conditions.values.append(condition)  # last, and popped first: an interrupted one belongs to no pass
 
-    def _pop(self) -> Condition:
-        condition = self._conditions.values.pop()
-        for gate in (each for name in condition.weights.keys() - self.gates.keys() for each in self.layer_gates[name]):
+    def _pop(self) -> None:
+        for gate in self._conditions.values.pop().slices:
             gate.applied.values.pop()
-        return condition
 
     def representations(self, z: Tensor | None) -> Tensor | None:
         """The z of a starting call, else the context's.  Raises UserError for NaN on a CPU, or if merged."""
@@ -171,14 +171,15 @@ class CarryingCheckpoint:
     checkpoint: Callable
 
     def __call__(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
-        condition = self.conditioning.running
-        if condition is None or torch.compiler.is_compiling():
+        outer = self.conditioning.running
+        if outer is None or torch.compiler.is_compiling():
             return self.checkpoint(function, *args, **kwargs)
 
         def run(z: Tensor, *rest: Any, **options: Any) -> Any:
-            weights = dict(zip(condition.weights, rest, strict=False))
-            with self.conditioning.under(Condition(z, weights)):
-                return function(*rest[len(weights) :], **options)
+            weights = dict(zip(outer.weights, rest, strict=False))
+            slices = dict(zip(outer.slices, rest[len(weights) :], strict=False))
+            with self.conditioning.under(Condition(z, weights, slices)):
+                return function(*rest[len(weights) + len(slices) :], **options)
 
         # z and w enter as arguments, so that the gate neither runs again nor gets its gradient more than once
-        return self.checkpoint(run, condition.z, *condition.weights.values(), *args, **kwargs)
+        return self.checkpoint(run, outer.z, *outer.weights.values(), *outer.slices.values(), *args, **kwargs)

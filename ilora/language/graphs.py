@@ -33,8 +33,7 @@ def record_passes(decoder: nn.Module, conditioning: Conditioning | None) -> None
             def run(embeds: Tensor, z: Tensor | None = None, *weights: Tensor) -> Tensor:
                 if z is None:
                     return plain(inputs_embeds=embeds, **inputs)[0]
-                named = dict(zip(conditioning.running.weights, weights, strict=True))
-                with conditioning.under(Condition(z, named)):
+                with conditioning.under(Condition(z, dict(zip(conditioning.running.weights, weights, strict=True)))):
                     return plain(inputs_embeds=embeds, **inputs)[0]
 
             model = nn.ModuleList([decoder])  # whose parameters are inputs of the recorded function, too
