@@ -23,7 +23,7 @@ def home(tmp_path, monkeypatch):
     return tmp_path / "home"
 
 
-# ---------------------------------------------------------------- seeds and devices
+# ---------------------------------------------------------------- devices
 
 
 def test_pick_device():

@@ -101,9 +101,9 @@ class ClusterGate(Gate):
 
 
 def weights_of_all(gates: list[Gate], z: Tensor) -> Tensor | None:
-    """w (L, b, K) of L linear gates in a few large kernels, or None if they are of another kind or apart."""
+    """w (L, b, K) of L linear gates in few large kernels; None if they are of another kind, apart or cut up by FSDP."""
     weights = [gate.W_g.weight for gate in gates if type(gate) is LinearGate and not gate.W_g.weight.is_meta]
-    whole = [type(W) is nn.Parameter and W.dim() == 2 and not hasattr(W, "_fsdp_flattened") for W in weights]  # by FSDP
+    whole = [type(W) is nn.Parameter and W.dim() == 2 and not hasattr(W, "_fsdp_flattened") for W in weights]
     alike = len(weights) == len(gates) and len({(W.dtype, W.device, W.shape) for W in weights}) == 1
     return gates[0].forward(z, stacked=torch.stack(weights)) if alike and all(whole) else None
 
