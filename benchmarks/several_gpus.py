@@ -5,7 +5,8 @@
 
 large.py makes folders with base models. Each training is a process of its own: this script with --to, on one GPU, or
 started by `accelerate launch --num_processes 2`. Data, seed, batch and micro-batch are the same, so the losses are, up
-to rounding. A ratio of times compares the same steps, from the second half of the training, in which nothing compiles.
+to rounding. A ratio of times compares the same steps, from the second half of the training, in which nothing compiles
+and nothing is saved.
 With --kill, a training on one GPU is killed by SIGKILL after its first checkpoint, and started again.
 """
 
@@ -123,13 +124,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = measure.parser(__doc__, batch_size=128, micro_batch_size=16)
     parser.add_argument("--base-models", nargs="+", required=True, help="folders of base models")
     parser.add_argument("--steps", type=int, default=20, help="optimiser steps of a training (20)")
-    parser.add_argument("--save-every", type=int, default=5, help="steps between checkpoints (5)")
+    parser.add_argument("--save-every", type=int, help="steps between checkpoints (100, as in `tune`; with --kill 5)")
     parser.add_argument("--dataset", default="movielens", help="the data set (movielens)")
     parser.add_argument("--data-dir", default="", help="the folder with its files (download)")
     parser.add_argument("--folder", type=Path, help="where trainings are kept and looked for (nowhere)")
     parser.add_argument("--kill", action="store_true", help="kill a training and resume it, instead")
     parser.add_argument("--to", type=Path, help="train here, in this process, into this folder")
     options = parser.parse_args(arguments)
+    options.save_every = options.save_every or (5 if options.kill else 100)
     if options.to:
         train(options)
         return
