@@ -134,7 +134,7 @@ class Bench:
             for layer in modules.model.layers:  # all alike: one compilation serves every layer
                 layer.compile(backend=self.compiler, dynamic=False, **options)
         if recorded:
-            record_passes(modules.model, getattr(model.base_model, "conditioning", None))
+            record_passes(model)
         return model
 
     def step(self, rows: int, all_logits: bool = False, **how: int | bool) -> Callable[[], None]:

@@ -37,7 +37,6 @@ def peak_memory_mib(device: torch.device) -> float:
     """The most memory that torch allocated on the GPU; on a CPU, the most that the process ever used."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    import resource  # not on Windows
+    import resource  # not on Windows; macOS counts in bytes, Linux in KiB
 
-    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes on macOS, KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

@@ -5,9 +5,10 @@ import logging
 
 import pytest
 import torch
+from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ilora.language import adapter_config
+from ilora.language import adapter_config, graphs
 from ilora.language.adapted_layers import adapted
 from ilora.language.graphs import record_passes
 
@@ -23,10 +24,6 @@ def make_model(device="cpu", **adapter):
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.1)
     return model
-
-
-def record(model):
-    record_passes(model.get_base_model().get_decoder(), getattr(model.base_model, "conditioning", None))
 
 
 def inputs(model, rows=3, tokens=7, seed=0):
@@ -65,7 +62,7 @@ def recorded(monkeypatch):
 def test_recorded_passes_train_as_the_decoder_does(recorded, adapter):
     model = make_model(**adapter)
     expected = step(model)
-    record(model)
+    record_passes(model)
     for _ in range(2):
         torch.testing.assert_close(step(model), expected)
     assert len(recorded) == 1 and recorded[0][0] == (3, 7, 32)
@@ -84,7 +81,7 @@ def test_gates_are_applied_before_what_is_recorded(recorded, adapter, monkeypatc
         return passes
 
     model = make_model(**adapter)
-    record(model)
+    record_passes(model)
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", make_graphed_callables)
     step(model)
     assert len(reached) == 14 * ("gate_per_layer" in adapter) and set(reached) <= {None}
@@ -92,7 +89,7 @@ def test_gates_are_applied_before_what_is_recorded(recorded, adapter, monkeypatc
 
 def test_only_training_without_a_mask_is_recorded(recorded):
     model = make_model(experts=4)
-    record(model)
+    record_passes(model)
     mask = torch.ones(3, 7, dtype=torch.long)
     model(**inputs(model), attention_mask=mask, use_cache=False)
     with torch.no_grad():
@@ -101,13 +98,39 @@ def test_only_training_without_a_mask_is_recorded(recorded):
     assert not recorded
 
 
+def test_large_batches_are_not_recorded_whose_kernels_outlast_their_launches(recorded, monkeypatch):
+    model = make_model()
+    record_passes(model)
+    size = sum(parameter.numel() for parameter in model.get_base_model().get_decoder().parameters())
+    monkeypatch.setattr(graphs, "MOST", 3 * 7 * size)
+    model(**inputs(model, rows=4), use_cache=False)
+    assert not recorded
+    model(**inputs(model), use_cache=False)
+    assert len(recorded) == 1
+
+
+def test_another_adapter_does_not_get_the_passes_of_the_first(monkeypatch):
+    model = make_model()
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda passes, sample, **_: lambda *given: first)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    first = model.get_base_model().get_decoder()(**inputs(model)).last_hidden_state
+    record_passes(model)
+    decoder = model.get_base_model().get_decoder()
+    assert decoder(**inputs(model)).last_hidden_state is first
+    model.set_adapter("other")
+    assert not torch.allclose(decoder(**inputs(model)).last_hidden_state, first)
+    model.set_adapter("default")
+    assert decoder(**inputs(model)).last_hidden_state is first
+
+
 def test_what_cannot_be_recorded_runs_as_before(recorded, monkeypatch, caplog):
     def refuse(*_, **__):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
     model = make_model(experts=4)
     expected = step(model)
-    record(model)
+    record_passes(model)
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", refuse)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
@@ -120,7 +143,7 @@ def test_too_little_memory_is_an_error(recorded, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     model = make_model()
-    record(model)
+    record_passes(model)
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", refuse)
     with pytest.raises(torch.OutOfMemoryError):
         step(model)
@@ -131,6 +154,6 @@ def test_too_little_memory_is_an_error(recorded, monkeypatch):
 def test_graphs_on_a_gpu_add_up_the_gradients_of_micro_batches(adapter):
     model = make_model("cuda", **adapter)
     plain = copy.deepcopy(model)
-    record(model)
+    record_passes(model)
     for _ in range(3):
         torch.testing.assert_close(step(model), step(plain), rtol=1e-4, atol=1e-5)

@@ -1,29 +1,34 @@
-"""A small decoder in training as CUDA graphs: one launch for each pass, where Python would launch thousands of them."""
+"""A decoder in training as CUDA graphs: one launch for each pass, where Python would launch thousands of kernels."""
 
 import logging
 from typing import Any
 from unittest import mock
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import masking_utils
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from ilora.adapter.conditioning import Condition, Conditioning
+from ilora.adapter.conditioning import Condition
 
 log = logging.getLogger(__name__)
+MOST = 2e13  # tokens times parameters of a recorded pass: with more, kernels outlast their launches
 CAUSAL = {"is_tracing": lambda *_: False, "find_packed_sequence_indices": lambda _: None}  # rows need no mask
 
 
-def record_passes(decoder: nn.Module, conditioning: Conditioning | None) -> None:
+def record_passes(model: PeftModel) -> None:
     """From now on, the decoder's first training batch of each shape is recorded, and later ones replay it."""
+    decoder, conditioning = model.get_base_model().get_decoder(), getattr(model.base_model, "conditioning", None)
     recorded, pool, plain = {}, torch.cuda.graph_pool_handle(), decoder.forward  # graphs run in turn and share memory
+    adapters, size = model.active_adapters, sum(parameter.numel() for parameter in decoder.parameters())
     for parameter in filter(lambda parameter: parameter.requires_grad, decoder.parameters()):
         parameter.register_hook(torch.clone)  # a replay writes its gradients where the one before did
 
     def forward(*args: Any, inputs_embeds: Tensor | None = None, **inputs: Any) -> Any:
-        masked = any(isinstance(value, Tensor | dict) for value in inputs.values())
-        if args or masked or inputs_embeds is None or not (decoder.training and torch.is_grad_enabled()):
+        masked = args or inputs_embeds is None or any(isinstance(value, Tensor | dict) for value in inputs.values())
+        trains = decoder.training and torch.is_grad_enabled() and model.active_adapters == adapters
+        if masked or not trains or inputs_embeds.shape[:2].numel() * size > MOST:
             return plain(*args, inputs_embeds=inputs_embeds, **inputs)
         condition = None if conditioning is None else conditioning.running
         given = (inputs_embeds,) if condition is None else (inputs_embeds, condition.z, *condition.weights.values())
@@ -36,13 +41,13 @@ def record_passes(decoder: nn.Module, conditioning: Conditioning | None) -> None
                 with conditioning.under(Condition(z, dict(zip(conditioning.running.weights, weights, strict=True)))):
                     return plain(inputs_embeds=embeds, **inputs)[0]
 
-            model = nn.ModuleList([decoder])  # whose parameters are inputs of the recorded function, too
-            model.forward = run
+            whole = nn.ModuleList([decoder])  # whose parameters are inputs of the recorded function, too
+            whole.forward = run
             sample = tuple(value.detach().clone().requires_grad_(value.requires_grad) for value in given)
             autocast = torch.autocast("cuda", torch.bfloat16, torch.is_autocast_enabled("cuda"), cache_enabled=False)
             try:
                 with autocast, mock.patch.multiple(masking_utils, **CAUSAL):
-                    recorded[key] = torch.cuda.make_graphed_callables(model, sample, allow_unused_input=True, pool=pool)
+                    recorded[key] = torch.cuda.make_graphed_callables(whole, sample, allow_unused_input=True, pool=pool)
             except RuntimeError as error:  # such as a layer that waits for the GPU
                 if isinstance(error, torch.OutOfMemoryError):
                     raise

@@ -192,10 +192,8 @@ class LanguageRecommender(nn.Module):
         lists = [module for module in self.language_model.modules() if isinstance(module, nn.ModuleList)]
         for layer in max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()), default=()):
             layer.compile(dynamic=False, options={"combo_kernels": True})  # small ones share a launch
-        small = sum(p.numel() for p in self.language_model.parameters()) < 1e9  # else kernels outlast their launches
-        if small and self.device.type == "cuda" and isinstance(self.language_model, PeftModel) and not self.compiled:
-            conditioning = getattr(self.language_model.base_model, "conditioning", None)
-            record_passes(self.language_model.get_base_model().get_decoder(), conditioning)
+        if self.device.type == "cuda" and isinstance(self.language_model, PeftModel) and not self.compiled:
+            record_passes(self.language_model)
         self.compiled = True
 
     def checkpoint_layers(self) -> None:

@@ -244,15 +244,13 @@ class _Run:
         """Add the validation result to the last record, and remember the best state."""
         self._read_losses()
         self.model.eval()
-        with torch.no_grad():
-            hit_ratio = utils.broadcast_object_list([float(validate())])[0]  # the main process decides
+        hit_ratio = utils.broadcast_object_list([float(torch.no_grad()(validate)())])[0]  # the main process decides
         self.history[-1]["hit_ratio"] = hit_ratio
         if self.best is None or hit_ratio > self.best[0]:
             self.best = hit_ratio, copied(self.state["model"])
 
     def save(self) -> None:
-        done = len(self.history)
-        parts = self.arguments.snapshots
+        done, parts = len(self.history), self.arguments.snapshots
         snapshot = done in {math.ceil(self.total_steps * part / parts) for part in range(1, parts + 1)}
         checkpoint = done % self.arguments.save_every == 0 or done == self.total_steps
         if not snapshot and not checkpoint:
