@@ -14,7 +14,6 @@ from ilora.data.windows import Row
 from ilora.language.base_models import quantization
 from ilora.language.prompts import NO_LABEL, PADDING, PROMPT
 
-log = logging.getLogger(__name__)
 LOGITS = 2**29  # the most at once, which bounds the memory: 2 GiB in float32
 
 
@@ -62,7 +61,7 @@ def fits_one_pass(model: nn.Module) -> bool:
         fits, reason = False, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     model.train(training)
     if not fits:
-        log.warning("%s needs a pass for each candidate, so ranking is slow (%s)", kind, reason)
+        logging.getLogger(__name__).warning("%s needs a pass for each candidate, which is slow (%s)", kind, reason)
     return fits
 
 

@@ -192,7 +192,8 @@ class LanguageRecommender(nn.Module):
         lists = [module for module in self.language_model.modules() if isinstance(module, nn.ModuleList)]
         for layer in max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()), default=()):
             layer.compile(dynamic=False, options={"combo_kernels": True})  # small ones share a launch
-        if self.device.type == "cuda" and isinstance(self.language_model, PeftModel) and not self.compiled:
+        saving = base_models.quantization(self.language_model) or self.language_model.is_activation_checkpointing
+        if self.device.type == "cuda" and isinstance(self.language_model, PeftModel) and not (saving or self.compiled):
             record_passes(self.language_model)
         self.compiled = True
 
