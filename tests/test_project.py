@@ -17,7 +17,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from ilora.study import benchmark_results, parameters
+from ilora.study import benchmark_results, parameters, sweep_results, table_results
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "book" / "results"
@@ -372,6 +372,9 @@ def test_the_numbers_in_the_readme_are_those_of_the_results():
     claims = {row["claim"]: row for row in ablations["claims"]}
     for claim in ("gain over conflict", "history instead of noise at conflict 1"):
         assert claims[claim]["n"] == 3 and claims[claim]["low"] > 0
+    table = sweep_results.differences_from_ilora(table_results.load_table(RESULTS / "table"), "random guidance")
+    (noise,) = table[table["variant"] == "random guidance"].to_dict("records")
+    assert noise["setting"] == "LastFM" and noise["n"] == 3 and noise["low"] < 0 < noise["high"]
 
 
 def test_continuous_integration_runs_make_test():
