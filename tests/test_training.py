@@ -344,6 +344,40 @@ def test_checkpoints_of_other_arguments_are_refused(tmp_path):
     trained(tmp_path, micro_batch_size=4, save_every=5)  # these may change
 
 
+@pytest.mark.parametrize("change", ["shape", "frozen", "other name"])
+def test_checkpoints_of_another_model_are_refused_before_any_change(tmp_path, change):
+    """A weight of shape (1, 8) would spread over all rows of (8, 8) without a word."""
+    first = Toy()
+    first.late = nn.Linear(8, 1)
+    fit(first, ROWS, ARGUMENTS, tmp_path)
+    other = Toy()
+    if change != "shape":
+        other.late = nn.Linear(8, 1)
+    if change == "frozen":
+        other.late.requires_grad_(False)
+    if change == "other name":
+        other.later = nn.Linear(8, 1)
+    before = weights(other)
+    with pytest.raises(UserError, match=r"step-00000018.*holds other trained tensors than this model"):
+        fit(other, ROWS, ARGUMENTS, tmp_path)
+    torch.testing.assert_close(weights(other), before, **BITS)
+
+
+def test_arguments_of_numpy_resume(tmp_path):
+    """As np.logspace and np.arange give them: no checkpoint with them would load."""
+    for _ in range(2):
+        trained(tmp_path, learning_rate=np.float64(0.01), clip=np.float32(1), seed=np.int64(3))
+
+
+def test_a_continued_run_says_so(tmp_path, caplog):
+    """Rows that were corrected in place, of the same number, would otherwise seem to be trained on."""
+    with caplog.at_level(logging.WARNING):
+        trained(str(tmp_path))
+        assert "continuing" not in caplog.text
+        trained(str(tmp_path))
+    assert f"continuing after step 18 of {checkpoints(tmp_path)[-1]}" in caplog.text
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, value):
     model = Toy()
@@ -540,7 +574,30 @@ def test_two_launched_processes_equal_one(tmp_path, monkeypatch, request):
             assert len(loss.unique()) == len(loss)  # every step had other weights or rows
 
 
+def test_a_validation_that_gives_nan_stops_the_run(tmp_path):
+    """No later epoch is above nan: the first one would be kept as the best."""
+    results = iter([0.1, float("nan"), 0.9])
+    with pytest.raises(UserError, match="validation after step 12 gave nan"):
+        fit(Toy(), ROWS, ARGUMENTS, tmp_path, lambda: next(results))
+
+
 @pytest.mark.parametrize("wrong", [{"epochs": 1.5}, {"batch_size": 2.5}, {"seed": 0.5}, {"micro_batch_size": 0.5}])
 def test_a_fraction_of_a_row_or_an_epoch_is_refused(wrong):
     with pytest.raises(UserError, match=f"{next(iter(wrong))} must be a whole number"):
+        TrainingArguments(**{"epochs": 1, "batch_size": 2, "learning_rate": 0.1} | wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"learning_rate": "1e-3"}, "learning_rate must be a number above 0, not '1e-3'"),  # so YAML reads it
+        ({"micro_batch_size": -1}, "micro_batch_size must be a whole number at least 0, not -1"),
+        ({"seed": -1}, "seed must be a whole number at least 0, not -1"),
+        ({"epochs": None}, "epochs must be a whole number"),
+        ({"save_every": 0}, "save_every must be a whole number above 0, not 0"),
+        ({"weight_decay": float("nan")}, "weight_decay must be a number at least 0, not nan"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(wrong, sentence):
+    with pytest.raises(UserError, match=sentence):
         TrainingArguments(**{"epochs": 1, "batch_size": 2, "learning_rate": 0.1} | wrong)

@@ -29,25 +29,24 @@ def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def restore(tensors: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
+def restore(tensors: dict[str, Tensor], saved: dict[str, Tensor], path: Path | str = "") -> None:
+    """Copy what `path` holds into the tensors.  Raises UserError, before any change, if it is of another model."""
+    if {name: value.shape for name, value in tensors.items()} != {name: value.shape for name, value in saved.items()}:
+        raise UserError(f"{path} holds other trained tensors than this model: take its own model, or another folder")
     for name, value in tensors.items():
         value.copy_(saved[name])
 
 
 def load_snapshot(model: nn.Module, path: Path) -> None:
     """Load a snapshot of `fit` into the model.  Raises UserError, before any change, if it is of another model."""
-    tensors, saved = trained_tensors(model), safetensors.torch.load_file(path)
-    if {name: value.shape for name, value in tensors.items()} != {name: value.shape for name, value in saved.items()}:
-        raise UserError(f"{path} holds other trained tensors than this model: load the model that it was taken from")
-    restore(tensors, saved)
+    restore(trained_tensors(model), safetensors.torch.load_file(path), path)
 
 
 def save_checkpoint(folder: Path, identity: dict, state: dict, history: list[dict], best: tuple | None) -> None:
     """Write step-NUMBER-SHA256.pt; keep only this checkpoint and the one before."""
     content = {"identity": identity, "history": history, "best": best, "model": copied(state["model"])}
-    buffer = io.BytesIO()
+    buffer, step = io.BytesIO(), f"step-{len(history):08d}"
     torch.save(content | {name: state[name].state_dict() for name in ("optimizer", "schedule")}, buffer)
-    step = f"step-{len(history):08d}"
     path = folder / f"{step}-{sha256(buffer.getvalue()).hexdigest()}.pt"
     artifacts.write_atomic(path, buffer.getvalue())
     earlier = sorted(file for file in folder.glob("step-*.pt") if file.name < step)
@@ -68,7 +67,8 @@ def load_checkpoint(folder: Path, identity: dict, state: dict) -> tuple[list[dic
         if saved["identity"] != identity:
             different = dict(saved["identity"].items() - identity.items())
             raise UserError(f"{path} is from a run with {different}: choose another folder or remove it")
-        restore(state["model"], saved["model"])
+        restore(state["model"], saved["model"], path)
+        log.warning("continuing after step %s of %s: other rows need another folder", len(saved["history"]), path)
         for name in ("optimizer", "schedule"):
             state[name].load_state_dict(saved[name])
         return saved["history"], saved["best"]

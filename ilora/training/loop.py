@@ -7,7 +7,7 @@ import heapq
 import math
 import time
 from collections.abc import Callable, Sized
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -51,12 +51,13 @@ class TrainingArguments:
     gradient_checkpointing: bool = False  # call the model's `checkpoint_layers`: less memory, more time
 
     def __post_init__(self) -> None:
-        for name in POSITIVE:
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"training argument {name} must be above 0, not {getattr(self, name)!r}")
-        for name in ("epochs", "batch_size", "micro_batch_size", "save_every", "seed", "snapshots"):
-            if not isinstance(getattr(self, name), int | None):
-                raise UserError(f"training argument {name} must be a whole number, not {getattr(self, name)!r}")
+        for name, kind in ((each.name, each.type) for each in fields(self) if each.type not in (str, bool)):
+            value, least = getattr(self, name), "above" if name in POSITIVE else "at least"
+            kinds, must = (int | float, "a number") if kind is float else (kind, "a whole number")
+            value = value.item() if isinstance(value, np.generic) else value  # no checkpoint with such would load
+            if not isinstance(value, kinds) or not 0 <= (value or 0) < math.inf or (name in POSITIVE and not value):
+                raise UserError(f"training argument {name} must be {must} {least} 0, not {value!r}")
+            object.__setattr__(self, name, value)
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise UserError(f"training argument {name} must be one of {choices}")
@@ -68,7 +69,7 @@ class TrainingArguments:
 
 
 def fit(
-    model: nn.Module, train: Sized, arguments: TrainingArguments, folder: Path, validate: Callable | None = None,
+    model: nn.Module, train: Sized, arguments: TrainingArguments, folder: str | Path, validate: Callable | None = None,
     try_validation: Callable = lambda: None,
 ) -> pd.DataFrame:  # fmt: skip
     """Train `model` in place and return its history, one row per step.  Raises UserError.
@@ -105,13 +106,13 @@ def fit(
 class _Run:
     """A run in progress: model, optimizer and schedule, history (a row per finished step), and the best state."""
 
-    def __init__(self, model: nn.Module, train: Sized, arguments: TrainingArguments, folder: Path) -> None:
+    def __init__(self, model: nn.Module, train: Sized, arguments: TrainingArguments, folder: str | Path) -> None:
         if not len(train):
             raise UserError("there are no rows to train on: take a larger data set or a smaller limit")
         self.accelerator = Accelerator(device_placement=False)
         if self.accelerator.distributed_type in (utils.DistributedType.FSDP, utils.DistributedType.DEEPSPEED):
             raise UserError("each training process needs the whole model: launch it without FSDP and DeepSpeed")
-        self.train, self.arguments, self.folder = train, arguments, folder
+        self.train, self.arguments, self.folder = train, arguments, Path(folder)
         self.main, several = self.accelerator.is_main_process, self.accelerator.num_processes > 1
         self.model = model.to(self.accelerator.device if several else devices.pick_device(arguments.device))
         self.steps_per_epoch = math.ceil(len(train) / arguments.batch_size)
@@ -119,7 +120,7 @@ class _Run:
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer, self.schedule = _optimizer(self.model, arguments, self.total_steps)
         self.state = {"model": trained_tensors(self.model), "optimizer": self.optimizer, "schedule": self.schedule}
-        self.checkpoints, self.identity = folder / "checkpoints", arguments.identity() | {"rows": len(train)}
+        self.checkpoints, self.identity = self.folder / "checkpoints", arguments.identity() | {"rows": len(train)}
         self.history, self.best = load_checkpoint(self.checkpoints, self.identity, self.state)
         utils.broadcast([value.detach() for value in self.state["model"].values()])  # all processes start from the same
         self.started = time.monotonic() - (self.history[-1]["seconds"] if self.history else 0.0)
@@ -213,8 +214,7 @@ class _Run:
             losses += loss.detach() * share
         if processes > 1:  # not by DDP, whose hooks CUDA graphs cannot hold
             gradients = [each.grad for each in self.trained if each.grad is not None]  # of the same in all processes
-            total = self.accelerator.reduce(parameters_to_vector(gradients), reduction="sum")
-            vector_to_parameters(total, gradients)
+            vector_to_parameters(self.accelerator.reduce(parameters_to_vector(gradients), reduction="sum"), gradients)
             utils.broadcast([value for value in self.state["model"].values() if not value.requires_grad])
         return self.accelerator.reduce(losses, reduction="sum")
 
@@ -245,6 +245,8 @@ class _Run:
         self._read_losses()
         self.model.eval()
         hit_ratio = utils.broadcast_object_list([float(torch.no_grad()(validate)())])[0]  # the main process decides
+        if math.isnan(hit_ratio):
+            raise UserError(f"validation after step {len(self.history)} gave nan: correct what it computes")
         self.history[-1]["hit_ratio"] = hit_ratio
         if self.best is None or hit_ratio > self.best[0]:
             self.best = hit_ratio, copied(self.state["model"])
