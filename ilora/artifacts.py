@@ -141,8 +141,7 @@ def cached(kind: str, settings: Mapping, inputs: Mapping, make: Callable[[Path, 
     the one that calls `make`. All processes of a distributed run call it; the main process's folder is kept.
     `work`, removed once the folder exists, is for what an interrupted run resumes from.
     """
-    state = PartialState()
-    folder = home() / kind / key(settings, inputs)
+    state, folder = PartialState(), home() / kind / key(settings, inputs)
     work = home() / "training" / folder.name
     (home() / "locks").mkdir(exist_ok=True)
     with FileLock(home() / "locks" / f"{kind}-{folder.name}") if state.is_main_process else nullcontext():

@@ -225,6 +225,15 @@ def test_newer_parameters_at_their_defaults_do_not_change_the_names_of_results()
     assert not planned.parameters.keys() & {"compile", "quantize", "gradient_checkpointing"}
 
 
+@pytest.mark.parametrize("make", [adapter, base])
+def test_other_words_in_the_prompts_make_another_key(kept, make):
+    """As own_data.md says to change them: with `replace`, which leaves the data's key as it is."""
+    first = kept(make)
+    DATASET["film"] = dataclasses.replace(DATASET["data-1"], noun="film")
+    DATASET["watched"] = dataclasses.replace(DATASET["data-1"], verb="watched")
+    assert len({first, kept(make, key="film"), kept(make, key="watched")}) == 3
+
+
 def test_an_encoder_is_known_by_its_weights_and_its_shape(kept):
     places = {kept(adapter, encoder=name) for name in ("one", "other weights", "other heads")}
     assert len(places) == 3
