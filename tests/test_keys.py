@@ -225,13 +225,17 @@ def test_newer_parameters_at_their_defaults_do_not_change_the_names_of_results()
     assert not planned.parameters.keys() & {"compile", "quantize", "gradient_checkpointing"}
 
 
-@pytest.mark.parametrize("make", [adapter, base])
-def test_other_words_in_the_prompts_make_another_key(kept, make):
-    """As own_data.md says to change them: with `replace`, which leaves the data's key as it is."""
-    first = kept(make)
-    DATASET["film"] = dataclasses.replace(DATASET["data-1"], noun="film")
-    DATASET["watched"] = dataclasses.replace(DATASET["data-1"], verb="watched")
-    assert len({first, kept(make, key="film"), kept(make, key="watched")}) == 3
+@pytest.mark.parametrize("make", [adapter, base, recommender])
+def test_a_changed_copy_of_a_data_set_has_keys_of_its_own(request, make):
+    """As book/own_data.md changes the words: with `replace`, which leaves the data's key as it is."""
+    source, again = data.load("world", users=40), data.load("world", users=40)
+    kept = request.getfixturevalue("kept")
+    renamed = source.items.assign(title=source.items["title"] + "!")
+    changes = [{}, {"noun": "film"}, {"verb": "watched"}, {"items": renamed}, {"events": source.events[1:]}]
+    DATASET.update({number: dataclasses.replace(source, **change) for number, change in enumerate(changes)})
+    assert len({kept(make, key=number) for number in range(len(changes))}) == len(changes)
+    DATASET.update({"loaded": source, "again": again})
+    assert kept(make, key="loaded") == kept(make, key="again")
 
 
 def test_an_encoder_is_known_by_its_weights_and_its_shape(kept):

@@ -81,8 +81,7 @@ def _read_columns(file: Path, *columns: str) -> pd.DataFrame:
     columns += ("text",) * ("text" in header)
     for column in columns:
         if header.count(column) != 1:
-            has = ", ".join(header) or "no text"
-            remedy = "name each once in line 1 and separate them by commas"
+            has, remedy = ", ".join(header) or "no text", "name each once in line 1 and separate them by commas"
             raise UserError(f"{file} needs one column {column!r} but has {has}: {remedy}")
     rows = rows.iloc[1:]
     width = rows.map(len)

@@ -7,7 +7,7 @@ unique, ignoring case: years and numbers are added in published data; in a user'
 import json
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -34,10 +34,16 @@ class Dataset:
     verb: str = "chose"
     notes: tuple[str, ...] = ()  # what a reader of the results must know about this copy
 
+    @property
+    def content(self) -> str:
+        """The input of keys: `key` as `load` gave it; of a changed copy, a digest of all it holds."""
+        tables = (table.to_csv(index=False) for table in (self.items, self.events, self.users))
+        return self.key if "loaded" in vars(self) else artifacts.digest([self.key, self.noun, self.verb, *tables])
+
     def save(self, folder: str | Path) -> None:
         """Write items.csv, events.csv, users.csv and dataset.json to `folder`: all of them or none."""
         with artifacts.atomic_folder(folder, "dataset.json") as temporary:
-            about = dict(vars(self))
+            about = {each.name: getattr(self, each.name) for each in fields(self)}
             for name in ("items", "events", "users"):
                 about.pop(name).to_csv(temporary / f"{name}.csv", index=False)
             artifacts.write_json(temporary / "dataset.json", about)
@@ -69,8 +75,7 @@ def assemble(items: pd.DataFrame, user: np.ndarray, item: np.ndarray, time: np.n
     """Sort events; split users by first event, 80:10:10 as in LLaRA.  user, item: rows of source_id and items."""
     events = pd.DataFrame({"user": user, "item": item, "time": time}, dtype=np.int64)
     events = events.iloc[np.lexsort((time, user))].reset_index(drop=True)  # equal times keep the order of the source
-    n = len(source_id)
-    rank = events.groupby("user")["time"].min().rank(method="first").to_numpy() - 1
+    n, rank = len(source_id), events.groupby("user")["time"].min().rank(method="first").to_numpy() - 1
     split = np.array(SPLITS)[(rank >= int(0.8 * n)).astype(int) + (rank >= int(0.9 * n))]
     return Dataset(items, events, user_table(split, source_id))
 

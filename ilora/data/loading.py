@@ -52,6 +52,7 @@ def load(
         replace(source, events=events, name=dataset, key=key, noun=noun, verb=verb, notes=notes).save(folder)
 
     loaded = load_dataset(artifacts.cached("data", settings, inputs, make, note=dataset))
+    object.__setattr__(loaded, "loaded", True)  # which copies by `replace` are not
     for note in loaded.notes:
         log.warning("%s: %s", dataset, note)
     return loaded
@@ -85,8 +86,7 @@ def _notes(events: pd.DataFrame) -> tuple[str, ...]:
     position = events.groupby("user").cumcount()
     back = position - position.groupby([events["user"], events["item"]]).shift()  # events since the item was chosen
     is_target = position >= MIN_HISTORY
-    repeated = is_target & (back <= 10)
-    ties = events.duplicated(["user", "time"], keep=False)
+    repeated, ties = is_target & (back <= 10), events.duplicated(["user", "time"], keep=False)
     counts = {
         f"of {len(events)} events have the time of another one of their user, which leaves their order open": ties,
         f"of {is_target.sum()} targets ({repeated.sum() / max(is_target.sum(), 1):.1%}) are among the 10 items before, "

@@ -42,8 +42,7 @@ def sequences(
     is_target = (dataset.users["split"] == split).to_numpy()[user] & (position >= min_history)
     if windows == "last":
         is_target &= np.diff(user, append=-1) != 0
-    row = np.flatnonzero(is_target)
-    padded = np.concatenate([np.full(window, len(dataset.items)), item])
+    row, padded = np.flatnonzero(is_target), np.concatenate([np.full(window, len(dataset.items)), item])
     history = np.lib.stride_tricks.sliding_window_view(padded, window)[row]  # may start in other users' events
     history[np.arange(window, 0, -1) > position[row, None]] = len(dataset.items)
     return Sequences(user[row], position[row], history, np.minimum(position[row], window), item[row])

@@ -86,8 +86,7 @@ def expected_hit_ratio(
     free = np.ones((len(scores), scores.shape[1] + 1), dtype=bool)  # the last column is padding
     np.put_along_axis(free, np.column_stack([history, target]), False, axis=1)
     free = free[:, :-1]
-    target_score = np.take_along_axis(scores, target[:, None], axis=1)
-    m = free.sum(1)
+    target_score, m = np.take_along_axis(scores, target[:, None], axis=1), free.sum(1)
     better, ties = (free & (scores > target_score)).sum(1), (free & (scores == target_score)).sum(1)
 
     def term(x: np.ndarray) -> np.ndarray:  # C(x, size) / C(m, size - 1)

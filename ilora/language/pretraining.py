@@ -18,8 +18,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ilora import artifacts, devices
-from ilora.data import WORDS, Dataset, questions
-from ilora.data.dataset import one_line
+from ilora.data.dataset import Dataset, one_line
+from ilora.data.windows import questions
 from ilora.language import smollm2
 from ilora.language.prompts import NO_LABEL, Prompts, wording
 from ilora.training.loop import TrainingArguments, fit
@@ -40,8 +40,7 @@ def base_content(base_model: str) -> str:
 def base_for(dataset: Dataset, seed: int = 0, device: str = "auto", recipe: Mapping = RECIPE) -> Path:
     """Folder of the base for a data set, in bfloat16; made once and kept."""
     settings = {"seed": seed, "recipe": dict(recipe)}
-    settings |= {"words": words} if (words := [dataset.noun, dataset.verb]) != [*WORDS.get(dataset.name, ())] else {}
-    inputs = {"data": dataset.key, "start": artifacts.content(EMBEDDED)}
+    inputs = {"data": dataset.content, "start": artifacts.content(EMBEDDED)}
 
     def make(folder: Path, work: Path) -> None:
         titles = list(dataset.items["title"])

@@ -131,8 +131,7 @@ def read_answer(text: str, titles: Sequence[str]) -> int | None:
     An answer is valid if its first line is an offered title (ignoring case and spacing) or, failing that, if exactly
     one offered title occurs in it, the rule of the released code.
     """
-    offered = [title_key(title) for title in titles]
-    first = title_key(_first_line(text))
+    offered, first = [title_key(title) for title in titles], title_key(_first_line(text))
     if first in offered:
         return offered.index(first)
     inside = [column for column, title in enumerate(offered) if title in title_key(text)]

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from ilora import artifacts, devices
-from ilora.data import WORDS, Dataset, questions
+from ilora.data import Dataset, questions
 from ilora.errors import UserError
 from ilora.evaluation import evaluate
 from ilora.language.adapted_layers import adapter_config
@@ -81,8 +81,7 @@ def tune(
     validation = questions(dataset, "validation", window, limit=1000, seed=seed)  # after each epoch
     sizes = {"window": window, "train": len(train), "validation": len(validation)}
     settings = adapter.identity() | sizes | arguments.identity() | ({"quantize": quantize} if quantize else {})
-    settings |= {"words": words} if (words := [dataset.noun, dataset.verb]) != [*WORDS.get(dataset.name, ())] else {}
-    inputs = {"data": dataset.key, "base_model": base_content(base_model)}
+    inputs = {"data": dataset.content, "base_model": base_content(base_model)}
     if encoder is not None:  # a digest of its class, configuration and weights
         about = artifacts.digest([type(encoder).__name__, encoder.config]).encode()
         weights = (name.encode() + value.cpu().numpy().tobytes() for name, value in encoder.state_dict().items())

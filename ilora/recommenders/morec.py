@@ -69,8 +69,7 @@ class MoRec(SASRec):
         vectors = self.items.encode(distinct)  # (m, dim)
         history, mask = index[:, :-1], batch[:, :-1] != self.n_items
         states = self.states(vectors[history], mask, n=history.shape[1])  # (batch, window, dim)
-        n = (batch != self.n_items).sum()
-        p = self.popularity[distinct.clamp(max=self.n_items - 1)]
+        n, p = (batch != self.n_items).sum(), self.popularity[distinct.clamp(max=self.n_items - 1)]
         log_q = (-torch.expm1(n * torch.log1p(-p))).clamp(min=1e-12).log()
         logits = states[mask] @ vectors.T - log_q.masked_fill(distinct == self.n_items, torch.inf)
         return nn.functional.cross_entropy(logits, index[:, 1:][mask], reduction="sum") / mask.numel()

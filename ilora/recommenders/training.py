@@ -48,7 +48,8 @@ def fit_recommender(
     arguments = TrainingArguments(epochs, batch_size, learning_rate, l2, **constant, seed=seed, device=device)
     config = {"window": window, "dropout": dropout}
     settings = {"model": kind, **config, **arguments.identity()}
-    inputs = {"data": dataset.key} | ({"text_encoder": artifacts.model_content(text_encoder)} if text_encoder else {})
+    inputs = {"data": dataset.content}
+    inputs |= {"text_encoder": artifacts.model_content(text_encoder)} if text_encoder else {}
 
     def train(folder: Path, work: Path) -> None:
         torch.manual_seed(seed)
