@@ -280,5 +280,4 @@ def _optimizer(model: nn.Module, arguments: TrainingArguments, total_steps: int)
     if arguments.schedule == "constant":
         return optimizer, LinearLR(optimizer, arguments.floor if warmup else 1.0, total_iters=max(warmup, 1))
     rates = {"min_lr_rate": arguments.floor, "warmup_lr_rate": arguments.floor}  # as in LLaRA
-    cosine = "cosine_warmup_with_min_lr"
-    return optimizer, get_scheduler(cosine, optimizer, warmup, total_steps, scheduler_specific_kwargs=rates)
+    return optimizer, get_scheduler("cosine_warmup_with_min_lr", optimizer, warmup, total_steps, rates)
