@@ -165,8 +165,7 @@ class Run:
 
     def __init__(self, name: str, parameters: Mapping[str, Any], inputs: Mapping[str, str] | None = None) -> None:
         self.name, self.parameters, self.inputs = name, dict(parameters), dict(inputs or {})
-        self.device = pick_device(self.parameters.get("device", "auto"))
-        self.started = time.perf_counter()
+        self.device, self.started = pick_device(self.parameters.get("device", "auto")), time.perf_counter()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 

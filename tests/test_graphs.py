@@ -6,9 +6,9 @@ import logging
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from ilora.language import adapter_config, graphs
+from ilora.language import adapter_config
 from ilora.language.adapted_layers import adapted
 from ilora.language.graphs import record_passes
 
@@ -98,30 +98,63 @@ def test_only_training_without_a_mask_is_recorded(recorded):
     assert not recorded
 
 
-def test_large_batches_are_not_recorded_whose_kernels_outlast_their_launches(recorded, monkeypatch):
-    model = make_model()
-    record_passes(model)
-    size = sum(parameter.numel() for parameter in model.get_base_model().get_decoder().parameters())
-    monkeypatch.setattr(graphs, "MOST", 3 * 7 * size)
-    model(**inputs(model, rows=4), use_cache=False)
-    assert not recorded
-    model(**inputs(model), use_cache=False)
-    assert len(recorded) == 1
-
-
-def test_another_adapter_does_not_get_the_passes_of_the_first(monkeypatch):
+def test_passes_are_replayed_only_with_the_adapters_that_were_recorded(monkeypatch):
     model = make_model()
     model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    decoder = model.get_base_model().get_decoder()
+    first = decoder(**inputs(model)).last_hidden_state
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda passes, sample, **_: lambda *given: first)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    first = model.get_base_model().get_decoder()(**inputs(model)).last_hidden_state
     record_passes(model)
-    decoder = model.get_base_model().get_decoder()
     assert decoder(**inputs(model)).last_hidden_state is first
     model.set_adapter("other")
     assert not torch.allclose(decoder(**inputs(model)).last_hidden_state, first)
     model.set_adapter("default")
+    with model.disable_adapter():
+        assert not torch.allclose(decoder(**inputs(model)).last_hidden_state, first)
+    model.merge_adapter()
+    torch.testing.assert_close(decoder(**inputs(model)).last_hidden_state, first)
+    assert decoder(**inputs(model)).last_hidden_state is not first
+    model.unmerge_adapter()
     assert decoder(**inputs(model)).last_hidden_state is first
+
+
+def test_what_ends_recording_leaves_the_model_as_it_was(recorded):
+    """A copy of a model that is still recorded would run the decoder of the original."""
+    model = make_model(experts=4)
+    expected, hooks = step(model), [parameter._backward_hooks for parameter in model.parameters()]
+    end = record_passes(model)
+    step(model)
+    end()
+    assert [parameter._backward_hooks or None for parameter in model.parameters()] == hooks
+    twin = copy.deepcopy(model)
+    torch.nn.init.zeros_(twin.get_base_model().get_decoder().norm.weight)
+    assert not twin(**inputs(twin), use_cache=False).logits.any()
+    torch.testing.assert_close(step(model), expected)
+    assert len(recorded) == 1
+
+
+def test_a_decoder_with_router_logits_is_recorded(recorded):
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = MixtralConfig(vocab_size=50, num_hidden_layers=1, num_local_experts=2, **shape)
+    model = adapted(MixtralForCausalLM(config).requires_grad_(False), adapter_config(dropout=0.0)).train()
+    expected = model(**inputs(model), use_cache=False).logits
+    record_passes(model)
+    torch.testing.assert_close(model(**inputs(model), use_cache=False).logits, expected)
+    assert recorded
+
+
+def test_recording_changes_no_random_numbers(recorded, monkeypatch):
+    model = make_model()
+    record_passes(model)
+    capture = torch.cuda.make_graphed_callables
+    warmed = lambda passes, sample, **more: (torch.rand(3), capture(passes, sample, **more))[1]  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", warmed)
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    step(model)
+    assert torch.equal(torch.rand(3), expected) and recorded
 
 
 def test_what_cannot_be_recorded_runs_as_before(recorded, monkeypatch, caplog):

@@ -54,8 +54,7 @@ def read_rows(file: Path, n_items: int) -> tuple[list[list[int]], int]:
     wrong = ((history < 0) | (history > n_items)).any(axis=1) | (target < 0) | (target >= n_items)
     message = f"an item id is not among the {n_items} titles in the folder; use the files of one release"
     refuse_rows(file, pd.Series(wrong), message, word="row")
-    rows = np.column_stack([history, target]).tolist()
-    return [[item for item in row if item != n_items] for row in rows], window
+    return [[item for item in row if item != n_items] for row in np.column_stack([history, target]).tolist()], window
 
 
 def _item_ids(values: Iterable) -> np.ndarray:

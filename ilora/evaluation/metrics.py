@@ -90,8 +90,7 @@ def expected_hit_ratio(
     better, ties = (free & (scores > target_score)).sum(1), (free & (scores == target_score)).sum(1)
 
     def term(x: np.ndarray) -> np.ndarray:  # C(x, size) / C(m, size - 1)
-        factors = [np.maximum(x - 1 - j, 0) / (m - j) for j in range(size - 1)]
-        return x / size * np.prod(factors, axis=0)
+        return x / size * np.prod([np.maximum(x - 1 - j, 0) / (m - j) for j in range(size - 1)], axis=0)
 
     return (term(m - better + 1) - term(m - better - ties)) / (ties + 1)
 

@@ -21,10 +21,8 @@ def adapter_config(
     target_modules: str | list[str] = "all-linear", **gate: int | str | bool,
 ) -> LoraConfig:  # fmt: skip
     """The paper's adapter: LoRA for one expert, else iLoRA; by default on all linear layers but the output layer."""
-    shape = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": target_modules}
-    if experts == 1:
-        return LoraConfig(task_type="CAUSAL_LM", **shape)
-    return ILoraConfig(num_experts=experts, **shape, **gate)
+    own = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": target_modules}
+    return LoraConfig(task_type="CAUSAL_LM", **own) if experts == 1 else ILoraConfig(num_experts=experts, **own, **gate)
 
 
 def adapted(model: nn.Module, adapter: LoraConfig) -> PeftModel:

@@ -44,8 +44,7 @@ def _scores(model: nn.Module, rows: list[Row], answers: list) -> tuple[Tensor, T
     logits = model.logits(batch, **inputs)  # (rows, labels, vocabulary)
     belongs = batch["column"][..., None] == torch.arange(len(answers[0]), device=logits.device)
     values = log_likelihood(logits, batch["labels"])[..., None].where(belongs, 0).sum(1)
-    differs = (logits.argmax(-1) != batch["labels"])[..., None] & belongs  # (rows, labels, answers)
-    return values, ~differs.any(1)
+    return values, ~((logits.argmax(-1) != batch["labels"])[..., None] & belongs).any(1)
 
 
 def fits_one_pass(model: nn.Module) -> bool:
@@ -83,8 +82,7 @@ def mask_and_positions(part: Tensor, config: object, dtype: torch.dtype) -> dict
     before = torch.ones(2 * part.shape[1:], dtype=torch.bool, device=part.device).tril()
     sees = before & ((part[:, None] == PROMPT) | (part[:, None] == part[:, :, None]))  # (rows, query, key)
     position = (sees.sum(-1) - 1).masked_fill(part == PADDING, 0)
-    window = getattr(config, "sliding_window", None) or part.shape[1]
-    near = position[:, :, None] - position[:, None] < window
+    near = position[:, :, None] - position[:, None] < (getattr(config, "sliding_window", None) or part.shape[1])
     kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
     seen = {kind: sees if kind == "full_attention" else sees & near for kind in kinds}
     zero, least = torch.zeros(sees.shape, dtype=dtype, device=sees.device), torch.finfo(dtype).min

@@ -50,8 +50,7 @@ class LanguageRecommender(nn.Module):
         super().__init__()
         if guidance not in GUIDANCE:
             raise UserError(f"unknown guidance {guidance!r}: choose one of {', '.join(GUIDANCE)}")
-        self.prompts, self.guidance, self.seed = prompts, guidance, seed
-        self.gated = isinstance(adapter, ILoraConfig)
+        self.prompts, self.guidance, self.seed, self.gated = prompts, guidance, seed, isinstance(adapter, ILoraConfig)
         if self.gated and encoder is None:
             raise UserError("iLoRA's gate reads the recommender's representation: give an encoder")
         self.encoder, self.projector, self.compiled = encoder, None, False
@@ -192,9 +191,10 @@ class LanguageRecommender(nn.Module):
         lists = [module for module in self.language_model.modules() if isinstance(module, nn.ModuleList)]
         for layer in max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()), default=()):
             layer.compile(dynamic=False, options={"combo_kernels": True})  # small ones share a launch
-        saving = base_models.quantization(self.language_model) or self.language_model.is_activation_checkpointing
-        if self.device.type == "cuda" and isinstance(self.language_model, PeftModel) and not (saving or self.compiled):
-            record_passes(self.language_model)
+        getattr(self, "forget_passes", lambda: None)()  # of an earlier training
+        small = sum(p.numel() for p in self.language_model.parameters()) < 1e9  # else kernels outlast their launches
+        if small and self.device.type == "cuda" and isinstance(self.language_model, PeftModel):
+            self.forget_passes = record_passes(self.language_model)
         self.compiled = True
 
     def checkpoint_layers(self) -> None:

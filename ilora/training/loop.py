@@ -78,7 +78,7 @@ def fit(
         `progress` is step / all steps and `step_seed` is the same for all micro-batches of a step. Optional:
         `parameter_groups(weight_decay)` for AdamW, where a group may have "lr_scale"; `length(row)`, by which a batch
         is sorted before it is split; `trainable_state()`, see `trained_tensors`; `compile_layers()`,
-        `checkpoint_layers()`. Its `batch_size` becomes the number of rows of one forward pass.
+        `checkpoint_layers()`, `forget_passes()`. Its `batch_size` becomes the number of rows of one forward pass.
     train: has `len(train)`, `train[i]` and optionally `set_epoch(epoch)`.
     folder: receives checkpoints/, from which an interrupted run resumes, and snapshots/, see `load_snapshot`.
     validate: returns HitRatio@1 after each epoch, in eval mode and in every process; the best epoch's state is kept.
@@ -99,6 +99,7 @@ def fit(
     run.bar.close()
     if run.best:
         restore(run.state["model"], run.best[1])
+    getattr(model, "forget_passes", lambda: None)()  # which belong to this training
     model.eval()
     return pd.DataFrame(run.history)
 
@@ -201,8 +202,7 @@ class _Run:
         processes, index = self.accelerator.num_processes, self.accelerator.process_index
         seed, step, own = self.arguments.seed, len(self.history), rows[index::processes]  # as long as in the others
         parts = math.ceil(self.share / self.model.batch_size)  # the same in every process and step
-        cuts = np.linspace(0, len(own), parts + 1).round().astype(int)
-        losses = torch.zeros((), device=self.device)
+        cuts, losses = np.linspace(0, len(own), parts + 1).round().astype(int), torch.zeros((), device=self.device)
         for part in range(parts):
             micro_batch = own[cuts[part] : cuts[part + 1]]
             share = len(micro_batch) / len(rows)
