@@ -28,7 +28,8 @@ class ILoraVariant(LoraVariant):
         if module.cast_input_dtype_enabled is not False and not autocast:  # which would cast x back at once
             x = x.to(A.weight.dtype)
         middle = A(module.lora_dropout[active_adapter](x))  # (b, s, r)
-        return result + B(middle * module.conditioning.factor(module, active_adapter, middle))
+        factor = module.conditioning.factor(module, active_adapter, middle)
+        return result + B(middle * factor)
 
     def merge_safe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
         self.merged = module.conditioning.weights_of(module, active_adapter).detach()

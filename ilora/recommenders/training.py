@@ -25,8 +25,7 @@ class TrainingRows(UserList):
     """Rows of window + 1 item ids, a history and its target; an epoch uses every `step`-th, from a random start."""
 
     def __init__(self, sequences: Sequences, step: int = 1, seed: int = 0) -> None:
-        self.every_row = np.column_stack([sequences.history, sequences.target])
-        self.step, self.seed = step, seed
+        self.every_row, self.step, self.seed = np.column_stack([sequences.history, sequences.target]), step, seed
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
