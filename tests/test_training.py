@@ -375,7 +375,7 @@ def test_a_continued_run_says_so(tmp_path, caplog):
         trained(str(tmp_path))
         assert "continuing" not in caplog.text
         trained(str(tmp_path))
-    assert f"continuing after step 18 of {checkpoints(tmp_path)[-1]}" in caplog.text
+    assert f"continuing from {checkpoints(tmp_path)[-1]}" in caplog.text
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -574,6 +574,13 @@ def test_two_launched_processes_equal_one(tmp_path, monkeypatch, request):
             assert len(loss.unique()) == len(loss)  # every step had other weights or rows
 
 
+def test_recorded_passes_end_with_the_training_that_recorded_them(tmp_path):
+    model, ended = Toy(), []
+    model.forget_passes = lambda: ended.append(model.training)
+    fit(model, ROWS, ARGUMENTS, tmp_path)
+    assert len(ended) == 1
+
+
 def test_a_validation_that_gives_nan_stops_the_run(tmp_path):
     """No later epoch is above nan: the first one would be kept as the best."""
     results = iter([0.1, float("nan"), 0.9])
@@ -591,11 +598,11 @@ def test_a_fraction_of_a_row_or_an_epoch_is_refused(wrong):
     ("wrong", "sentence"),
     [
         ({"learning_rate": "1e-3"}, "learning_rate must be a number above 0, not '1e-3'"),  # so YAML reads it
-        ({"micro_batch_size": -1}, "micro_batch_size must be a whole number at least 0, not -1"),
-        ({"seed": -1}, "seed must be a whole number at least 0, not -1"),
+        ({"micro_batch_size": -1}, "micro_batch_size must be a whole number of at least 0, not -1"),
+        ({"seed": -1}, "seed must be a whole number of at least 0, not -1"),
         ({"epochs": None}, "epochs must be a whole number"),
         ({"save_every": 0}, "save_every must be a whole number above 0, not 0"),
-        ({"weight_decay": float("nan")}, "weight_decay must be a number at least 0, not nan"),
+        ({"weight_decay": float("nan")}, "weight_decay must be a number of at least 0, not nan"),
     ],
 )
 def test_numbers_out_of_range_are_refused(wrong, sentence):

@@ -192,7 +192,7 @@ class LanguageRecommender(nn.Module):
         for layer in max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()), default=()):
             layer.compile(dynamic=False, options={"combo_kernels": True})  # small ones share a launch
         getattr(self, "forget_passes", lambda: None)()  # of an earlier training
-        small = sum(p.numel() for p in self.language_model.parameters()) < 1e9  # else kernels outlast their launches
+        small = sum(p.numel() for p in self.language_model.parameters()) < 1e9  # recorded passes keep their memory
         if small and self.device.type == "cuda" and isinstance(self.language_model, PeftModel):
             self.forget_passes = record_passes(self.language_model)
         self.compiled = True

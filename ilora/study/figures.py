@@ -157,7 +157,7 @@ def trend(table: pd.DataFrame, x: str, y: str, by: str | None = None, title: str
 
 
 def _grid(count: int, height: float, sharex: bool = True) -> tuple[Figure, np.ndarray]:
-    """Axes of this height with one scale, at most three in a row."""
+    """Axes of this height with one scale, at most three in a row, four as two by two."""
     columns = 2 if count == 4 else min(count, 3)
     size = (WIDTH if columns < 3 else 4 / 3 * WIDTH, height * (rows := -(-count // columns)))
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, sharex=sharex, sharey=True)

@@ -52,7 +52,7 @@ class TrainingArguments:
 
     def __post_init__(self) -> None:
         for name, kind in ((each.name, each.type) for each in fields(self) if each.type not in (str, bool)):
-            value, least = getattr(self, name), "above" if name in POSITIVE else "at least"
+            value, least = getattr(self, name), "above" if name in POSITIVE else "of at least"
             kinds, must = (int | float, "a number") if kind is float else (kind, "a whole number")
             value = value.item() if isinstance(value, np.generic) else value  # no checkpoint with such would load
             if not isinstance(value, kinds) or not 0 <= (value or 0) < math.inf or (name in POSITIVE and not value):
