@@ -28,7 +28,7 @@ def compute_metrics(outcomes: pd.DataFrame) -> dict[str, dict[str, float]]:
     return metrics
 
 
-def interval(values: np.ndarray, users: np.ndarray, seed: int = 0) -> dict[str, float]:
+def interval(values: np.ndarray, users: np.ndarray) -> dict[str, float]:
     """Mean of values (n,) with a 95% interval: Wilson's for hits of one question per user, else a bootstrap."""
     values, users = np.asarray(values, float), np.asarray(users)
     mean, n, clusters = float(values.mean()), len(values), len(np.unique(users))
@@ -36,7 +36,7 @@ def interval(values: np.ndarray, users: np.ndarray, seed: int = 0) -> dict[str, 
     if mean in (0, 1) or (clusters == n and np.isin(values, (0, 1)).all()):
         low, high = stats.binomtest(round(mean * clusters), clusters).proportion_ci(method="wilson")
     else:
-        low, high = np.quantile(resampled_means(values, users, seed), (0.025, 0.975))
+        low, high = np.quantile(resampled_means(values, users), (0.025, 0.975))
     return {"value": mean, "low": float(low), "high": float(high), "n": n, "users": clusters}
 
 
@@ -46,11 +46,11 @@ def difference(first: pd.DataFrame, second: pd.DataFrame, column: str = "hit") -
     if not ids[0].equals(ids[1]):
         raise ValueError("the outcomes are of different questions: evaluate both systems on the same Questions")
     change = first[column].to_numpy(float) - second[column].to_numpy(float)
-    low, high = np.quantile(resampled_means(change, first["user"].to_numpy(), seed=0), (0.025, 0.975))
+    low, high = np.quantile(resampled_means(change, first["user"]), (0.025, 0.975))
     return {"value": float(change.mean()), "low": float(low), "high": float(high), "n": len(change)}
 
 
-def resampled_means(values: np.ndarray, users: np.ndarray, seed: int) -> np.ndarray:
+def resampled_means(values: np.ndarray, users: np.ndarray, seed: int = 0) -> np.ndarray:
     """(RESAMPLES,) means of values (n,) over users sampled with replacement; UserError for no or infinite values."""
     if not len(values) or (wrong := np.sum(~np.isfinite(values))):
         reason = f"{wrong} of {len(values)} values are NaN or infinite" if len(values) else "there is no value"

@@ -81,14 +81,14 @@ def _predict(system: System, rows: list[Row], gives_scores: bool, generates: boo
 def batches_by_length(system: System, questions: Questions, batch_size: int) -> Iterator[tuple[np.ndarray, list[Row]]]:
     """Numbers and rows of questions, in batches of similar length if the system has `length`."""
     length = getattr(system, "length", lambda row: 0)
-    order = np.argsort(np.fromiter((length(questions[i]) for i in range(len(questions))), int), kind="stable")
+    order = np.argsort(np.fromiter(map(length, questions), int), kind="stable")
     for start in range(0, len(order), batch_size):
         yield (batch := order[start : start + batch_size]), [questions[i] for i in batch]
 
 
 def outcomes_from_scores(questions: Questions, scores: np.ndarray) -> pd.DataFrame:
     """Outcomes of a system with these scores (n, candidates).  Raises UserError as `check_scores` does."""
-    scores = check_scores(scores, questions.candidates.shape, "a system")
+    scores = check_scores(np.asarray(scores, float), questions.candidates.shape, "a system")
     return _outcomes(questions, scores.argmax(1), scores)
 
 
@@ -107,7 +107,6 @@ def _outcomes(questions: Questions, columns: np.ndarray, scores: np.ndarray | No
     outcomes = question_ids(questions).assign(answer=answer, valid=valid, hit=answer == target)
     if scores is None:
         return outcomes
-    is_target = questions.candidates == target[:, None]
-    target_score = scores[is_target][:, None]
-    earlier = np.arange(scores.shape[1]) < is_target.argmax(1)[:, None]  # columns are in random order
-    return outcomes.assign(rank=1 + ((scores > target_score) | (scores == target_score) & earlier).sum(1))
+    order = np.argsort(-scores, axis=1, kind="stable")  # equal scores: as the columns, which are in random order
+    ranked = np.take_along_axis(questions.candidates, order, axis=1)
+    return outcomes.assign(rank=1 + (ranked == target[:, None]).argmax(axis=1))
