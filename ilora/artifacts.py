@@ -181,7 +181,7 @@ class Run:
         result["versions"] |= {package: version(package) for package in PACKAGES}
         result |= {"commit": commit(), "peak_memory_mib": round(peak_memory_mib(self.device))}
         result["date"] = datetime.now(UTC).isoformat(timespec="seconds")
-        result["outcomes"] = {column: list(outcomes[column]) for column in outcomes} if outcomes is not None else {}
+        result["outcomes"] = {} if outcomes is None else dict(outcomes)
         write_json(path, result)
         return path
 

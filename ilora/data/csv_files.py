@@ -4,6 +4,7 @@ import csv
 import io
 import itertools
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,16 +38,15 @@ def read_csv(files: list[Path]) -> Dataset:
     return assemble(item_table(titles, items.get("text", ""), ids), user, item.to_numpy(), time, source_users)
 
 
-def decode(file: Path, *encodings: str) -> str:
-    """The text of a file in the first of the encodings (by default UTF-8) in which it is valid."""
+def decode(file: Path, encodings: Sequence[str] = ("utf-8-sig",)) -> str:
+    """The text of a file in the first of the encodings in which it is valid."""
     content = file.read_bytes()
-    for encoding in encodings or ("utf-8-sig",):
+    wrong = content.find(b"\0")
+    for encoding in encodings if wrong < 0 else ():
         try:
-            text, wrong = content.decode(encoding), content.find(b"\0")
+            return content.decode(encoding)
         except UnicodeDecodeError as error:
             wrong = error.start
-        if wrong < 0:
-            return text
     line = content.count(b"\n", 0, wrong) + 1
     raise UserError(f"{file}, line {line}: a byte that no text file in UTF-8 has; export the file again as UTF-8 text")
 
@@ -107,12 +107,12 @@ def _parse_times(file: Path, text: pd.Series) -> np.ndarray:
         values = pd.to_datetime(text, format="ISO8601", utc=True, errors="coerce").dt.as_unit("us")
         refuse_rows(file, values.isna(), "time {!r} is no day and time that exists; correct it", text)
         return values.astype(np.int64).to_numpy()
-    values = np.array([int(number) for number in text], dtype=object)
-    large = pd.Series((values < -(2**63)) | (values >= 2**63), text.index, dtype=bool)
-    refuse_rows(file, large, "time {!r} is not a whole number of at most 64 bits; correct it", text)
+    values = pd.Series([int(number) for number in text], text.index, dtype=object)
+    fits = values.between(-(2**63), 2**63 - 1)
+    refuse_rows(file, ~fits, "time {!r} is not a whole number of at most 64 bits; correct it", text)
     digits = text.str.lstrip("+-0").str.len()  # 9 or 10 in seconds, 12 or 13 in milliseconds, 15 or 16, 18 or 19
     for few, many in itertools.pairwise(sorted(digits.unique())):
         if few >= 9 and many - few > 1 and few % 3 < 2 and many % 3 < 2:
             message = f"time {{}} is in another unit than {text[digits == few].iloc[0]}; use one"
             refuse_rows(file, digits == many, message, text)
-    return values.astype(np.int64)
+    return values.astype(np.int64).to_numpy()

@@ -76,7 +76,7 @@ def assemble(items: pd.DataFrame, user: np.ndarray, item: np.ndarray, time: np.n
     events = pd.DataFrame({"user": user, "item": item, "time": time}, dtype=np.int64)
     events = events.iloc[np.lexsort((time, user))].reset_index(drop=True)  # equal times keep the order of the source
     n, rank = len(source_id), events.groupby("user")["time"].min().rank(method="first").to_numpy() - 1
-    split = np.array(SPLITS)[(rank >= int(0.8 * n)).astype(int) + (rank >= int(0.9 * n))]
+    split = np.array(SPLITS)[np.digitize(rank, (int(0.8 * n), int(0.9 * n)))]
     return Dataset(items, events, user_table(split, source_id))
 
 

@@ -22,12 +22,12 @@ _DAMAGE = (ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, 
 def read_splits(files: list[Path], items: pd.DataFrame) -> Dataset:
     """The rows of the three splits' files as users; overlapping train windows are joined.  Raises UserError."""
     (train, window), *others = (read_rows(file, len(items)) for file in files)
-    histories = [[]]
+    histories = []
     for *history, target in train:
-        if len(histories) == 1 or history != histories[-1][-window:]:  # else it is the same user's next window
+        if not histories or history != histories[-1][-window:]:  # else it is the same user's next window
             histories.append(history)
         histories[-1].append(target)
-    parts = [histories[1:], *(rows for rows, _ in others)]
+    parts = [histories, *(rows for rows, _ in others)]
     split = np.repeat(SPLITS, [len(part) for part in parts])
     events = pd.Series([history for part in parts for history in part]).explode()
     events = pd.DataFrame({"user": events.index, "item": events.to_numpy(np.int64)})

@@ -41,7 +41,6 @@ def load(
             notes += (f"repeats = 'drop' left out {repeated.sum()} of {len(events)} events",)
             events = events[~repeated].reset_index(drop=True)
         key, (noun, verb) = artifacts.key(settings, inputs), WORDS[dataset]
-        notes += _notes(events)
         if (n := len(source.items)) < CANDIDATES:
             raise UserError(f"{dataset} has {n} items, but each question offers {CANDIDATES}: add items")
         usable = source.users["split"][events["user"][events.groupby("user").cumcount() == MIN_HISTORY]]
@@ -49,6 +48,7 @@ def load(
             if split not in set(usable):
                 have = f"{len(source.users)} users, {len(usable)} of them with at least {MIN_HISTORY + 1} events"
                 raise UserError(f"{dataset} has {have}, and none of them in its {split} split: add events")
+        notes += _notes(events)
         replace(source, events=events, name=dataset, key=key, noun=noun, verb=verb, notes=notes).save(folder)
 
     loaded = load_dataset(artifacts.cached("data", settings, inputs, make, note=dataset))
@@ -89,7 +89,7 @@ def _notes(events: pd.DataFrame) -> tuple[str, ...]:
     repeated, ties = is_target & (back <= 10), events.duplicated(["user", "time"], keep=False)
     counts = {
         f"of {len(events)} events have the time of another one of their user, which leaves their order open": ties,
-        f"of {is_target.sum()} targets ({repeated.sum() / max(is_target.sum(), 1):.1%}) are among the 10 items before, "
+        f"of {is_target.sum()} targets ({repeated.sum() / is_target.sum():.1%}) are among the 10 items before, "
         "but no other candidate is, so the prompt gives the answer away (repeats='drop' prevents this)": repeated,
     }
     return tuple(f"{rows.sum()} {what}" for what, rows in counts.items() if rows.any())

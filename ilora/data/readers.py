@@ -72,15 +72,16 @@ def _download() -> Path:
     return folder / f"{archive}.unzip"
 
 
-def _lines(file: Path, *encodings: str) -> pd.Series:
+def _lines(text: str) -> pd.Series:
     """The lines that are not blank, indexed by their numbers."""
-    lines = enumerate(re.split("\r?\n", decode(file, *encodings)), start=1)
+    lines = enumerate(re.split("\r?\n", text), start=1)
     return pd.Series({number: line for number, line in lines if line.strip()}, dtype=object)
 
 
 def _read_u_item(file: Path) -> pd.DataFrame:
     """Titles without the year and with the article in front; ids start at 1."""
-    lines = _lines(file, "utf-8-sig", "latin-1")  # published in latin-1; a copy that is valid UTF-8 was converted
+    encodings = ("utf-8-sig", "latin-1")  # published in latin-1; a copy that is valid UTF-8 was converted
+    lines = _lines(decode(file, encodings))
     films, number = lines.str.split("|"), pd.Series(range(1, len(lines) + 1), lines.index).astype(str)
     title = films.str[1]
     mixed = title.str.contains("[\x80-\x9f]|\xc3[\x80-\xbf]", na=False)
@@ -95,7 +96,7 @@ def _read_u_item(file: Path) -> pd.DataFrame:
 def read_movielens(files: list[Path]) -> Dataset:
     """u.data (ratings of 3 and more, as in LLaRA) and u.item; LLaRA's rows, if given, order events of equal time."""
     ratings, titles, *rows = files
-    items, lines = _read_u_item(titles), _lines(ratings)
+    items, lines = _read_u_item(titles), _lines(decode(ratings))
     pattern = "\t".join(f"(?P<{name}>[0-9]{{1,18}})" for name in ("user", "item", "rating", "time"))
     table = lines.str.extract(f"^{pattern}$")
     message = "not four whole numbers separated by tabs (user, film, rating, time) but {!r}; fetch the file again"
@@ -132,7 +133,7 @@ def _order_equal_times(source: Dataset, split: str, file: Path) -> Dataset:
 def read_llara(files: list[Path]) -> Dataset:
     """A file of train rows, Val_data.df, Test_data.df and id2name.txt with lines id::title, ids 0..n-1 in order."""
     *rows, names = files
-    lines = _lines(names)
+    lines = _lines(decode(names))
     number, parts = pd.Series(range(len(lines)), lines.index).astype(str), lines.str.extract(r"(.*?)::(.*\S)")
     refuse_rows(names, parts[0] != number, "not '{}::title' but {!r}; give each id one title", number, lines)
     titles = parts[1].map(html.unescape).str.strip()  # &amp; and the like

@@ -44,7 +44,7 @@ def make_world(users: int = 2000, conflict: float = 0.5, seed: int = 0, events_p
     popularity = 1 / (10 + public.permutation(len(items)))  # decreases with a random rank
     favoured = items["text"].factorize()[0] % GROUPS == np.arange(GROUPS)[:, None]  # by each group: a quarter of themes
     browse = popularity * np.where(favoured, FAVOURED, 1)
-    browse = browse / browse.sum(1, keepdims=True)
+    browse /= browse.sum(1, keepdims=True)
     groups = rng.integers(GROUPS, size=users)
     stories = _simulate(rng, groups, followers, browse, events_per_user)
     user = np.repeat(np.arange(users), events_per_user)

@@ -7,6 +7,7 @@ from typing import Protocol
 import numpy as np
 import pandas as pd
 import torch
+from scipy import stats
 from torch import Tensor
 from tqdm import tqdm
 
@@ -107,6 +108,5 @@ def _outcomes(questions: Questions, columns: np.ndarray, scores: np.ndarray | No
     outcomes = question_ids(questions).assign(answer=answer, valid=valid, hit=answer == target)
     if scores is None:
         return outcomes
-    order = np.argsort(-scores, axis=1, kind="stable")  # equal scores: as the columns, which are in random order
-    ranked = np.take_along_axis(questions.candidates, order, axis=1)
-    return outcomes.assign(rank=1 + (ranked == target[:, None]).argmax(axis=1))
+    rank = stats.rankdata(-scores, "ordinal", axis=1)  # of equal scores the first column's: their order is random
+    return outcomes.assign(rank=rank[questions.candidates == target[:, None]])
