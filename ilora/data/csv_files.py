@@ -83,11 +83,10 @@ def _read_columns(file: Path, *columns: str) -> pd.DataFrame:
         if header.count(column) != 1:
             has, remedy = ", ".join(header) or "no text", "name each once in line 1 and separate them by commas"
             raise UserError(f"{file} needs one column {column!r} but has {has}: {remedy}")
-    rows = rows.iloc[1:]
     width = rows.map(len)
     message = f'{{}} fields, the first line has {len(header)}; a field with a comma needs quotes, "Good, the Bad"'
     refuse_rows(file, width != len(header), message, width)
-    table = pd.DataFrame(rows.tolist(), rows.index, header, dtype=str).apply(lambda each: each.str.strip())
+    table = pd.DataFrame(rows.tolist(), rows.index, header, dtype=str)[1:].apply(lambda each: each.str.strip())
     unnamed = (table.loc[:, [not name for name in header]] != "").any(axis=1)  # a comma may end each line
     refuse_rows(file, unnamed, "a field without a column name; name it in line 1")
     return table[[*columns]]

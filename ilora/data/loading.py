@@ -40,7 +40,6 @@ def load(
             repeated = events.duplicated(["user", "item"])
             notes += (f"repeats = 'drop' left out {repeated.sum()} of {len(events)} events",)
             events = events[~repeated].reset_index(drop=True)
-        key, (noun, verb) = artifacts.key(settings, inputs), WORDS[dataset]
         if (n := len(source.items)) < CANDIDATES:
             raise UserError(f"{dataset} has {n} items, but each question offers {CANDIDATES}: add items")
         usable = source.users["split"][events["user"][events.groupby("user").cumcount() == MIN_HISTORY]]
@@ -49,6 +48,8 @@ def load(
                 have = f"{len(source.users)} users, {len(usable)} of them with at least {MIN_HISTORY + 1} events"
                 raise UserError(f"{dataset} has {have}, and none of them in its {split} split: add events")
         notes += _notes(events)
+        key = artifacts.key(settings, inputs)
+        noun, verb = WORDS[dataset]
         replace(source, events=events, name=dataset, key=key, noun=noun, verb=verb, notes=notes).save(folder)
 
     loaded = load_dataset(artifacts.cached("data", settings, inputs, make, note=dataset))
