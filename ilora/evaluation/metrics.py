@@ -63,8 +63,8 @@ def resampled_means(values: np.ndarray, users: np.ndarray, seed: int = 0) -> np.
 
 
 def check_scores(scores: np.ndarray, shape: tuple[int, int], system: str) -> np.ndarray:
-    """Return the scores unchanged; UserError for another shape, for inf, and for NaN, which would rank first."""
-    scores = np.asarray(scores)
+    """Return the scores as float64; UserError for another shape, for inf, and for NaN, which would rank first."""
+    scores = np.asarray(scores, float)
     if scores.shape != shape:
         raise UserError(f"{system} gives scores of shape {scores.shape}, not {shape}: one for each item offered")
     if wrong := int((np.isnan(scores) | np.isposinf(scores)).sum()):

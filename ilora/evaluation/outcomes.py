@@ -89,7 +89,7 @@ def batches_by_length(system: System, questions: Questions, batch_size: int) -> 
 
 def outcomes_from_scores(questions: Questions, scores: np.ndarray) -> pd.DataFrame:
     """Outcomes of a system with these scores (n, candidates).  Raises UserError as `check_scores` does."""
-    scores = check_scores(np.asarray(scores, float), questions.candidates.shape, "a system")
+    scores = check_scores(scores, questions.candidates.shape, "a system")
     return _outcomes(questions, scores.argmax(1), scores)
 
 
