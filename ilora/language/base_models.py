@@ -17,7 +17,7 @@ from ilora.data.dataset import Dataset
 from ilora.errors import UserError
 from ilora.language import smollm2
 from ilora.language.pretraining import EMBEDDED, base_for
-from ilora.language.prompts import Prompts
+from ilora.language.prompts import Prompts, first_line
 
 NF4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16, "bnb_4bit_use_double_quant": True}
 QUANTIZATION = {"8bit": BitsAndBytesConfig(load_in_8bit=True), "4bit": BitsAndBytesConfig(load_in_4bit=True, **NF4)}
@@ -54,7 +54,7 @@ def load_language_model(
         if info["missing_keys"]:
             raise ValueError(f"it has no trained {min(info['missing_keys'])}")
     except Exception as error:  # transformers raises many kinds
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(str(error)) or type(error).__name__
         if "trust_remote_code" in str(error):
             reason = "it needs code from its repository, which is never run here"
         remedy = "name a causal language model with safetensors weights, on the Hugging Face hub or in a folder"
@@ -88,12 +88,10 @@ def check_causal(model: nn.Module, prompts: Prompts) -> None:
 
 @torch.no_grad()
 def forward(model: nn.Module, tokens: list[list[int]]) -> Tensor | None:
-    """A model's logits, if it has any, for token ids (batch, tokens), in eval mode."""
-    training, embedding = model.training, model.get_input_embeddings()
+    """A model's logits, if it has any, for token ids (batch, tokens), in eval mode, which it stays in."""
+    embedding = model.get_input_embeddings()
     embeds = embedding(torch.tensor(tokens, device=embedding.weight.device))
-    output = model.eval()(inputs_embeds=embeds, use_cache=False)
-    model.train(training)
-    return getattr(output, "logits", None)
+    return getattr(model.eval()(inputs_embeds=embeds, use_cache=False), "logits", None)
 
 
 def greedy(model: nn.Module, end: int) -> AbstractContextManager:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AddedToken, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ilora.data.dataset import one_line, title_key
 from ilora.errors import UserError
@@ -47,7 +47,7 @@ class Prompts:
         self.has_item_token = ITEM_TOKEN in tokenizer.get_vocab()
         if not self.has_item_token:
             tokenizer = copy.deepcopy(tokenizer)
-            tokenizer.add_tokens([AddedToken(ITEM_TOKEN, special=True, normalized=False)], special_tokens=True)
+            tokenizer.add_tokens(ITEM_TOKEN, special_tokens=True)
         self.tokenizer, self.titles, self.words = tokenizer, [one_line(title) for title in titles], (noun, verb)
         self.end, self.item_token = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(ITEM_TOKEN)
         opening, offer, question = wording(noun, verb)
@@ -60,7 +60,7 @@ class Prompts:
         expected = [title_key(title) for title in self.titles]
         count, triples = Counter(expected), zip(self.titles, expected, self.answers, strict=True)
         wrong = [title for title, text, tokens in triples
-                 if not text or count[text] > 1 or title_key(_first_line(self.read(tokens))) != text]  # fmt: skip
+                 if not text or count[text] > 1 or title_key(first_line(self.read(tokens))) != text]  # fmt: skip
         if wrong:
             problem = f"{len(wrong)} of {len(self.titles)} titles do not read back when this tokenizer writes them"
             raise UserError(f"{problem}, such as {', '.join(map(repr, wrong[:3]))}: change them, or the base model")
@@ -121,7 +121,7 @@ class Prompts:
         return row
 
 
-def _first_line(text: str) -> str:
+def first_line(text: str) -> str:
     return (text.strip().splitlines() or [""])[0]
 
 
@@ -131,7 +131,7 @@ def read_answer(text: str, titles: Sequence[str]) -> int | None:
     An answer is valid if its first line is an offered title (ignoring case and spacing) or, failing that, if exactly
     one offered title occurs in it, the rule of the released code.
     """
-    offered, first = [title_key(title) for title in titles], title_key(_first_line(text))
+    offered, first = [title_key(title) for title in titles], title_key(first_line(text))
     if first in offered:
         return offered.index(first)
     inside = [column for column, title in enumerate(offered) if title in title_key(text)]

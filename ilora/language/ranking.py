@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ilora.data.windows import Row
 from ilora.language.base_models import quantization
-from ilora.language.prompts import NO_LABEL, PADDING, PROMPT
+from ilora.language.prompts import NO_LABEL, PADDING, PROMPT, first_line
 
 LOGITS = 2**29  # the most at once, which bounds the memory: 2 GiB in float32
 
@@ -57,7 +57,7 @@ def fits_one_pass(model: nn.Module) -> bool:
         values, _ = scores(model, rows, one_pass=True)
         fits, reason = torch.allclose(values, expected, tolerance, tolerance), "it ignores the mask or the positions"
     except Exception as error:  # models raise many kinds
-        fits, reason = False, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        fits, reason = False, f"{type(error).__name__}: {first_line(str(error))}"
     model.train(training)
     if not fits:
         logging.getLogger(__name__).warning("%s needs a pass for each candidate, which is slow (%s)", kind, reason)

@@ -56,21 +56,18 @@ class LanguageRecommender(nn.Module):
         self.encoder, self.projector, self.compiled = encoder, None, False
         base_models.check_causal(language_model, prompts)
         self.positions = getattr(language_model.config.get_text_config(), "max_position_embeddings", None) or 10**9
-        self.register_buffer("placeholder", self._placeholder(language_model.get_input_embeddings()), persistent=False)
+        # for item tokens: their embedding or, in a model without the item token, the mean over all titles' tokens
+        embedding = language_model.get_input_embeddings()
+        known = prompts.has_item_token and prompts.item_token < len(embedding.weight)
+        tokens = [prompts.item_token] if known else sorted({token for title in prompts.answers for token in title})
+        placeholder = embedding(torch.tensor(tokens, device=embedding.weight.device)).detach().float().mean(0)
+        self.register_buffer("placeholder", placeholder.to(embedding.weight.dtype), persistent=False)
         torch.manual_seed(seed)  # the projector first, so that LoRA and iLoRA start from the same one
         if encoder is not None:
-            projector = base_models.Projector(encoder.item_embeddings.cpu(), self.placeholder.float().cpu())
-            self.projector = projector.to(self.placeholder.device)
-            encoder.requires_grad_(False).to(self.placeholder.device)
+            device = embedding.weight.device
+            self.projector = base_models.Projector(encoder.item_embeddings.cpu(), self.placeholder.cpu()).to(device)
+            encoder.requires_grad_(False).to(device)
         self.language_model = adapted(language_model, adapter) if adapter else language_model
-
-    @torch.no_grad()
-    def _placeholder(self, embedding: nn.Module) -> Tensor:
-        """(hidden,) the embedding of the item token, or the mean over all titles' tokens in a model without it."""
-        item_token, weight = self.prompts.item_token, embedding.weight
-        known = self.prompts.has_item_token and item_token < len(weight)
-        tokens = [item_token] if known else sorted({token for title in self.prompts.answers for token in title})
-        return embedding(torch.tensor(tokens, device=weight.device)).float().mean(0).to(weight.dtype)
 
     @property
     def embedding(self) -> nn.Module:
@@ -180,9 +177,10 @@ class LanguageRecommender(nn.Module):
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:
         """Weight decay on the projector alone, as in LLaRA."""
-        group = {"params": [p for p in self.language_model.parameters() if p.requires_grad], "weight_decay": 0.0}
-        projector = [] if self.projector is None else list(self.projector.parameters())
-        return [group, *([{"params": projector, "weight_decay": weight_decay}] if projector else [])]
+        groups = [{"params": [p for p in self.language_model.parameters() if p.requires_grad], "weight_decay": 0.0}]
+        if self.projector is not None:
+            groups.append({"params": list(self.projector.parameters()), "weight_decay": weight_decay})
+        return groups
 
     def compile_layers(self) -> None:
         """Compile the language model's layers for training; each padded length is compiled once, in seconds."""
@@ -238,7 +236,7 @@ class LanguageRecommender(nn.Module):
         """The experts' weights, Eq. 11: (rows, K), or (layers, rows, K) with a gate per layer; (rows, 1) for LoRA."""
         if not self.gated:
             return torch.ones(len(rows), 1)
-        return gate_weights(self.language_model, self.sequence_embeds(self.batch(rows))["sequence_embeds"]).cpu()
+        return gate_weights(self.language_model, self.guide(self.batch(rows))).cpu()
 
     def save_pretrained(self, folder: str | Path, base_model: str = "") -> None:
         """Write adapter/, encoder/, projector.safetensors and recommender.json; all of them or none."""

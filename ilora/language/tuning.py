@@ -86,9 +86,10 @@ def tune(
         about = artifacts.digest([type(encoder).__name__, encoder.config]).encode()
         weights = (name.encode() + value.cpu().numpy().tobytes() for name, value in encoder.state_dict().items())
         inputs["encoder"] = hashlib.sha256(b"".join([about, *weights])).hexdigest()[:12]
-    trained = []
+    model = None  # unless it is trained here
 
     def make(folder: Path, work: Path) -> None:
+        nonlocal model
         chosen = adapter.identity()
         start = {"guidance": chosen.pop("guidance", "sequence"), "adapter": adapter_config(**chosen), "seed": seed}
         model = untuned(dataset, base_model, encoder, arguments.device, quantize, **start)
@@ -103,11 +104,10 @@ def tune(
         fit(model, train, arguments, work, **validate).to_csv(folder / "history.csv", index=False)
         model.save_pretrained(folder / "recommender", base_model)
         shutil.copytree(work / "snapshots", folder / "snapshots")
-        trained.append(model)
 
     kind = "LoRA" if adapter.experts == 1 else f"iLoRA with {adapter.experts} experts"
     folder = artifacts.cached("adapters", settings, inputs, make, note=f"{kind} on {dataset.name}")
-    if not trained:
-        trained = [LanguageRecommender.from_pretrained(folder / "recommender", base_model, arguments.device, dataset)]
-        trained[0].batch_size = arguments.micro_batch_size or trained[0].batch_size
-    return trained[0], pd.read_csv(folder / "history.csv"), sorted((folder / "snapshots").iterdir())
+    if model is None:
+        model = LanguageRecommender.from_pretrained(folder / "recommender", base_model, arguments.device, dataset)
+        model.batch_size = arguments.micro_batch_size or model.batch_size
+    return model, pd.read_csv(folder / "history.csv"), sorted((folder / "snapshots").iterdir())
