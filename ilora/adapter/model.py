@@ -43,7 +43,7 @@ class ILoraModel(LoraModel):
         repeats = max(next((s[name] for s in settings if s.get(name) is not None), 1) for name in names)
         if repeats > 1 and getattr(base.config, "is_encoder_decoder", False):
             raise UserError("encoder-decoders generate one sequence per prompt: leave beams and sequences at 1.")
-        with self.sequence_embeds(z.repeat_interleave(repeats, dim=0)):
+        with self.conditioning.under(Condition(z.repeat_interleave(repeats, dim=0), task=current_task())):
             return base.generate(*args, **kwargs)
 
     def adapted_layers(self) -> list[LoraLayer]:
