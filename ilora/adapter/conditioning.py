@@ -133,7 +133,7 @@ class Conditioning:
         return condition.weights[adapter] if adapter in self.gates else gate.applied.values[-1]
 
     def factor(self, layer: LoraLayer, adapter: str, middle: Tensor) -> Tensor:
-        """What the middle (b, .., r) of a layer is multiplied by: K alpha/r w, each repeated r/K times, (b, 1.., r)."""
+        """K alpha/r w: for a middle (b, .., r) each repeated r/K times, (b, 1.., r); in compiled code (b, K)."""
         condition, gate, scale = self.running, self.gate_of(layer, adapter), layer.scaling[adapter]
         factor_of = partial(self._factor_of, layer, middle, scale)
         if torch.compiler.is_compiling() or condition is None or condition.factors is None:
@@ -148,12 +148,14 @@ class Conditioning:
         return slices[gate].pop()
 
     def _factor_of(self, layer: LoraLayer, middle: Tensor, scale: float, w: Tensor) -> Tensor:
-        """w (.., b, K) -> (.., b, 1.., r).  Raises UserError."""
+        """w (.., b, K) -> (.., b, 1.., r), in compiled code (b, K).  Raises UserError."""
         K, (rows, *between, rank) = w.shape[-1], middle.shape
         if rows != w.shape[-2] or middle.dim() < self.least_dim:
             problem = f"{w.shape[-2]} rows but an adapted layer got {(rows, *between, layer.in_features)}"
             remedy = "pass one per row (adapter_names and loose tokens, as in OPT's fc1, fail)"
             raise UserError(f"sequence_embeds has {problem}: {remedy}.")
+        if torch.compiler.is_compiling():
+            return K * scale * w
         factor = (K * scale * w).repeat_interleave(rank // K, dim=-1, output_size=rank).to(middle)
         return factor.view(*w.shape[:-1], *(1 for _ in between), rank)
 

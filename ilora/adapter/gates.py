@@ -108,5 +108,4 @@ def weights_of_all(gates: list[Gate], z: Tensor) -> Tensor | None:
     return gates[0].forward(z, stacked=torch.stack(weights)) if alike and all(whole) else None
 
 
-# by the name that ILoraConfig takes
-GATE_CLASSES = {"linear": LinearGate, "convolutional": ConvolutionalGate, "clusters": ClusterGate}
+GATE_CLASSES = {"linear": LinearGate, "convolutional": ConvolutionalGate, "clusters": ClusterGate}  # ILoraConfig.gate

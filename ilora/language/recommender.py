@@ -177,10 +177,9 @@ class LanguageRecommender(nn.Module):
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:
         """Weight decay on the projector alone, as in LLaRA."""
-        groups = [{"params": [p for p in self.language_model.parameters() if p.requires_grad], "weight_decay": 0.0}]
-        if self.projector is not None:
-            groups.append({"params": list(self.projector.parameters()), "weight_decay": weight_decay})
-        return groups
+        group = {"params": [p for p in self.language_model.parameters() if p.requires_grad], "weight_decay": 0.0}
+        projector = [] if self.projector is None else list(self.projector.parameters())
+        return [group, *([{"params": projector, "weight_decay": weight_decay}] if projector else [])]
 
     def compile_layers(self) -> None:
         """Compile the language model's layers for training; each padded length is compiled once, in seconds."""

@@ -114,8 +114,7 @@ class _Run:
         if self.accelerator.distributed_type in (utils.DistributedType.FSDP, utils.DistributedType.DEEPSPEED):
             raise UserError("each training process needs the whole model: launch it without FSDP and DeepSpeed")
         self.train, self.arguments, self.folder = train, arguments, Path(folder)
-        self.main = self.accelerator.is_main_process
-        several = self.accelerator.num_processes > 1
+        self.main, several = self.accelerator.is_main_process, self.accelerator.num_processes > 1
         self.model = model.to(self.accelerator.device if several else devices.pick_device(arguments.device))
         self.steps_per_epoch = math.ceil(len(train) / arguments.batch_size)
         self.total_steps = arguments.epochs * self.steps_per_epoch
@@ -188,11 +187,10 @@ class _Run:
         norm = self.accelerator.clip_grad_norm_(self.trained, self.arguments.clip)
         record = {"step": len(self.history) + 1, "epoch": epoch + 1, "loss": math.nan}
         record |= {"learning_rate": self.schedule.get_last_lr()[0], "gradient_norm": math.nan, "seconds": 0.0}
-        record["examples"] = len(rows) + (self.history[-1]["examples"] if self.history else 0)
-        self.history.append(record)
+        self.history.append(record | {"examples": len(rows) + (self.history[-1]["examples"] if self.history else 0)})
         values = torch.stack([loss, norm]).to("cpu", non_blocking=norm.is_cuda)  # float() waits for all queued work
         copied_now = torch.cuda.current_stream(norm.device).record_event() if norm.is_cuda else None
-        self.unread.append((record, row_numbers, values, copied_now))
+        self.unread.append((self.history[-1], row_numbers, values, copied_now))
         self._read_losses(lag=1 if norm.is_cuda else 0)  # a GPU need not wait for Python before it goes on
         self.optimizer.step()
         self.schedule.step()
