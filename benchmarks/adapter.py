@@ -145,13 +145,15 @@ class Bench:
         keep = self.tokens if all_logits else self.answer + 1
         labels = F.pad(ids[:, -self.answer :], (self.tokens - self.answer, 0), value=-100)
         guidance = {"sequence_embeds": z} if how.get("experts", 4) > 1 else {}
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
         def run() -> None:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
                 logits = model(**given, logits_to_keep=keep, **guidance).logits[:, :-1]
                 loss = F.cross_entropy(logits.float().flatten(0, 1), labels[:, 1 - keep :].flatten())
             loss.backward()
-            model.zero_grad(set_to_none=True)  # the next step starts from the same memory
+            for parameter in trained:  # as an optimizer does: the next step starts from the same memory
+                parameter.grad = None
 
         return run
 

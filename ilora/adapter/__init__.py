@@ -9,8 +9,8 @@ Letters, as in the paper's section 3.2:
     Eq. 9    A = [A_1 .. A_K] (r, d_in), B = [B_1 .. B_K] (d_out, r): LoRA's matrices, cut into K blocks
     Eq. 12   dW = sum_k w_k B_k A_k = B diag(w, each repeated p times) A
 
-The layers multiply the r-wide middle of LoRA, or B if compiled, by one factor per row; no expert's output is ever
-formed. The scale is the released code's alpha / p = K alpha / r: a uniform gate is LoRA with scale alpha / r, and num_experts=1 is LoRA.
+The layers multiply LoRA's middle (compiled: B) by one factor per row; no expert's output is ever formed. The scale is
+the released code's alpha / p = K alpha / r: a uniform gate is LoRA with scale alpha / r, and num_experts=1 is LoRA.
 """
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING

@@ -102,10 +102,10 @@ class ClusterGate(Gate):
 
 def weights_of_all(gates: list[Gate], z: Tensor) -> Tensor | None:
     """w (L, b, K) of L linear gates in few large kernels; None if they are of another kind, apart or cut up by FSDP."""
-    weights = [gate.W_g.weight for gate in gates if type(gate) is LinearGate and not gate.W_g.weight.is_meta]
-    whole = [type(W) is nn.Parameter and W.dim() == 2 and not hasattr(W, "_fsdp_flattened") for W in weights]
+    weights = [W for gate in gates if type(gate) is LinearGate and (W := gate.W_g.weight).dim() == 2 and not W.is_meta]
     alike = len(weights) == len(gates) and len({(W.dtype, W.device, W.shape) for W in weights}) == 1
-    return gates[0].forward(z, stacked=torch.stack(weights)) if alike and all(whole) else None
+    whole = all(type(W) is nn.Parameter and not hasattr(W, "_fsdp_flattened") for W in weights)
+    return gates[0].forward(z, stacked=torch.stack(weights)) if alike and whole else None
 
 
 GATE_CLASSES = {"linear": LinearGate, "convolutional": ConvolutionalGate, "clusters": ClusterGate}  # ILoraConfig.gate
