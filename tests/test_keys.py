@@ -235,7 +235,10 @@ def test_a_changed_copy_of_a_data_set_has_keys_of_its_own(request, make):
     DATASET.update({number: dataclasses.replace(source, **change) for number, change in enumerate(changes)})
     assert len({kept(make, key=number) for number in range(len(changes))}) == len(changes)
     DATASET.update({"loaded": source, "again": again})
-    assert kept(make, key="loaded") == kept(make, key="again")
+    first = kept(make, key="loaded")
+    assert kept(make, key="again") == first
+    again.items.loc[0, "title"] += "!"  # in place
+    assert kept(make, key="again") != first == kept(make, key="loaded")
 
 
 def test_an_encoder_is_known_by_its_weights_and_its_shape(kept):

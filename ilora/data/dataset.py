@@ -36,9 +36,10 @@ class Dataset:
 
     @property
     def content(self) -> str:
-        """The input of keys: `key` as `load` gave it; of a changed copy, a digest of all it holds."""
-        tables = (table.to_csv(index=False) for table in (self.items, self.events, self.users))
-        return self.key if "loaded" in vars(self) else artifacts.digest([self.key, self.noun, self.verb, *tables])
+        """The input of keys: `key` as long as all is as `load` gave it; after a change, a digest of what it holds."""
+        sums = (int(pd.util.hash_pandas_object(table).sum()) for table in (self.items, self.events, self.users))
+        now = artifacts.digest([self.key, self.noun, self.verb, *sums])
+        return self.key if vars(self).get("as_loaded") == now else now
 
     def save(self, folder: str | Path) -> None:
         """Write items.csv, events.csv, users.csv and dataset.json to `folder`: all of them or none."""

@@ -53,7 +53,7 @@ def load(
         replace(source, events=events, name=dataset, key=key, noun=noun, verb=verb, notes=notes).save(folder)
 
     loaded = load_dataset(artifacts.cached("data", settings, inputs, make, note=dataset))
-    object.__setattr__(loaded, "loaded", True)  # which copies by `replace` are not
+    object.__setattr__(loaded, "as_loaded", loaded.content)  # by which a change is seen
     for note in loaded.notes:
         log.warning("%s: %s", dataset, note)
     return loaded

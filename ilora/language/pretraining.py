@@ -33,9 +33,8 @@ def base_content(base_model: str) -> str:
     """The content that the name of a base model stands for, as an input of `artifacts.key`."""
     if base_model == "embedded":
         return f"embedded {artifacts.content(EMBEDDED)}"
-    if base_model == "smollm2":
-        return artifacts.content(smollm2.packaged_file())
-    return artifacts.model_content(base_model)
+    packaged = base_model == "smollm2"
+    return artifacts.content(smollm2.packaged_file()) if packaged else artifacts.model_content(base_model)
 
 
 def base_for(dataset: Dataset, seed: int = 0, device: str = "auto", recipe: Mapping = RECIPE) -> Path:
