@@ -438,6 +438,21 @@ def test_compiles_as_one_graph_for_all_shapes():
         assert_close(outputs(compiled, tokens()), outputs(model, tokens()))
 
 
+def test_compiled_rows_of_one_vector_have_no_matrices_of_their_own():
+    """(b, d_out, r) would be r times the output, which matters where b is large."""
+
+    def backend(graph, _):
+        values = [node.meta.get("example_value") for node in graph.graph.nodes]
+        sizes.extend(value.numel() for value in values if isinstance(value, torch.Tensor))
+        return graph.forward
+
+    torch._dynamo.reset()
+    sizes, model, x = [], adapted("perceptron"), inputs("perceptron", rows=100)
+    expected = outputs(model, x, sequence_embeds=users(100))
+    assert_close(outputs(torch.compile(model, backend=backend), x, sequence_embeds=users(100)), expected)
+    assert max(sizes) == expected.numel()
+
+
 @pytest.mark.slow
 def test_compiled_gradients_with_checkpointing():
     torch._dynamo.reset()

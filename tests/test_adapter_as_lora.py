@@ -289,6 +289,17 @@ def test_offloaded_merges(kind):
     assert_close(outputs(model, tokens()), expected)
 
 
+@gated
+def test_offloaded_compiles(kind):
+    torch._dynamo.reset()
+    model = wrapped(kind)
+    expected = logits(kind, model)
+    cpu_offload(model, torch.device("cpu"))
+    for layer in model.get_base_model().model.layers:
+        layer.compile(backend="eager")
+    assert_close(logits(kind, model), expected)
+
+
 # ---- what is trainable, and in which type
 
 

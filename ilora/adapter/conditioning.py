@@ -133,9 +133,9 @@ class Conditioning:
         return condition.weights[adapter] if adapter in self.gates else gate.applied.values[-1]
 
     def factor(self, layer: LoraLayer, adapter: str, middle: Tensor) -> Tensor:
-        """K alpha/r w: for a middle (b, .., r) each repeated r/K times, (b, 1.., r); in compiled code (b, K)."""
+        """K alpha/r w: for a middle (b, .., r) each repeated r/K times, (b, 1.., r), or (b, K) if B is multiplied."""
         condition, gate, scale = self.running, self.gate_of(layer, adapter), layer.scaling[adapter]
-        factor_of = partial(self._factor_of, layer, middle, scale)
+        factor_of = partial(self._factor_of, layer, layer.lora_B[adapter], middle, scale)
         if torch.compiler.is_compiling() or condition is None or condition.factors is None:
             return factor_of(self.weights_of(layer, adapter))
         key = adapter, scale, middle.shape, middle.dtype, middle.device, torch.is_grad_enabled()
@@ -147,15 +147,15 @@ class Conditioning:
             slices[gate] = list(factor.expand(len(self.merged) if adapter in self.gates else 1, *factor.shape).unbind())
         return slices[gate].pop()
 
-    def _factor_of(self, layer: LoraLayer, middle: Tensor, scale: float, w: Tensor) -> Tensor:
-        """w (.., b, K) -> (.., b, 1.., r), in compiled code (b, K).  Raises UserError."""
+    def _factor_of(self, layer: LoraLayer, B: nn.Module, middle: Tensor, scale: float, w: Tensor) -> Tensor:
+        """w (.., b, K) -> (.., b, 1.., r); (b, K) if compiled, for b sequences and B in place.  Raises UserError."""
         K, (rows, *between, rank) = w.shape[-1], middle.shape
         if rows != w.shape[-2] or middle.dim() < self.least_dim:
             problem = f"{w.shape[-2]} rows but an adapted layer got {(rows, *between, layer.in_features)}"
             remedy = "pass one per row (adapter_names and loose tokens, as in OPT's fc1, fail)"
             raise UserError(f"sequence_embeds has {problem}: {remedy}.")
-        if torch.compiler.is_compiling():
-            return K * scale * w
+        if torch.compiler.is_compiling() and between and type(B) is nn.Linear and not B.weight.is_meta:
+            return K * scale * w.to(middle.device)
         factor = (K * scale * w).repeat_interleave(rank // K, dim=-1, output_size=rank).to(middle)
         return factor.view(*w.shape[:-1], *(1 for _ in between), rank)
 

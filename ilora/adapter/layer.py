@@ -29,7 +29,7 @@ class ILoraVariant(LoraVariant):
             x = x.to(A.weight.dtype)
         middle = A(module.lora_dropout[active_adapter](x))  # (b, s, r)
         factor = module.conditioning.factor(module, active_adapter, middle)
-        if torch.compiler.is_compiling():  # fewer kernels than below: each row has its own B
+        if factor.dim() < middle.dim():  # compiled: each row has its own B, in fewer kernels than below
             rows_B = factor[:, None, :, None] * B.weight.unflatten(1, (factor.shape[1], -1))  # (b, d_out, K, r / K)
             return result + torch.einsum("b...r,bor->b...o", middle, rows_B.flatten(2).to(middle.dtype))
         return result + B(middle * factor)
