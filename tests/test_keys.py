@@ -241,6 +241,16 @@ def test_a_changed_copy_of_a_data_set_has_keys_of_its_own(request, make):
     assert kept(make, key="again") != first == kept(make, key="loaded")
 
 
+def test_the_order_of_events_decides_the_keys():
+    """Sorted rows keep their index, and histories are in the order of the rows."""
+    source = data.load("world", users=40)
+    copies = [dataclasses.replace(source, events=events) for events in (source.events, source.events[::-1])]
+    assert copies[0].content != copies[1].content
+    by_item = source.events.sort_values(["user", "item"])
+    object.__setattr__(source, "events", by_item)
+    assert source.content not in (source.key, *(each.content for each in copies))
+
+
 def test_an_encoder_is_known_by_its_weights_and_its_shape(kept):
     places = {kept(adapter, encoder=name) for name in ("one", "other weights", "other heads")}
     assert len(places) == 3

@@ -36,8 +36,8 @@ class Dataset:
 
     @property
     def content(self) -> str:
-        """The input of keys: `key` as long as all is as `load` gave it; after a change, a digest of what it holds."""
-        sums = (int(pd.util.hash_pandas_object(table).sum()) for table in (self.items, self.events, self.users))
+        """The input of keys: `key` while all is as `load` gave it; after a change, a digest of its rows, in order."""
+        sums = (int(pd.util.hash_pandas_object(each).cumsum().sum()) for each in (self.items, self.events, self.users))
         now = artifacts.digest([self.key, self.noun, self.verb, *sums])
         return self.key if vars(self).get("as_loaded") == now else now
 
