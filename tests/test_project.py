@@ -375,6 +375,8 @@ def test_the_numbers_in_the_readme_are_those_of_the_results():
     table = sweep_results.differences_from_ilora(table_results.load_table(RESULTS / "table"), "random guidance")
     (noise,) = table[table["variant"] == "random guidance"].to_dict("records")
     assert noise["setting"] == "LastFM" and noise["n"] == 3 and noise["low"] < 0 < noise["high"]
+    gates = {row["setting"]: row for row in ablations["differences"] if row["variant"] == "gate per layer"}
+    assert gates["LastFM"]["n"] == 2 and gates["LastFM"]["high"] < 0 and gates["LastFM"]["adjusted p"] < 0.05
 
 
 def test_continuous_integration_runs_make_test():
