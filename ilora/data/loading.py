@@ -47,10 +47,9 @@ def load(
             if split not in set(usable):
                 have = f"{len(source.users)} users, {len(usable)} of them with at least {MIN_HISTORY + 1} events"
                 raise UserError(f"{dataset} has {have}, and none of them in its {split} split: add events")
-        notes += _notes(events)
-        key = artifacts.key(settings, inputs)
         noun, verb = WORDS[dataset]
-        replace(source, events=events, name=dataset, key=key, noun=noun, verb=verb, notes=notes).save(folder)
+        about = {"name": dataset, "key": artifacts.key(settings, inputs), "noun": noun, "verb": verb}
+        replace(source, events=events, notes=notes + _notes(events), **about).save(folder)
 
     loaded = load_dataset(artifacts.cached("data", settings, inputs, make, note=dataset))
     object.__setattr__(loaded, "as_loaded", loaded.content)  # by which a change is seen

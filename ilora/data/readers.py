@@ -80,8 +80,7 @@ def _lines(text: str) -> pd.Series:
 
 def _read_u_item(file: Path) -> pd.DataFrame:
     """Titles without the year and with the article in front; ids start at 1."""
-    encodings = ("utf-8-sig", "latin-1")  # published in latin-1; a copy that is valid UTF-8 was converted
-    lines = _lines(decode(file, encodings))
+    lines = _lines(decode(file, ("utf-8-sig", "latin-1")))  # published in latin-1, sometimes converted to UTF-8
     films, number = lines.str.split("|"), pd.Series(range(1, len(lines) + 1), lines.index).astype(str)
     title = films.str[1]
     mixed = title.str.contains("[\x80-\x9f]|\xc3[\x80-\xbf]", na=False)

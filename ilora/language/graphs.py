@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from operator import attrgetter
 from typing import Any
 from unittest import mock
+from weakref import WeakSet
 
 import torch
 from peft import PeftModel
@@ -26,13 +27,13 @@ def record_passes(model: PeftModel) -> Callable[[], None]:
     decoder, conditioning = model.get_base_model().get_decoder(), getattr(model.base_model, "conditioning", None)
     recorded, pool, plain = {}, torch.cuda.graph_pool_handle(), decoder.forward  # graphs run in turn and share memory
     layer = next(part for part in model.modules() if isinstance(part, BaseTunerLayer))  # as all others are
-    adapters, undo = ADAPTERS(layer), ExitStack()
+    adapters, undo, waiting = ADAPTERS(layer), ExitStack(), WeakSet()  # waiting: a pass before its gradients
     for parameter in filter(lambda parameter: parameter.requires_grad, decoder.parameters()):
         undo.callback(parameter.register_hook(torch.clone).remove)  # a replay writes its gradients where the last did
 
     def forward(*args: Any, inputs_embeds: Tensor | None = None, **inputs: Any) -> Any:
         masked = args or inputs_embeds is None or any(isinstance(value, Tensor | dict) for value in inputs.values())
-        if masked or not (decoder.training and torch.is_grad_enabled() and ADAPTERS(layer) == adapters):
+        if masked or waiting or not (decoder.training and torch.is_grad_enabled() and ADAPTERS(layer) == adapters):
             return plain(*args, inputs_embeds=inputs_embeds, **inputs)
         condition = None if conditioning is None else conditioning.running
         given = (inputs_embeds,) if condition is None else (inputs_embeds, condition.z, *condition.weights.values())
@@ -60,7 +61,10 @@ def record_passes(model: PeftModel) -> Callable[[], None]:
                 decoder.forward = plain
             if key not in recorded:  # not above, where the error keeps what was tried in memory
                 return plain(inputs_embeds=inputs_embeds, **inputs)
-        return MoeModelOutputWithPast(recorded[key](*given))
+        output = recorded[key](*given)
+        output.register_hook(begun := lambda _: waiting.clear())  # lives as long as the pass can have gradients
+        waiting.add(begun)
+        return MoeModelOutputWithPast(output)
 
     undo.callback(setattr, decoder, "forward", plain)
     decoder.forward = forward

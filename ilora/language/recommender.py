@@ -100,8 +100,7 @@ class LanguageRecommender(nn.Module):
         self._check_length(max(map(self.length, rows), default=0))
 
     def _check_length(self, prompt: int) -> None:
-        tokens = prompt + self.prompts.longest
-        if tokens > self.positions:
+        if (tokens := prompt + self.prompts.longest) > self.positions:
             problem = f"a prompt with its answer has up to {tokens} tokens, but the base model reads {self.positions}"
             raise UserError(f"{problem}: choose a smaller window, or another base model")
 

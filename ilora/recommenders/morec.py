@@ -51,8 +51,7 @@ class MoRec(SASRec):
         model = cls(len(tokens), json.loads(encoder.config.to_json_string()), tokens.shape[1], **config)
         model.items.text.load_state_dict(encoder.state_dict())
         model.items.tokens.copy_(tokens)
-        counts = Popularity.from_dataset(dataset).counts
-        model.popularity.copy_(counts / counts.sum())
+        model.popularity.copy_((counts := Popularity.from_dataset(dataset).counts) / counts.sum())
         return model
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:
