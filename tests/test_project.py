@@ -352,9 +352,10 @@ def test_the_numbers_in_the_readme_are_those_of_the_results():
         json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["metrics"]
         for name in ("05_ablations", "07_table")
     )
-    gains = {row["conflict"]: row for row in ablations["gain"] if row["system"] == "iLoRA - LoRA"}
+    gains = {(row["base"], row["conflict"]): row for row in ablations["gain"]}
     assert {row["n"] for row in gains.values()} == {3}  # seeds
-    rows = [("iLoRA - LoRA, 3 seeds", [gains[conflict] for conflict in (0, 0.5, 1)])]
+    bases = {"small base": "Small base", "SmolLM2-135M": "SmolLM2-135M"}
+    rows = [(name, [gains[base, conflict] for conflict in (0, 0.5, 1)]) for name, base in bases.items()]
     datasets = [table["all"][dataset] for dataset in ("LastFM", "MovieLens", "Steam")]
     rows += [(system, [systems[system] for systems in datasets]) for system in ("SASRec", "TALLRec", "LLaRA", "iLoRA")]
     for name, values in rows:
@@ -372,11 +373,14 @@ def test_the_numbers_in_the_readme_are_those_of_the_results():
     claims = {row["claim"]: row for row in ablations["claims"]}
     for claim in ("gain over conflict", "history instead of noise at conflict 1"):
         assert claims[claim]["n"] == 3 and claims[claim]["low"] > 0
+    pretrained = claims["gain over conflict, SmolLM2-135M"]
+    assert pretrained["n"] == 3 and pretrained["low"] < 0 < pretrained["high"]
+    assert claims["LoRA minus best that treats all alike at conflict 1, SmolLM2-135M"]["low"] > 0
     table = sweep_results.differences_from_ilora(table_results.load_table(RESULTS / "table"), "random guidance")
     (noise,) = table[table["variant"] == "random guidance"].to_dict("records")
     assert noise["setting"] == "LastFM" and noise["n"] == 3 and noise["low"] < 0 < noise["high"]
     gates = {row["setting"]: row for row in ablations["differences"] if row["variant"] == "gate per layer"}
-    assert gates["LastFM"]["n"] == 2 and gates["LastFM"]["high"] < 0 and gates["LastFM"]["adjusted p"] < 0.05
+    assert gates["LastFM"]["n"] == 3 and gates["LastFM"]["high"] < 0 and gates["LastFM"]["adjusted p"] < 0.05
 
 
 def test_continuous_integration_runs_make_test():
