@@ -300,6 +300,16 @@ def test_chapter_10_shows_the_runs_that_made_the_other_pages():
             assert {result["commit"][:7], str(result["seconds"]), result["date"][:10]} <= rows[path.stem]
 
 
+def test_the_committed_times_are_of_runs_that_trained():
+    """Chapter 10 shows them; where models are kept, a chapter takes seconds."""
+    tracked()  # or skip
+    for name in ("03_lora", "04_ilora"):
+        file = f"HEAD:book/results/{name}.json"
+        result = json.loads(subprocess.check_output(["git", "-C", ROOT, "show", file], text=True))
+        took, trained = result["seconds"], result["metrics"]["training"]["seconds"]
+        assert took > trained, f"{name} found its models kept: remove artifacts/, run `make book` and commit its copies"
+
+
 def test_the_page_of_ratios_shows_the_committed_benchmarks():
     shown = json.loads((RESULTS / "09_speed.json").read_text(encoding="utf-8"))["metrics"]
     table = benchmark_results.ratios(benchmark_results.load_benchmarks(RESULTS / "benchmarks"))
