@@ -143,14 +143,14 @@ def trend(table: pd.DataFrame, x: str, y: str, by: str | None = None, title: str
     for ax, (name, part) in zip(axes, parts.items(), strict=True):
         for index, (system, line) in enumerate(part.groupby("system", sort=False)):
             number, at = systems.index(system), line[x] + (index - (part["system"].nunique() - 1) / 2) * step
-            look = LOOKS[number % len(LOOKS)]
-            drawn[system] = ax.errorbar(at, line["value"], yerr=errors(line), capsize=3, **look)
+            drawn[system] = ax.errorbar(at, line["value"], yerr=errors(line), capsize=3, **LOOKS[number % len(LOOKS)])
             runs = pd.Series(line["runs"].tolist(), at + step / 2).explode()
             ax.scatter(runs.index, runs, s=7, color="0.4", linewidths=0, zorder=3)
         named = name if isinstance(name, str) else f"{by} {name:g}"
         ax.set(title=textwrap.fill(named, 26), xlabel=x, xticks=sorted(table[x].unique()))
     axes[0].set_ylabel(y)
-    legend(figure, list(drawn.values()), drawn, "lower")
+    if len(systems) > 1:
+        legend(figure, list(drawn.values()), drawn, "lower")
     counts = " to ".join(map(str, sorted({table["n"].min(), table["n"].max()})))
     _title(figure, f"{title}\nmeans with 95% intervals, n = {counts} seeds".strip())
     return axes
