@@ -29,8 +29,9 @@ def formatted_metrics(systems: dict[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def format_interval(interval: dict[str, float]) -> str:
-    """A value or a difference with its interval as text: "0.523 [0.491, 0.552]"."""
-    return "{value:.3f} [{low:.3f}, {high:.3f}]".format(**interval)
+    """A value or a difference with its interval as text: "0.523 [0.491, 0.552]"; no end rounds to zero."""
+    digits = 3 + any(0 < abs(interval[end]) < 0.0005 for end in ("low", "high"))
+    return "{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]".format(digits=digits, **interval)
 
 
 def difference_sentence(systems: dict[str, pd.DataFrame], first: str, second: str) -> str:
@@ -138,8 +139,7 @@ def sign_flip_test(differences: np.ndarray, users: np.ndarray, seed: int = 0) ->
     if len(sums) < 2:  # both signs are equally extreme
         return 1.0
     settings = {"permutation_type": "samples", "n_resamples": PERMUTATIONS, "batch": 1000, "vectorized": True}
-    rng = np.random.default_rng(seed)
-    return float(stats.permutation_test((sums,), lambda x, axis: x.sum(axis), **settings, rng=rng).pvalue)
+    return float(stats.permutation_test((sums,), lambda x, axis: x.sum(axis), **settings, rng=seed).pvalue)
 
 
 def holm(p: pd.Series) -> pd.Series:

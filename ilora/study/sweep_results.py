@@ -138,4 +138,4 @@ def count_without_zero(differences: pd.DataFrame) -> str:
     """How many intervals of variants exclude zero before a correction, as a figure's title."""
     known = differences[(differences["n"] > 1) & (differences["variant"] != LORA)]
     outside = int(((known["low"] > 0) | (known["high"] < 0)).sum())
-    return f"before any correction, {outside} of {len(known)} intervals exclude zero"
+    return f"before any correction, {outside} of {len(known)} intervals exclude{'s' * (outside == 1)} zero"
