@@ -81,6 +81,18 @@ def test_values_between_0_and_1_are_bootstrapped_even_with_one_per_user():
     assert result["high"] - result["low"] == pytest.approx(2 * 1.96 * values.std() / np.sqrt(101), rel=0.1)
 
 
+def test_values_that_are_no_hits_are_bootstrapped_whatever_their_mean():
+    values = np.tile([-1.0, 1, 0.5, 1.5], 25)
+    for chosen, mean in ((values[values**2 == 1], 0), (values[values % 1 > 0], 1)):
+        result = interval(chosen, np.arange(50))
+        assert result["value"] == mean and result["low"] < mean < result["high"]
+
+
+def test_no_value_has_no_mean():
+    with pytest.raises(UserError, match="there is no value"):
+        interval(np.array([]), np.array([]))
+
+
 # ---------------------------------------------------------------- differences
 
 

@@ -31,13 +31,13 @@ def compute_metrics(outcomes: pd.DataFrame) -> dict[str, dict[str, float]]:
 def interval(values: np.ndarray, users: np.ndarray) -> dict[str, float]:
     """Mean of values (n,) with a 95% interval: Wilson's for hits of one question per user, else a bootstrap."""
     values, users = np.asarray(values, float), np.asarray(users)
-    mean, n, clusters = float(values.mean()), len(values), len(np.unique(users))
+    n, clusters, hits = len(values), len(np.unique(users)), np.isin(values, (0, 1)).all()
     # A bootstrap has no width if all values are 0, or all are 1: then Wilson's interval counts each user once.
-    if mean in (0, 1) or (clusters == n and np.isin(values, (0, 1)).all()):
-        low, high = stats.binomtest(round(mean * clusters), clusters).proportion_ci(method="wilson")
+    if n and hits and (clusters == n or values.mean() in (0, 1)):
+        low, high = stats.binomtest(round(values.mean() * clusters), clusters).proportion_ci(method="wilson")
     else:
         low, high = np.quantile(resampled_means(values, users), (0.025, 0.975))
-    return {"value": mean, "low": float(low), "high": float(high), "n": n, "users": clusters}
+    return {"value": float(values.mean()), "low": float(low), "high": float(high), "n": n, "users": clusters}
 
 
 def difference(first: pd.DataFrame, second: pd.DataFrame, column: str = "hit") -> dict[str, float]:
