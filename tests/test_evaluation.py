@@ -132,6 +132,13 @@ def test_answers_that_are_left_open_are_generated_together_in_the_end():
     assert sum(reader.sizes) < 2 * len(some_questions)
 
 
+@pytest.mark.parametrize("device", ["cpu", torch.device("cpu")])
+def test_a_system_names_its_device_as_torch_accepts_it(device):
+    oracle, some_questions = Oracle(), questions()
+    oracle.device = device
+    pd.testing.assert_frame_equal(evaluate(oracle, some_questions), evaluate(Oracle(), some_questions))
+
+
 def test_outcomes_are_in_the_order_of_the_questions():
     some_questions, oracle = questions(), Oracle()
     result = evaluate(oracle, some_questions, batch_size=16)

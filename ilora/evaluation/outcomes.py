@@ -45,7 +45,7 @@ def evaluate(system: System, questions: Questions, batch_size: int = 0, generate
         raise ValueError(f"{type(system).__name__} can only generate: evaluate it with generate=True")
     getattr(system, "eval", lambda: None)()
     getattr(system, "check", lambda _: None)(questions)
-    usual = 64 if getattr(system, "device", torch.device("cpu")).type == "cuda" else 32
+    usual = 64 if torch.device(getattr(system, "device", "cpu")).type == "cuda" else 32
     batch_size = batch_size or min(usual, getattr(system, "batch_size", usual))
     scores, columns = np.zeros(questions.candidates.shape), np.zeros(len(questions), int)
     with tqdm(total=len(questions), unit="question", desc="evaluating", mininterval=1, delay=1) as bar:
