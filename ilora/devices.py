@@ -15,7 +15,7 @@ def pick_device(device: str = "auto") -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, index = device.partition(":")
     counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    if kind not in counts or (index and not index.isdigit()):
+    if kind not in counts or not (device == kind or index.isdecimal()):
         raise UserError(f"device must be auto, cpu, cuda, cuda:N or mps, not {device!r}")
     if int(index or 0) >= counts[kind]:
         raise UserError(f"device {device!r} is not on this machine: choose 'auto' or 'cpu'")

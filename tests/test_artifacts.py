@@ -31,6 +31,12 @@ def test_pick_device():
     assert devices.pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.mark.parametrize("device", ["gpu", "cpu:", "cpu:-1", "cpu:²"])
+def test_pick_device_refuses_other_names(device):
+    with pytest.raises(UserError, match="device must be auto"):
+        devices.pick_device(device)
+
+
 # ---------------------------------------------------------------- files
 
 
