@@ -471,6 +471,13 @@ def test_representations_that_are_not_finite(kind, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+def test_finite_representations_may_have_a_sum_that_half_precision_has_not():
+    z = torch.full((2000, 64), 1.0, dtype=torch.float16)
+    assert z.sum().isinf()
+    with wrapped("shared gate").sequence_embeds(z):
+        pass
+
+
 def test_unknown_adapters_and_other_models_are_named(tmp_path):
     model = adapted()
     model.add_adapter("second", config())

@@ -88,7 +88,7 @@ class Conditioning:
     def representations(self, z: Tensor | None) -> Tensor | None:
         """The z of a starting call, else the context's.  Raises UserError for NaN on a CPU, or if merged."""
         self._end_forward()  # one that was interrupted
-        if isinstance(z, Tensor) and z.is_cpu and not torch.compiler.is_compiling() and not math.isfinite(z.sum()):
+        if getattr(z, "is_cpu", False) and not torch.compiler.is_compiling() and not math.isfinite(z.sum(dtype=float)):
             raise UserError("sequence_embeds has values that are not finite: correct the encoder that computes them.")
         context = self.running
         if context is not None and not torch.compiler.is_compiling() and context.task is not current_task():
