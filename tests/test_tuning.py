@@ -40,8 +40,8 @@ def kept(monkeypatch, tmp_path):
 
 
 def test_a_cpu_gets_few_rows_at_once():
-    rows = [tuning_arguments(device="cpu", micro_batch_size=given).micro_batch_size for given in (0, 4, 32)]
-    assert rows == [0, 4, 8]  # 0: what fits
+    rows = [tuning_arguments(device="cpu", micro_batch_size=given).micro_batch_size for given in (0, 4, 32, None)]
+    assert rows == [0, 4, 8, None]  # 0: what fits; None: the whole batch
 
 
 def test_settings_of_a_gate_count_only_where_there_is_one(kept):

@@ -49,7 +49,7 @@ def tuning_arguments(
     """Training as in LLaRA: weight decay on the projector, bf16 on a GPU; four snapshots. changes: other arguments."""
     kind, rows = devices.pick_device(device).type, changes.pop("micro_batch_size", 32)
     usual = {"weight_decay": 1e-5, "precision": "bf16" if kind == "cuda" else "no", "snapshots": 4, "save_every": 100}
-    usual["micro_batch_size"] = min(rows, 8) if kind == "cpu" else rows  # more activations do not stay in a CPU's cache
+    usual["micro_batch_size"] = min(rows, 8) if rows and kind == "cpu" else rows  # what fits into a CPU's cache
     return TrainingArguments(epochs, batch_size, learning_rate, device=device, **usual | changes)
 
 
