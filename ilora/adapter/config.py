@@ -29,17 +29,15 @@ class ILoraConfig(LoraConfig):
         K, top_k, start = self.num_experts, self.gate_top_k, self.init_lora_weights
         if K < 1 or self.gate_dim < 1:
             raise UserError("num_experts and gate_dim must be at least 1: correct them in ILoraConfig.")
-        for rank in (self.r, *self.rank_pattern.values()):
-            if rank % K:
-                raise UserError(f"rank {rank} is not divisible by num_experts={K}: choose a multiple of num_experts.")
+        if odd := [rank for rank in (self.r, *self.rank_pattern.values()) if rank % K]:
+            raise UserError(f"rank {odd[0]} is not divisible by num_experts={K}: choose a multiple of num_experts.")
         if self.gate not in ("linear", "convolutional", "clusters"):
             raise UserError(f"unknown gate {self.gate!r}: choose one of linear, convolutional, clusters.")
         if top_k is not None and not 2 <= top_k <= K:
             raise UserError(f"gate_top_k={top_k}: keep 2 to num_experts={K} (one weight would be the constant 1).")
         variants = [f.name for f in fields(self) if f.metadata.get("is_lora_variant")]
         others = ["use_qalora", "lora_bias", "target_parameters", "layer_replication", "megatron_config"]
-        for name in variants + others:
-            if getattr(self, name):
-                raise UserError(f"iLoRA does not combine with LoRA's {name}: leave it out of ILoraConfig.")
+        if used := [name for name in variants + others if getattr(self, name)]:
+            raise UserError(f"iLoRA does not combine with LoRA's {used[0]}: leave it out of ILoraConfig.")
         if start not in (True, False, "gaussian"):
             raise UserError(f"init_lora_weights={start!r} does not work in iLoRA: use True or 'gaussian'.")

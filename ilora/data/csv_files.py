@@ -79,10 +79,9 @@ def _read_columns(file: Path, *columns: str) -> pd.DataFrame:
     rows = _records(file)
     header = [name.strip() for name in rows.iloc[0]] if len(rows) else []
     columns += ("text",) * ("text" in header)
-    for column in columns:
-        if header.count(column) != 1:
-            has, remedy = ", ".join(header) or "no text", "name each once in line 1 and separate them by commas"
-            raise UserError(f"{file} needs one column {column!r} but has {has}: {remedy}")
+    if wrong := [column for column in columns if header.count(column) != 1]:
+        has, remedy = ", ".join(header) or "no text", "name each once in line 1 and separate them by commas"
+        raise UserError(f"{file} needs one column {wrong[0]!r} but has {has}: {remedy}")
     width = rows.map(len)
     message = f'{{}} fields, the first line has {len(header)}; a field with a comma needs quotes, "Good, the Bad"'
     refuse_rows(file, width != len(header), message, width)

@@ -43,10 +43,9 @@ def load(
         if (n := len(source.items)) < CANDIDATES:
             raise UserError(f"{dataset} has {n} items, but each question offers {CANDIDATES}: add items")
         usable = source.users["split"][events["user"][events.groupby("user").cumcount() == MIN_HISTORY]]
-        for split in SPLITS:
-            if split not in set(usable):
-                have = f"{len(source.users)} users, {len(usable)} of them with at least {MIN_HISTORY + 1} events"
-                raise UserError(f"{dataset} has {have}, and none of them in its {split} split: add events")
+        if missing := [split for split in SPLITS if split not in set(usable)]:
+            have = f"{len(source.users)} users, {len(usable)} of them with at least {MIN_HISTORY + 1} events"
+            raise UserError(f"{dataset} has {have}, and none of them in its {missing[0]} split: add events")
         noun, verb = WORDS[dataset]
         about = {"name": dataset, "key": artifacts.key(settings, inputs), "noun": noun, "verb": verb}
         replace(source, events=events, notes=notes + _notes(events), **about).save(folder)
