@@ -79,6 +79,13 @@ def test_nan_and_infinite_scores_are_refused_with_the_systems_name(value, system
         hit_ratios(model, rows)
 
 
+def test_too_few_items_for_candidates_are_named():
+    history, target = np.array([[*range(5)], [*range(5, 10)]]), np.array([10, 11])
+    np.testing.assert_allclose(expected_hit_ratio(np.zeros((2, 25)), history, target), 1 / 20)
+    with pytest.raises(UserError, match="histories leave 18 items for 19 candidates: add items"):
+        expected_hit_ratio(np.zeros((2, 24)), history, target)
+
+
 def test_a_score_of_minus_infinity_ranks_last():
     scores = np.arange(30.0)[None]
     scores[0, 29] = -np.inf

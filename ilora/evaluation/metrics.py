@@ -57,9 +57,8 @@ def resampled_means(values: np.ndarray, users: np.ndarray, seed: int = 0) -> np.
         raise UserError(f"these values have no mean ({reason}): check the system that they come from")
     _, group = np.unique(users, return_inverse=True)
     sums, counts = np.bincount(group, values), np.bincount(group)
-    rng = np.random.default_rng(seed)
-    weights = rng.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=RESAMPLES)  # (RESAMPLES, users)
-    return weights @ sums / (weights @ counts)
+    weights = np.random.default_rng(seed).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=RESAMPLES)
+    return weights @ sums / (weights @ counts)  # weights: (RESAMPLES, users)
 
 
 def check_scores(scores: np.ndarray, shape: tuple[int, int], system: str) -> np.ndarray:
@@ -80,13 +79,15 @@ def expected_hit_ratio(
 
     scores (rows, n_items), history (rows, window), target (rows,). With m items to sample from, `better` of them above
     the target and `ties` equal to it, it is the mean over j = 0..ties of C(m - better - j, size - 1) / C(m, size - 1),
-    by the hockey-stick identity a sum of two terms.  Raises UserError as `check_scores` does.
+    by the hockey-stick identity a sum of two terms.  Raises UserError as `check_scores` does, and if m < size - 1.
     """
     scores = check_scores(scores, (len(history), scores.shape[-1]), system)
     free = np.ones((len(scores), scores.shape[1] + 1), dtype=bool)  # the last column is padding
     np.put_along_axis(free, np.column_stack([history, target]), False, axis=1)
     free = free[:, :-1]
     target_score, m = np.take_along_axis(scores, target[:, None], axis=1), free.sum(1)
+    if (m < size - 1).any():
+        raise UserError(f"histories leave {m.min()} items for {size - 1} candidates: add items or use a smaller window")
     better, ties = (free & (scores > target_score)).sum(1), (free & (scores == target_score)).sum(1)
 
     def term(x: np.ndarray) -> np.ndarray:  # C(x, size) / C(m, size - 1)
