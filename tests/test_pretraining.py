@@ -1,5 +1,6 @@
 import re
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -161,6 +162,15 @@ def test_tokens_span_words_and_write_any_text():
         assert tokenizer.decode(tokenizer(" Granite Voyage é").input_ids) == " Granite Voyage é"
         assert tokenizer.convert_tokens_to_ids(["<pad>", "<s>", "</s>", ITEM_TOKEN]) == [0, 1, 2, 3]
         assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
+
+
+def test_few_items_make_short_histories(base):
+    dataset, histories = small_dataset(), [np.random.default_rng(user).permutation(25)[:14] for user in range(40)]
+    events = pd.DataFrame({"user": np.repeat(np.arange(40), 14), "item": np.concatenate(histories)})
+    few = replace(dataset, items=titles().head(25), events=events.assign(time=events.index))
+    prompts = Prompts(base[1], list(few.items["title"]), few.noun, few.verb)
+    documents = Documents(few, prompts, RECIPE, 0)
+    assert {len(read(documents, row)[0]) for row in range(50)} == {3, 4, 5}  # with 20 candidates, all 25 items
 
 
 @pytest.fixture

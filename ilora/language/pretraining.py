@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ilora import artifacts, devices
-from ilora.data.dataset import Dataset, one_line
+from ilora.data.dataset import CANDIDATES, Dataset, one_line
 from ilora.data.windows import questions
 from ilora.language import smollm2
 from ilora.language.prompts import NO_LABEL, Prompts, wording
@@ -81,7 +81,7 @@ class Documents:
 
     def __init__(self, dataset: Dataset, prompts: Prompts, recipe: Mapping, seed: int):
         self.prompts, self.recipe, self.seed = prompts, recipe, seed
-        self.questions = questions(dataset, "train", seed=seed)
+        self.questions = questions(dataset, "train", min(10, max(len(dataset.items) - CANDIDATES, 1)), seed=seed)
 
     def __len__(self) -> int:
         return self.recipe["documents"]
