@@ -2,8 +2,10 @@
 
 import gc
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,7 +14,8 @@ import torch
 
 from ilora import artifacts, data, evaluation, language
 from ilora.errors import UserError
-from ilora.language import AdapterSettings, tuning, tuning_arguments
+from ilora.language import AdapterSettings, LanguageRecommender, base_models, tuning, tuning_arguments
+from ilora.language.pretraining import EMBEDDED
 from ilora.recommenders import GRU4Rec, SASRec, fit_recommender
 
 
@@ -115,6 +118,21 @@ def test_the_trained_model_is_the_reloaded_one_and_is_alone_in_memory(world, ada
         gc.enable()
     torch.testing.assert_close(again.score(rows), scores, rtol=0, atol=0)
     assert again.generate(rows) == written
+
+
+def test_an_adapter_over_the_embedded_base_of_other_data_needs_that_data(world, monkeypatch, tmp_path):
+    """Around the embedded base of the world it would answer, but wrongly."""
+    base = shutil.copytree(EMBEDDED, tmp_path / "base" / "0123456789ab")
+    monkeypatch.setattr(base_models, "base_for", lambda dataset, device: base)
+    other, encoder = replace(world, name="csv"), SASRec(len(world.items))
+    for experts in (1, 4):
+        adapter = language.adapter_config(experts=experts)
+        model = language.untuned(other, "embedded", encoder, device="cpu", adapter=adapter)
+        model.save_pretrained(tmp_path / "kept", "embedded")
+        LanguageRecommender.from_pretrained(tmp_path / "kept", device="cpu", dataset=other)
+        for name in ("", "embedded"):
+            with pytest.raises(UserError, match="trained on, 'embedded', for 'embedded' with dataset"):
+                LanguageRecommender.from_pretrained(tmp_path / "kept", name, "cpu")
 
 
 def test_a_prompt_longer_than_the_base_model_is_refused_before_training(world, monkeypatch):

@@ -253,13 +253,13 @@ class LanguageRecommender(nn.Module):
     def from_pretrained(
         cls, folder: str | Path, base_model: str = "", device: str = "auto", dataset: Dataset | None = None
     ) -> "LanguageRecommender":
-        """What `save_pretrained` wrote, around the base model it names or the given one."""
+        """What `save_pretrained` wrote, around the base model it names or the given one; `dataset`: of "embedded"."""
         folder = Path(folder)
         if not (folder / "recommender.json").is_file():
             raise UserError(f"{folder} holds no recommender.json: name a folder that save_pretrained wrote")
         about = json.loads((folder / "recommender.json").read_text(encoding="utf-8"))
-        loading = base_model or about["base_model"], dataset, device, about.get("quantize", "")
-        language_model, tokenizer = base_models.load_language_model(*loading)
+        base_model, quantize = base_model or about["base_model"], about.get("quantize", "")
+        language_model, tokenizer = base_models.load_language_model(base_model, dataset, device, quantize)
         prompts = Prompts(tokenizer, about["titles"], *about["wording"])
         encoder = SequenceModel.from_pretrained(folder / "encoder") if (folder / "encoder").is_dir() else None
         model = cls(language_model, prompts, encoder, None, about.get("seed", 0), about.get("guidance", "sequence"))
@@ -269,8 +269,11 @@ class LanguageRecommender(nn.Module):
                 safetensors.torch.load_model(model.projector, folder / "projector.safetensors")
             if (folder / "adapter").is_dir():
                 model.language_model = PeftModel.from_pretrained(language_model, folder / "adapter", is_trainable=True)
-                model.gated = isinstance(model.language_model.active_peft_config, ILoraConfig)
+                config = model.language_model.active_peft_config
+                model.gated = isinstance(config, ILoraConfig)
+                if base_model == "embedded" != Path(config.base_model_name_or_path).name and dataset is None:
+                    raise ValueError("the base of this adapter was made for its data set")
         except (RuntimeError, ValueError) as error:
-            remedy = f"name the base model that it was trained on, {about['base_model']!r}"
+            remedy = f"name the base model that it was trained on, {about['base_model']!r}, for 'embedded' with dataset"
             raise UserError(f"what {folder} holds does not fit {base_model!r}: {remedy}") from error
         return model.to(model.device).eval()
