@@ -9,6 +9,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
@@ -118,6 +119,26 @@ def test_the_trained_model_is_the_reloaded_one_and_is_alone_in_memory(world, ada
         gc.enable()
     torch.testing.assert_close(again.score(rows), scores, rtol=0, atol=0)
     assert again.generate(rows) == written
+
+
+@pytest.mark.parametrize("written", [[], ["step-00000001.safetensors", "step-00000002.safetensors"]])
+def test_the_snapshots_are_those_that_were_written(written, world, monkeypatch):
+    """There may be none, and a process that was killed leaves what it was writing."""
+
+    def fit(model, train, arguments, work, **_):
+        (work / "checkpoints").mkdir(parents=True)
+        for name in written:
+            (work / "snapshots" / f".{name}.abc").mkdir(parents=True)
+            (work / "snapshots" / name).touch()
+        return pd.DataFrame({"hit_ratio": [0.5]})
+
+    monkeypatch.setattr(tuning, "fit", fit)
+    arguments = tuning_arguments(device="cpu", snapshots=len(written))
+    for _ in ("tuned", "loaded"):
+        _, _, snapshots = language.tune(world, None, AdapterSettings(), arguments, window=5, train_limit=16)
+        assert [path.name for path in snapshots] == written
+    folder = artifacts.home().joinpath("adapters")
+    assert not [*folder.rglob(".*"), *folder.rglob("checkpoints")]
 
 
 def test_an_adapter_over_the_embedded_base_of_other_data_needs_that_data(world, monkeypatch, tmp_path):

@@ -103,11 +103,11 @@ def tune(
         validate |= {"try_validation": lambda: evaluate(model, validation.take(longest[: 2 * model.batch_size]))}
         fit(model, train, arguments, work, **validate).to_csv(folder / "history.csv", index=False)
         model.save_pretrained(folder / "recommender", base_model)
-        shutil.copytree(work / "snapshots", folder / "snapshots")
+        shutil.copytree(work, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("checkpoints", ".*"))
 
     kind = "LoRA" if adapter.experts == 1 else f"iLoRA with {adapter.experts} experts"
     folder = artifacts.cached("adapters", settings, inputs, make, note=f"{kind} on {dataset.name}")
     if model is None:
         model = LanguageRecommender.from_pretrained(folder / "recommender", base_model, arguments.device, dataset)
         model.batch_size = arguments.micro_batch_size or model.batch_size
-    return model, pd.read_csv(folder / "history.csv"), sorted((folder / "snapshots").iterdir())
+    return model, pd.read_csv(folder / "history.csv"), sorted(folder.glob("snapshots/step-*"))
