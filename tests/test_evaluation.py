@@ -260,6 +260,13 @@ def test_answers_that_are_no_column_of_a_candidate_are_refused(answer):
     assert evaluate(Generates(answer=np.int64(19)), questions())["valid"].all()
 
 
+def test_a_forgotten_return_is_no_answer():
+    silent = Generates(answer=0)
+    silent.generate = lambda rows: None
+    with pytest.raises(UserError, match="Generates gives 0 answers to 32 questions"):
+        evaluate(silent, questions())
+
+
 def test_outcomes_from_scores_checks_the_scores():
     some_questions = questions()
     with pytest.raises(UserError, match="a system gives 20 of 800 scores that are NaN"):

@@ -70,7 +70,7 @@ def _predict(system: System, rows: list[Row], gives_scores: bool, generates: boo
             scores = system.score(rows) if gives_scores else np.zeros(shape)
             columns = system.generate(rows) if generates else None
     scores = check_scores(torch.as_tensor(scores).cpu().double().numpy(), shape, name)
-    columns = scores.argmax(1) if columns is None else columns
+    columns = (() if columns is None else columns) if generates else scores.argmax(1)  # None: no `return`
     if len(columns) != len(rows):
         raise UserError(f"{name} gives {len(columns)} answers to {len(rows)} questions: give one, or None, for each")
     for column in columns:
