@@ -24,7 +24,7 @@ class Condition:
     weights: dict[str, Tensor] = field(default_factory=dict)  # adapter -> w (b, K) or, of its L layers, (L, b, K)
     slices: dict[Gate, Tensor] = field(default_factory=dict)  # gate of a layer -> its w (b, K) of those
     task: asyncio.Task | None = None  # of a context: the asyncio task that entered it
-    factors: dict[tuple, dict[Gate, list[Tensor]]] | None = None  # of a forward: unused, see `Conditioning.factor`
+    factors: dict[tuple, dict[Gate, list[Tensor]]] | None = None  # of a forward: not yet used, see `factor`
 
 
 class Conditioning:
@@ -139,9 +139,9 @@ class Conditioning:
         if torch.compiler.is_compiling() or condition is None or condition.factors is None:
             return factor_of(self.weights_of(layer, adapter))
         key = adapter, scale, middle.shape, middle.dtype, middle.device, torch.is_grad_enabled()
-        slices, own = condition.factors.setdefault(key, {}), self.layer_gates[adapter]  # of one tensor: fewer kernels
-        if own and not slices and adapter in condition.weights:
-            slices |= zip(own, ([part] for part in factor_of(condition.weights[adapter]).unbind()), strict=True)
+        slices, gates = condition.factors.setdefault(key, {}), self.layer_gates[adapter]  # of one tensor: fewer kernels
+        if gates and not slices and adapter in condition.weights:
+            slices |= zip(gates, ([part] for part in factor_of(condition.weights[adapter]).unbind()), strict=True)
         if not slices.get(gate):
             factor = factor_of(self.weights_of(layer, adapter))
             slices[gate] = list(factor.expand(len(self.merged) if adapter in self.gates else 1, *factor.shape).unbind())

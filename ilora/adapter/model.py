@@ -73,8 +73,8 @@ class ILoraModel(LoraModel):
         for parameter, flag in trainable:  # a new adapter changes nothing here, nor does PEFT change the layers
             parameter.requires_grad_(flag)
         self.conditioning.merged = [layer.merged_adapters for layer in layers]
-        own = [layer.lora_gate for layer in layers if adapter_name in getattr(layer, "lora_gate", ())]
-        self.conditioning.layer_gates[adapter_name] = [gates[adapter_name] for gates in own]
+        per_layer = [layer.lora_gate for layer in layers if adapter_name in getattr(layer, "lora_gate", ())]
+        self.conditioning.layer_gates[adapter_name] = [gates[adapter_name] for gates in per_layer]
 
     @staticmethod
     def _create_new_module(config: ILoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> Any:

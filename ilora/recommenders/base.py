@@ -116,12 +116,12 @@ class SequenceModel(Recommender):
 
 def k_means(z: np.ndarray, count: int, seed: int, users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Labels (n,), centres (count, dim) of z (n, dim), the best of ten k-means; UserError unless each has two users."""
-    z, rng, found = np.asarray(z, float), np.random.default_rng(seed), []
+    z, rng, starts = np.asarray(z, float), np.random.default_rng(seed), []
     for _ in range(10 if len(np.unique(z, axis=0)) >= count else 0):
         with suppress(ClusterError):  # a cluster became empty: discard this start
             centres, labels = kmeans2(z, count, iter=25, minit="++", missing="raise", rng=rng)
             if all(len(np.unique(users[labels == label])) > 1 for label in range(count)):
-                found.append((((z - centres[labels]) ** 2).sum(), labels, centres))
-    if not found:
+                starts.append((((z - centres[labels]) ** 2).sum(), labels, centres))
+    if not starts:
         raise UserError(f"{len(z)} sequences cannot be divided into {count} clusters: use more sequences")
-    return min(found, key=lambda start: start[0])[1:]
+    return min(starts, key=lambda start: start[0])[1:]

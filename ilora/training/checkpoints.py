@@ -68,7 +68,7 @@ def load_checkpoint(folder: Path, identity: dict, state: dict) -> tuple[list[dic
             different = dict(saved["identity"].items() - identity.items())
             raise UserError(f"{path} is from a run with {different}: choose another folder or remove it")
         restore(state["model"], saved["model"], path)
-        log.warning("continuing from %s: other rows need another folder", path)
+        log.warning("continuing from %s: to train on other rows, choose another folder", path)
         for name in ("optimizer", "schedule"):
             state[name].load_state_dict(saved[name])
         return saved["history"], saved["best"]

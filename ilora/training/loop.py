@@ -82,7 +82,7 @@ def fit(
     train: has `len(train)`, `train[i]` and optionally `set_epoch(epoch)`.
     folder: receives checkpoints/, from which an interrupted run resumes, and snapshots/, see `load_snapshot`.
     validate: returns HitRatio@1 after each epoch, in eval mode and in every process; the best epoch's state is kept.
-    try_validation: called on a GPU before the first step, after a trial on the longest rows, which changes nothing.
+    try_validation: called before the first step on a GPU, or to find what fits, with a trial step that changes nothing.
     """
     run = _Run(model, train, arguments, folder)
     run.prepare(try_validation)
@@ -200,11 +200,11 @@ class _Run:
     def _backward(self, rows: list) -> Tensor:
         """Add the gradient of the mean loss over `rows`; return that loss, the same in every process."""
         processes, index = self.accelerator.num_processes, self.accelerator.process_index
-        seed, step, own = self.arguments.seed, len(self.history), rows[index::processes]  # as long as in the others
+        seed, step, local = self.arguments.seed, len(self.history), rows[index::processes]  # of all lengths
         parts = math.ceil(self.share / self.model.batch_size)  # the same in every process and step
-        cuts, losses = np.linspace(0, len(own), parts + 1).round().astype(int), torch.zeros((), device=self.device)
+        cuts, losses = np.linspace(0, len(local), parts + 1).round().astype(int), torch.zeros((), device=self.device)
         for part in range(parts):
-            micro_batch = own[cuts[part] : cuts[part + 1]]
+            micro_batch = local[cuts[part] : cuts[part + 1]]
             share = len(micro_batch) / len(rows)
             utils.set_seed(combined_seed(seed, step, part * processes + index))
             # A small last batch can leave a part empty: one row with weight 0 keeps the processes in step.
