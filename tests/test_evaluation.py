@@ -260,6 +260,10 @@ def test_answers_that_are_no_column_of_a_candidate_are_refused(answer):
     assert evaluate(Generates(answer=np.int64(19)), questions())["valid"].all()
 
 
+def test_a_batch_size_below_0_is_as_good_as_none():
+    pd.testing.assert_frame_equal(evaluate(Oracle(), questions(), batch_size=-1), evaluate(Oracle(), questions()))
+
+
 def test_a_forgotten_return_is_no_answer():
     silent = Generates(answer=0)
     silent.generate = lambda rows: None

@@ -46,7 +46,7 @@ def evaluate(system: System, questions: Questions, batch_size: int = 0, generate
     getattr(system, "eval", lambda: None)()
     getattr(system, "check", lambda _: None)(questions)
     usual = 64 if torch.device(getattr(system, "device", "cpu")).type == "cuda" else 32
-    batch_size = batch_size or min(usual, getattr(system, "batch_size", usual))
+    batch_size = batch_size if batch_size > 0 else min(usual, getattr(system, "batch_size", usual))
     scores, columns = np.zeros(questions.candidates.shape), np.zeros(len(questions), int)
     with tqdm(total=len(questions), unit="question", desc="evaluating", mininterval=1, delay=1) as bar:
         for numbers, rows in batches_by_length(system, questions, batch_size):
