@@ -114,7 +114,7 @@ def test_the_embedded_base_serves_the_world_and_other_data_get_their_own(base, w
 
 @pytest.mark.parametrize("name", ["llama", "no/such/folder/here", ""])
 def test_a_base_model_that_is_no_name_and_no_folder_is_refused(name):
-    with pytest.raises(UserError, match="base_model"):
+    with pytest.raises(UserError, match="is no folder and no name owner/model"):
         load_language_model(name, device="cpu")
 
 

@@ -548,6 +548,14 @@ def test_a_saved_recommender_gives_identical_answers(kind, tmp_path):
     assert sum(file.stat().st_size for file in (tmp_path / "kept").rglob("*")) < 3_000_000  # not the base
 
 
+@pytest.mark.parametrize("kind", ["text", "ilora"])
+def test_a_saved_recommender_knows_where_its_base_was_loaded(kind, tmp_path):
+    model, rows = make(kind), question_rows()
+    model.save_pretrained(tmp_path / "kept")
+    again = LanguageRecommender.from_pretrained(tmp_path / "kept", device="cpu")
+    torch.testing.assert_close(again.score(rows), model.score(rows), rtol=0, atol=0)
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path):
     with pytest.raises(UserError, match="save_pretrained"):
         LanguageRecommender.from_pretrained(tmp_path, device="cpu")

@@ -40,7 +40,7 @@ def load_language_model(
         folder = EMBEDDED if dataset is None or dataset.name == "world" else base_for(dataset, device=device)
     elif base_model == "smollm2":
         folder = smollm2.folder()
-    elif not Path(base_model).is_dir() and base_model.count("/") != 1:
+    elif base_model.count("/") != 1 and not (base_model and Path(base_model).is_dir()):
         raise UserError(f"base_model {base_model!r} is no folder and no name owner/model: correct the name")
     place, pinned = devices.pick_device(device), {"trust_remote_code": False} | artifacts.revision(folder)
     dtype = torch.float32 if place.type == "cpu" else torch.bfloat16

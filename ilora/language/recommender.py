@@ -237,10 +237,10 @@ class LanguageRecommender(nn.Module):
         return gate_weights(self.language_model, self.guide(self.batch(rows))).cpu()
 
     def save_pretrained(self, folder: str | Path, base_model: str = "") -> None:
-        """Write adapter/, encoder/, projector.safetensors and recommender.json; all of them or none."""
-        about = {"base_model": base_model, "titles": self.prompts.titles, "wording": self.prompts.words}
-        about |= {"guidance": self.guidance, "seed": self.seed, "batch_size": self.batch_size}
-        about["quantize"] = base_models.quantization(self.language_model)
+        """Write adapter/, encoder/, projector.safetensors and recommender.json, or none; base_model "": its source."""
+        about = {"base_model": base_model or self.language_model.name_or_path, "titles": self.prompts.titles}
+        about |= {"wording": self.prompts.words, "guidance": self.guidance, "seed": self.seed}
+        about |= {"batch_size": self.batch_size, "quantize": base_models.quantization(self.language_model)}
         with artifacts.atomic_folder(folder, "recommender.json") as temporary:
             if isinstance(self.language_model, PeftModel):
                 self.language_model.save_pretrained(temporary / "adapter")
