@@ -143,7 +143,6 @@ def cached(kind: str, settings: Mapping, inputs: Mapping, make: Callable[[Path, 
     """
     state, folder = PartialState(), home() / kind / key(settings, inputs)
     work = home() / "training" / folder.name
-    (home() / "locks").mkdir(exist_ok=True)
     with FileLock(home() / "locks" / f"{kind}-{folder.name}") if state.is_main_process else nullcontext():
         if not utils.broadcast_object_list([(folder / "parameters.json").is_file()])[0]:  # one process decides for all
             log.info("making %s/%s%s", kind, folder.name, f" ({note})" if note else "")
@@ -179,10 +178,9 @@ class Run:
         result["seconds"] = round(time.perf_counter() - self.started, 1)
         result["versions"] = {"python": platform.python_version(), "ilora": ilora.__version__}
         result["versions"] |= {package: version(package) for package in PACKAGES}
-        result |= {"commit": commit(), "peak_memory_mib": round(peak_memory_mib(self.device))}
-        result["date"] = datetime.now(UTC).isoformat(timespec="seconds")
-        result["outcomes"] = {} if outcomes is None else dict(outcomes)
-        write_json(path, result)
+        result |= {"commit": commit(), "date": datetime.now(UTC).isoformat(timespec="seconds")}
+        result["peak_memory_mib"] = round(peak_memory_mib(self.device))
+        write_json(path, result | {"outcomes": {} if outcomes is None else dict(outcomes)})
         return path
 
 

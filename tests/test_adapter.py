@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Linear as LoraLinear
@@ -881,3 +881,27 @@ def test_two_processes_agree_with_one(tmp_path):
     command = [sys.executable, str(script), str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_what_a_gate_gives_for_one_user_does_not_depend_on_the_mode(per_layer, tmp_path):
+    """A Trainer leaves the model in training mode, in which batch norm reads and learns from the rows that it gets."""
+    model = adapted(gate="convolutional", gate_per_layer=per_layer)
+    z = users(3)
+    model.train()(input_ids=tokens(), sequence_embeds=z)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    expected = outputs(model.eval(), tokens()[:1], sequence_embeds=z[:1])
+    w = gate_weights(model, z)
+    model.train()
+    assert_close(gate_weights(model, z), w)
+    plain = PeftModel.from_pretrained(base(), export_lora(model, z[:1], tmp_path))
+    assert_close(outputs(plain.eval(), tokens()[:1]), expected, 1e-5)
+    with model.sequence_embeds(z[:1]):
+        model.merge_adapter()
+    assert_close(outputs(model.eval(), tokens()[:1]), expected, 1e-5)
+    model.train().unmerge_adapter()
+    assert all(part.training for part in model.modules())
+    buffers = [name for name in before if "running" in name or "tracked" in name]
+    assert buffers
+    for name in buffers:
+        assert torch.equal(model.state_dict()[name], before[name])

@@ -31,9 +31,7 @@ class Conditioning:
     """Carries z from the callers of all wrappers of a base model to its layers; refers to neither: they can be freed.
 
     model(ids, sequence_embeds=z)        with model.sequence_embeds(z): model(ids)
-                |                                              |
                 +-------> hook of the base model <-------------+
-                                    |
                  Condition: z (b, d), w = gate(z) (b, K)         one for each thread
           +-------------------------+-------------------------+
     adapted layer:            adapted layer:     ...    adapted layer:
@@ -122,14 +120,14 @@ class Conditioning:
     def gate_of(self, layer: LoraLayer, adapter: str) -> Gate:
         return self.gates[adapter] if adapter in self.gates else layer.lora_gate[adapter]
 
-    def weights_of(self, layer: LoraLayer, adapter: str) -> Tensor:
-        """w (b, K) of an adapted layer."""
+    def weights_of(self, layer: LoraLayer, adapter: str, settled: bool = False) -> Tensor:
+        """w (b, K) of an adapted layer; settled: outside a pass, in eval mode."""
         if (condition := self.running) is None:
             remedy = "call inside `with model.sequence_embeds(z):` (in a Trainer, also set remove_unused_columns=False)"
             raise UserError(f"iLoRA got no representations: pass sequence_embeds=z (batch, gate_dim), or {remedy}.")
         gate = self.gate_of(layer, adapter)
-        if adapter not in condition.weights:
-            return gate(condition.z)
+        if settled or adapter not in condition.weights:
+            return (gate.settled if settled else gate)(condition.z)
         return condition.weights[adapter] if adapter in self.gates else gate.applied.values[-1]
 
     def factor(self, layer: LoraLayer, adapter: str, middle: Tensor) -> Tensor:
@@ -173,8 +171,7 @@ class CarryingCheckpoint:
     checkpoint: Callable
 
     def __call__(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
-        outer = self.conditioning.running
-        if outer is None or torch.compiler.is_compiling():
+        if (outer := self.conditioning.running) is None or torch.compiler.is_compiling():
             return self.checkpoint(function, *args, **kwargs)
 
         def run(z: Tensor, *rest: Any, **options: Any) -> Any:

@@ -27,11 +27,11 @@ def _tuner_and_name(model: PeftModel, adapter_name: str | None) -> tuple[ILoraMo
 
 
 def gate_weights(model: PeftModel, z: Tensor, adapter_name: str | None = None) -> Tensor:
-    """w of the sequences z (b, d) under the active or named adapter: (b, K), or (layers, b, K) per layer."""
+    """w, as in eval mode, of z (b, d) under the active or named adapter: (b, K), or (layers, b, K) per layer."""
     tuner, name = _tuner_and_name(model, adapter_name)
     if name in tuner.lora_gate:
-        return tuner.lora_gate[name](z)
-    return torch.stack([layer.lora_gate[name](z) for layer in tuner.adapted_layers() if name in layer.lora_A])
+        return tuner.lora_gate[name].settled(z)
+    return torch.stack([layer.lora_gate[name].settled(z) for layer in tuner.adapted_layers() if name in layer.lora_A])
 
 
 def export_lora(model: PeftModel, z: Tensor, folder: str | Path, adapter_name: str | None = None) -> Path:
@@ -42,7 +42,7 @@ def export_lora(model: PeftModel, z: Tensor, folder: str | Path, adapter_name: s
         for key, tensor in get_peft_model_state_dict(model, adapter_name=name).items():
             if ".lora_A." in key:
                 layer = tuner.get_submodule(key.removeprefix("base_model.").rsplit(".lora_A.", 1)[0])
-                tensor = weighted_A(tensor, layer.conditioning.weights_of(layer, name)).to(tensor.dtype)
+                tensor = weighted_A(tensor, layer.conditioning.weights_of(layer, name, settled=True)).to(tensor.dtype)
             if ".lora_gate." not in key:
                 tensors[key] = tensor.clone(memory_format=torch.contiguous_format)
     options = {f.name: getattr(tuner.peft_config[name], f.name) for f in dataclasses.fields(LoraConfig) if f.init}

@@ -49,6 +49,13 @@ class Gate(nn.Module):
             logits = torch.full_like(logits, -torch.inf).scatter(-1, kept.indices, kept.values)
         return logits.softmax(dim=-1)
 
+    def settled(self, z: Tensor) -> Tensor:
+        """w (b, K) in eval mode, where batch norm neither mixes rows nor learns from them; the mode stays as it is."""
+        check_representations(z, self.gate_dim)  # before the mode changes
+        training, w = self.training, self.eval()(z)
+        self.train(training)
+        return w
+
 
 class LinearGate(Gate):
     """Eq. 11: softmax(W_g z) with W_g (K, d), at the start uniform in +-1/sqrt(d) as in the paper's code."""

@@ -35,7 +35,7 @@ class ILoraVariant(LoraVariant):
         return result + B(middle * factor)
 
     def merge_safe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        self.merged = module.conditioning.weights_of(module, active_adapter).detach()
+        self.merged = module.conditioning.weights_of(module, active_adapter, settled=True).detach()
         return orig_weight + self._delta(module, active_adapter).to(orig_weight)
 
     def merge_unsafe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:

@@ -61,8 +61,7 @@ class Caser(SequenceModel):
         self._init_embeddings()
 
     def final_state(self, items: Tensor, mask: Tensor) -> Tensor:
-        image = (items * mask[..., None]).mT  # (batch, dim, length)
-        image = nn.functional.pad(image, (self.window - image.shape[2], 0))  # (batch, dim, window)
+        image = nn.functional.pad((items * mask[..., None]).mT, (self.window - items.shape[1], 0))  # (b, dim, window)
         horizontal = [convolution(image).relu().amax(2) for convolution in self.horizontal]  # each (batch, filters)
         vertical = self.vertical(image).flatten(1)  # (batch, dim * vertical)
         return self.last(self.dropout(torch.cat([*horizontal, vertical], dim=1)))

@@ -58,9 +58,8 @@ class TrainingArguments:
             if not isinstance(value, kinds) or not 0 <= (value or 0) < math.inf or (name in POSITIVE and not value):
                 raise UserError(f"training argument {name} must be {must} {least} 0, not {value!r}")
             object.__setattr__(self, name, value)
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise UserError(f"training argument {name} must be one of {choices}")
+        if wrong := [name for name, choices in CHOICES.items() if getattr(self, name) not in choices]:
+            raise UserError(f"training argument {wrong[0]} must be one of {CHOICES[wrong[0]]}")
 
     def identity(self) -> dict:
         """The fields that decide the result; a checkpoint is resumed only if they are the same."""
