@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from functools import cache, partial
 from importlib.metadata import version
@@ -32,9 +32,12 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "pandas", "numpy")  #
 
 
 def home() -> Path:
-    """The artifacts folder: $ILORA_HOME, or `artifacts` in the working directory; created if missing."""
+    """The artifacts folder: $ILORA_HOME, or `artifacts` in the working directory; created.  Raises UserError."""
     folder = Path(os.environ.get("ILORA_HOME") or "artifacts").expanduser().resolve()
-    folder.mkdir(parents=True, exist_ok=True)
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"artifacts cannot be kept in {folder}: set ILORA_HOME to a folder that you can write to")
     return folder
 
 

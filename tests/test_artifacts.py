@@ -40,6 +40,20 @@ def test_pick_device_refuses_other_names(device):
 # ---------------------------------------------------------------- files
 
 
+@pytest.mark.parametrize("place", ["file", "file/folder"])
+def test_a_home_that_cannot_be_written_to_is_refused_in_one_sentence(place, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("ILORA_HOME", str(tmp_path / place))
+    with pytest.raises(UserError, match=f"{place}: set ILORA_HOME to a folder that you can write to"):
+        artifacts.home()
+
+
+def test_a_home_that_is_read_only_is_refused(home, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    with pytest.raises(UserError, match="home: set ILORA_HOME"):
+        artifacts.home()
+
+
 def test_home_comes_from_the_environment_or_is_in_the_working_directory(home, tmp_path, monkeypatch):
     assert artifacts.home() == home
     assert home.is_dir()

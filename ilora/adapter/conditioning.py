@@ -98,8 +98,7 @@ class Conditioning:
 
     def _begin_forward(self, checkpointed: list[nn.Module], _: nn.Module, args: tuple, kwargs: dict) -> tuple:
         """Take `sequence_embeds` out of the base model's keywords and apply the gates to it."""
-        z = self.representations(kwargs.pop("sequence_embeds", None))
-        if z is not None:
+        if (z := self.representations(kwargs.pop("sequence_embeds", None))) is not None:
             weights = {name: self.gates[name](z) for name in self.active if name in self.gates}
             for name in self.active if not torch.compiler.is_compiling() else ():
                 if (w := weights_of_all(self.layer_gates.get(name, []), z)) is not None:

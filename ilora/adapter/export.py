@@ -16,8 +16,7 @@ from ilora.errors import UserError
 
 def _tuner_and_name(model: PeftModel, adapter_name: str | None) -> tuple[ILoraModel, str]:
     """The model's tuner, and the name of the given or the only active adapter.  Raises UserError."""
-    tuner = getattr(model, "base_model", None)
-    if not isinstance(tuner, ILoraModel):
+    if not isinstance(tuner := getattr(model, "base_model", None), ILoraModel):
         raise UserError(f"{type(model).__name__} has no iLoRA adapter: wrap it by get_peft_model and ILoraConfig.")
     names = tuner.active_adapters if adapter_name is None else [adapter_name]
     known = [name for name, config in tuner.peft_config.items() if isinstance(config, ILoraConfig)]

@@ -111,5 +111,4 @@ class TitleVectors(nn.Module):
             mask = (batch != NO_TOKEN).long()
             states = self.text(input_ids=batch.clamp(min=0), attention_mask=mask).last_hidden_state
             means.append((states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))  # (titles, hidden)
-        vectors = self.projection(self.norm(torch.cat(means)[order.argsort()]))
-        return vectors * (items < len(self.tokens))[:, None]
+        return self.projection(self.norm(torch.cat(means)[order.argsort()])) * (items < len(self.tokens))[:, None]
