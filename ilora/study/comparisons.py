@@ -29,9 +29,8 @@ def formatted_metrics(systems: dict[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def format_interval(interval: dict[str, float]) -> str:
-    """A value or a difference with its interval as text: "0.523 [0.491, 0.552]"; no end rounds to zero."""
-    digits = 3 + any(0 < abs(interval[end]) < 0.0005 for end in ("low", "high"))
-    return "{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]".format(digits=digits, **interval)
+    """A value or a difference with its interval as text: "0.523 [0.491, 0.552]"."""
+    return "{value:.3f} [{low:.3f}, {high:.3f}]".format(**interval)
 
 
 def difference_sentence(systems: dict[str, pd.DataFrame], first: str, second: str) -> str:
