@@ -46,6 +46,11 @@ def test_every_row_of_the_paper_is_a_system():
     assert ours - set(systems.SYSTEMS) == set()
 
 
+def test_a_name_or_seed_given_twice_is_one_cell(home):
+    twice = table_runner.cells(["world", "world"], ["SASRec", "SASRec"], [1, 0, 1], 2, "", SETTINGS)
+    assert [cell.seed for cell in twice] == [1, 0]
+
+
 def test_cells_have_the_same_questions_and_can_be_loaded(home):
     cells = some()
     assert table_runner.run_all(cells) == []

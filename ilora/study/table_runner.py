@@ -143,7 +143,7 @@ def shuffled_histories(questions: data.Questions) -> np.ndarray:
 
 
 def cells(datasets: list, systems: list, seeds: list, draws: int, data_dir: str, settings: Mapping) -> list[Cell]:
-    """The table's cells, those without language first; a system that is not trained has one seed. Raises UserError."""
+    """The table's cells, each once, without language first; an untrained system has one seed. Raises UserError."""
     for names, known in ((systems, SYSTEMS), (datasets, data.WORDS)):
         if unknown := [name for name in names if name not in known]:
             raise UserError(f"there is no {unknown[0]!r} here: choose among {'; '.join(known)}")
@@ -153,8 +153,8 @@ def cells(datasets: list, systems: list, seeds: list, draws: int, data_dir: str,
         Cell(system, dataset, seed, draws, data_dir, settings)
         for system in SYSTEMS
         if system in systems
-        for dataset in datasets
-        for seed in (seeds if SYSTEMS[system].seeds or dataset == "world" else seeds[:1])
+        for dataset in dict.fromkeys(datasets)
+        for seed in dict.fromkeys(seeds if SYSTEMS[system].seeds or dataset == "world" else seeds[:1])
     ]
 
 
