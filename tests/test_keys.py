@@ -214,7 +214,7 @@ def test_what_changes_only_rounding_makes_no_other_key(kept, change):
 
 
 def test_newer_parameters_at_their_defaults_do_not_change_the_names_of_results():
-    for path in sorted((notebooks.ROOT / "book" / "results" / "control").glob("04_ilora-*.json")):
+    for path in sorted((notebooks.ROOT / "book" / "results" / "sweeps").glob("04_ilora-*.json")):
         was = json.loads(path.read_text())["parameters"]
         defaults = parameters.notebook_parameters(notebooks.ROOT / "notebooks" / "04_ilora.ipynb")
         given = {name: value for name, value in was.items() if value != defaults[name]}
