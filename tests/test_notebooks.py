@@ -188,7 +188,7 @@ def test_chapters_4_and_6_run_where_no_groups_of_users_are_known(kernel, tmp_pat
 def results_on(folder, *datasets):
     """A folder with results of chapter 6 as if they were on these data sets, over SmolLM2."""
     folder.mkdir()
-    path, *_ = sorted((ROOT / "book" / "results" / "sweeps").glob("06_*.json"))
+    path, *_ = sorted((ROOT / "book" / "results" / "gradients").glob("06_*.json"))
     result = json.loads(path.read_text(encoding="utf-8"))
     result["metrics"]["ten readers"] = [[0.7, 0.1, 0.1, 0.1], [0.2, 0.6, 0.1, 0.1]] * 5
     for dataset in datasets:
