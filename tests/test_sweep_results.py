@@ -100,7 +100,7 @@ def test_slopes_are_fitted_per_seed_and_averaged():
 @pytest.mark.parametrize(
     ("low", "high", "n", "level", "slope"),
     [
-        (0.1, 0.3, 3, " is above zero: 0.200 [0.100, 0.300], n = 3 seeds", " grows with conflict: 0.200"),
+        (0.1, 0.3, 3, " is above zero: 0.200 [0.100, 0.300], n = 3 seeds", " grows with conflict: slope 0.200"),
         (-0.3, -0.1, 3, " is below zero: -0.200", " falls with conflict"),
         (-0.1, 0.5, 3, " is not significantly different from zero", " does not change significantly with conflict"),
         (np.nan, np.nan, 1, ": too few seeds for an interval (n = 1)", ": too few seeds"),

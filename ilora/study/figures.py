@@ -116,7 +116,7 @@ def panels(tables: dict[str, pd.DataFrame], label: str, mark: str, at: float, ti
 def differences(table: pd.DataFrame, what: str, title: str) -> np.ndarray:
     """`panels` of `sweep_results.differences_from_default`, one for each setting; n are seeds."""
     settings = dict(list(table.set_index("variant").groupby("setting", sort=False)))
-    return panels(settings, f"{what} minus that of the default, by seed", "default", 0, title)
+    return panels(settings, f"{what} minus that of the default", "default", 0, title)
 
 
 @literal
