@@ -298,6 +298,20 @@ def test_only_adapter_gate_and_projector_receive_gradients(kind):
     assert [id(p) for g in decayed for p in g["params"]] == [id(p) for p in model.projector.parameters()]
 
 
+@pytest.mark.parametrize("with_encoder", [False, True])
+def test_a_base_and_an_encoder_of_the_users_own_are_frozen_and_training_nothing_is_refused(with_encoder, tmp_path):
+    """As `AutoModelForCausalLM.from_pretrained` gives it, every weight of a base is trainable."""
+    base, tokenizer = load_language_model("embedded", device="cpu")
+    encoder = SASRec(len(TITLES), window=6) if with_encoder else None
+    prompts = Prompts(tokenizer, TITLES, "story", "read")
+    model = LanguageRecommender(base.requires_grad_(True), prompts, encoder)
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    with pytest.raises(UserError, match=r"no trainable parameter: .*adapter"):
+        fit(model, question_rows(), TrainingArguments(1, 4, 1e-2, device="cpu"), tmp_path)
+    assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
+    assert encoder is None or not encoder.training
+
+
 def test_text_only_batches_leave_the_projector_without_gradient():
     model = make("lora").train()
     model(model.collate(question_rows()), progress=0.0).backward()
@@ -379,7 +393,7 @@ def test_a_history_beyond_the_window_is_cut_at_its_old_end():
 
 
 def representations(model, rows, answers=False):
-    return model.sequence_embeds(model.batch(rows, [[row[2]] for row in rows] if answers else ()))["sequence_embeds"]
+    return model.guide(model.batch(rows, [[row[2]] for row in rows] if answers else ()))
 
 
 def test_random_guidance_is_fixed_by_seed_and_history():
