@@ -454,6 +454,15 @@ def test_an_unknown_guidance_is_refused():
         LanguageRecommender(language_model, Prompts(tokenizer, TITLES, "story", "read"), guidance="nothing")
 
 
+@pytest.mark.parametrize("n_items", [len(TITLES) - 1, len(TITLES) + 1])
+def test_an_encoder_of_another_data_set_is_refused(n_items):
+    """Its embeddings and its padding would stand for other items: with more items, nothing else would fail."""
+    language_model, tokenizer = load_language_model("embedded", device="cpu")
+    prompts = Prompts(tokenizer, TITLES, "story", "read")
+    with pytest.raises(UserError, match=f"encoder is of {n_items} items, not {len(TITLES)}"):
+        LanguageRecommender(language_model, prompts, SASRec(n_items), adapter_config(experts=4))
+
+
 def test_ilora_without_an_encoder_is_refused():
     language_model, tokenizer = load_language_model("embedded", device="cpu")
     with pytest.raises(UserError, match="give an encoder"):

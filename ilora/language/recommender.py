@@ -53,7 +53,9 @@ class LanguageRecommender(nn.Module):
         self.prompts, self.guidance, self.seed, self.gated = prompts, guidance, seed, isinstance(adapter, ILoraConfig)
         if self.gated and encoder is None:
             raise UserError("iLoRA's gate reads the recommender's representation: give an encoder")
-        self.encoder, self.projector, self.compiled = encoder, None, False
+        self.encoder, self.projector, self.compiled, self.n_items = encoder, None, False, len(prompts.titles)
+        if encoder is not None and encoder.n_items != self.n_items:
+            raise UserError(f"the encoder is of {encoder.n_items} items, not {self.n_items}: train it on this data")
         base_models.check_causal(language_model.requires_grad_(False), prompts)
         self.positions = getattr(language_model.config.get_text_config(), "max_position_embeddings", None) or 10**9
         # for item tokens: their embedding or, in a model without the item token, the mean over all titles' tokens
