@@ -579,6 +579,19 @@ def test_a_saved_recommender_knows_where_its_base_was_loaded(kind, tmp_path):
     torch.testing.assert_close(again.score(rows), model.score(rows), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", ["recommender.json", "projector.safetensors", "adapter/adapter_model.safetensors"])
+@pytest.mark.parametrize("left", [None, 100])
+def test_a_damaged_or_missing_file_is_refused(name, left, tmp_path):
+    make("ilora").save_pretrained(tmp_path / "kept")
+    file = tmp_path / "kept" / name
+    content = file.read_bytes()
+    file.unlink()
+    if left is not None:
+        file.write_bytes(content[:left])
+    with pytest.raises(UserError, match=f"{tmp_path / 'kept'}.* name "):
+        LanguageRecommender.from_pretrained(tmp_path / "kept", device="cpu")
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path):
     with pytest.raises(UserError, match="save_pretrained"):
         LanguageRecommender.from_pretrained(tmp_path, device="cpu")

@@ -28,7 +28,7 @@ from ilora.evaluation import OPEN
 from ilora.language import base_models, ranking
 from ilora.language.adapted_layers import adapted
 from ilora.language.graphs import record_passes
-from ilora.language.prompts import PROMPT, Prompts, read_answer
+from ilora.language.prompts import PROMPT, Prompts, first_line, read_answer
 from ilora.recommenders.base import SequenceModel, k_means
 
 GUIDANCE = ("sequence", "random", "token")  # what the gate may get, see `LanguageRecommender.guide`
@@ -251,10 +251,11 @@ class LanguageRecommender(nn.Module):
         cls, folder: str | Path, base_model: str = "", device: str = "auto", dataset: Dataset | None = None
     ) -> "LanguageRecommender":
         """What `save_pretrained` wrote, around the base model it names or the given one; `dataset`: of "embedded"."""
-        folder = Path(folder)
-        if not (folder / "recommender.json").is_file():
-            raise UserError(f"{folder} holds no recommender.json: name a folder that save_pretrained wrote")
-        about = json.loads((folder / "recommender.json").read_text(encoding="utf-8"))
+        folder, file = Path(folder), Path(folder, "recommender.json")
+        try:
+            about = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read {file} ({error}): name a folder that save_pretrained wrote") from error
         base_model, quantize = base_model or about["base_model"], about.get("quantize", "")
         language_model, tokenizer = base_models.load_language_model(base_model, dataset, device, quantize)
         prompts = Prompts(tokenizer, about["titles"], *about["wording"])
@@ -266,11 +267,10 @@ class LanguageRecommender(nn.Module):
                 safetensors.torch.load_model(model.projector, folder / "projector.safetensors")
             if (folder / "adapter").is_dir():
                 model.language_model = PeftModel.from_pretrained(language_model, folder / "adapter", is_trainable=True)
-                config = model.language_model.active_peft_config
-                model.gated = isinstance(config, ILoraConfig)
+                model.gated = isinstance(config := model.language_model.active_peft_config, ILoraConfig)
                 if base_model == "embedded" != Path(config.base_model_name_or_path).name and dataset is None:
                     raise ValueError("the base of this adapter was made for its data set")
-        except (RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
             remedy = f"name the base model that it was trained on, {about['base_model']!r}, for 'embedded' with dataset"
-            raise UserError(f"what {folder} holds does not fit {base_model!r}: {remedy}") from error
+            raise UserError(f"{folder} does not fit {base_model!r} ({first_line(str(error))}): {remedy}") from error
         return model.to(model.device).eval()
