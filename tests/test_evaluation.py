@@ -12,7 +12,7 @@ from scipy import stats
 from ilora.data import Questions, Sequences
 from ilora.errors import UserError
 from ilora.evaluation import NO_ANSWER, OPEN, compute_metrics, difference, evaluate, outcomes, outcomes_from_scores
-from ilora.recommenders import Popularity
+from ilora.recommenders import Popularity, SASRec
 
 ITEMS = 50
 
@@ -55,6 +55,12 @@ def test_the_rank_counts_higher_scores_and_earlier_equal_scores():
     rank = outcomes_from_scores(four, scores)["rank"].to_numpy()
     assert rank.tolist() == [4, 1, 4, 2]
     np.testing.assert_array_equal(rank == 1, scores.argmax(1) == target)
+
+
+@pytest.mark.parametrize("n_items", [ITEMS - 1, ITEMS + 1])
+def test_a_system_of_another_data_set_is_refused(n_items):
+    with pytest.raises(UserError, match=f"SASRec is of {n_items} items, not {ITEMS}"):
+        evaluate(SASRec(n_items), questions())
 
 
 def test_ties_are_fair_on_average():

@@ -298,6 +298,20 @@ def test_only_adapter_gate_and_projector_receive_gradients(kind):
     assert [id(p) for g in decayed for p in g["params"]] == [id(p) for p in model.projector.parameters()]
 
 
+@pytest.mark.parametrize("with_encoder", [False, True])
+def test_a_base_and_an_encoder_of_the_users_own_are_frozen_and_training_nothing_is_refused(with_encoder, tmp_path):
+    """As `AutoModelForCausalLM.from_pretrained` gives it, every weight of a base is trainable."""
+    base, tokenizer = load_language_model("embedded", device="cpu")
+    encoder = SASRec(len(TITLES), window=6) if with_encoder else None
+    prompts = Prompts(tokenizer, TITLES, "story", "read")
+    model = LanguageRecommender(base.requires_grad_(True), prompts, encoder)
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    with pytest.raises(UserError, match=r"no trainable parameter: .*adapter"):
+        fit(model, question_rows(), TrainingArguments(1, 4, 1e-2, device="cpu"), tmp_path)
+    assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
+    assert encoder is None or not encoder.training
+
+
 def test_text_only_batches_leave_the_projector_without_gradient():
     model = make("lora").train()
     model(model.collate(question_rows()), progress=0.0).backward()
@@ -379,7 +393,7 @@ def test_a_history_beyond_the_window_is_cut_at_its_old_end():
 
 
 def representations(model, rows, answers=False):
-    return model.sequence_embeds(model.batch(rows, [[row[2]] for row in rows] if answers else ()))["sequence_embeds"]
+    return model.guide(model.batch(rows, [[row[2]] for row in rows] if answers else ()))
 
 
 def test_random_guidance_is_fixed_by_seed_and_history():
@@ -438,6 +452,15 @@ def test_an_unknown_guidance_is_refused():
     language_model, tokenizer = load_language_model("embedded", device="cpu")
     with pytest.raises(UserError, match="choose one of sequence, random, token"):
         LanguageRecommender(language_model, Prompts(tokenizer, TITLES, "story", "read"), guidance="nothing")
+
+
+@pytest.mark.parametrize("n_items", [len(TITLES) - 1, len(TITLES) + 1])
+def test_an_encoder_of_another_data_set_is_refused(n_items):
+    """Its embeddings and its padding would stand for other items: with more items, nothing else would fail."""
+    language_model, tokenizer = load_language_model("embedded", device="cpu")
+    prompts = Prompts(tokenizer, TITLES, "story", "read")
+    with pytest.raises(UserError, match=f"encoder is of {n_items} items, not {len(TITLES)}"):
+        LanguageRecommender(language_model, prompts, SASRec(n_items), adapter_config(experts=4))
 
 
 def test_ilora_without_an_encoder_is_refused():
@@ -554,6 +577,19 @@ def test_a_saved_recommender_knows_where_its_base_was_loaded(kind, tmp_path):
     model.save_pretrained(tmp_path / "kept")
     again = LanguageRecommender.from_pretrained(tmp_path / "kept", device="cpu")
     torch.testing.assert_close(again.score(rows), model.score(rows), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["recommender.json", "projector.safetensors", "adapter/adapter_model.safetensors"])
+@pytest.mark.parametrize("left", [None, 100])
+def test_a_damaged_or_missing_file_is_refused(name, left, tmp_path):
+    make("ilora").save_pretrained(tmp_path / "kept")
+    file = tmp_path / "kept" / name
+    content = file.read_bytes()
+    file.unlink()
+    if left is not None:
+        file.write_bytes(content[:left])
+    with pytest.raises(UserError, match=f"{tmp_path / 'kept'}.* name "):
+        LanguageRecommender.from_pretrained(tmp_path / "kept", device="cpu")
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):

@@ -179,11 +179,12 @@ def test_what_has_no_encoder_needs_a_window_and_no_gate(world):
 
 
 def test_a_model_is_tuned_with_another_encoder_than_sasrec(world):
-    encoder, _ = fit_recommender(world, epochs=1, window=6, device="cpu", kind="GRU4Rec")
-    model, _, _ = tuned(world, encoder, experts=2)
-    assert type(model.encoder) is GRU4Rec and model.gated
-    questions = data.questions(world, "test", 6, limit=8)
-    assert len(evaluation.evaluate(model, questions)) == 8
+    trained, _ = fit_recommender(world, epochs=1, window=6, device="cpu", kind="GRU4Rec")
+    for encoder in (trained, GRU4Rec(len(world.items), dim=32, window=6)):  # whatever the width of its states
+        model, _, _ = tuned(world, encoder, experts=2)
+        assert type(model.encoder) is GRU4Rec and model.gated
+        questions = data.questions(world, "test", 6, limit=8)
+        assert len(evaluation.evaluate(model, questions)) == 8
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ def check_representations(z: Tensor, width: int | None = None) -> None:
         kind = z.dtype if isinstance(z, Tensor) else type(z).__name__
         raise UserError(f"{expected}, not {kind}: convert it by torch.as_tensor(z, dtype=torch.float32).")
     if z.dim() != 2 or (width is not None and z.shape[1] != width):
-        raise UserError(f"{expected}, not {tuple(z.shape)}: pass one representation per row.")
+        raise UserError(f"{expected}, not {tuple(z.shape)}: pass one per row, and set gate_dim to their width.")
 
 
 class PerThread(threading.local):

@@ -89,12 +89,11 @@ class ILoraModel(LoraModel):
         layer = self.model.get_submodule(current_key)
         layer.conditioning, layer.lora_variant[name] = self.conditioning, ILoraVariant()
         layer.cast_input_dtype_enabled = InputCasts(layer)
+        if not hasattr(layer, "lora_gate"):
+            layer.lora_gate, layer.adapter_layer_names = nn.ModuleDict(), (*layer.adapter_layer_names, "lora_gate")
         if config.gate_per_layer:
-            if not hasattr(layer, "lora_gate"):
-                layer.lora_gate = nn.ModuleDict()
-                layer.adapter_layer_names = (*layer.adapter_layer_names, "lora_gate")
             layer.lora_gate[name] = GATE_CLASSES[config.gate](config).to(layer.lora_A[name].weight)
-        elif name in getattr(layer, "lora_gate", ()):  # of an earlier wrapper
+        elif name in layer.lora_gate:  # of an earlier wrapper
             del layer.lora_gate[name]
 
     # PEFT handles the layers; below, a shared gate gets its adapter's type, is trainable as it is, and goes with it

@@ -43,6 +43,8 @@ def evaluate(system: System, questions: Questions, batch_size: int = 0, generate
     generates, gives_scores = generate and hasattr(system, "generate"), hasattr(system, "score")
     if not generates and not gives_scores:
         raise ValueError(f"{type(system).__name__} can only generate: evaluate it with generate=True")
+    if (known := getattr(system, "n_items", questions.n_items)) != questions.n_items:
+        raise UserError(f"{type(system).__name__} is of {known} items, not {questions.n_items}: train it on this data")
     getattr(system, "eval", lambda: None)()
     getattr(system, "check", lambda _: None)(questions)
     usual = 64 if torch.device(getattr(system, "device", "cpu")).type == "cuda" else 32

@@ -28,7 +28,7 @@ from ilora.evaluation import OPEN
 from ilora.language import base_models, ranking
 from ilora.language.adapted_layers import adapted
 from ilora.language.graphs import record_passes
-from ilora.language.prompts import PROMPT, Prompts, read_answer
+from ilora.language.prompts import PROMPT, Prompts, first_line, read_answer
 from ilora.recommenders.base import SequenceModel, k_means
 
 GUIDANCE = ("sequence", "random", "token")  # what the gate may get, see `LanguageRecommender.guide`
@@ -53,8 +53,10 @@ class LanguageRecommender(nn.Module):
         self.prompts, self.guidance, self.seed, self.gated = prompts, guidance, seed, isinstance(adapter, ILoraConfig)
         if self.gated and encoder is None:
             raise UserError("iLoRA's gate reads the recommender's representation: give an encoder")
-        self.encoder, self.projector, self.compiled = encoder, None, False
-        base_models.check_causal(language_model, prompts)
+        self.encoder, self.projector, self.compiled, self.n_items = encoder, None, False, len(prompts.titles)
+        if encoder is not None and encoder.n_items != self.n_items:
+            raise UserError(f"the encoder is of {encoder.n_items} items, not {self.n_items}: train it on this data")
+        base_models.check_causal(language_model.requires_grad_(False), prompts)
         self.positions = getattr(language_model.config.get_text_config(), "max_position_embeddings", None) or 10**9
         # for item tokens: their embedding or, in a model without the item token, the mean over all titles' tokens
         embedding = language_model.get_input_embeddings()
@@ -66,7 +68,7 @@ class LanguageRecommender(nn.Module):
         if encoder is not None:
             device = embedding.weight.device
             self.projector = base_models.Projector(encoder.item_embeddings.cpu(), self.placeholder.cpu()).to(device)
-            encoder.requires_grad_(False).to(device)
+            encoder.requires_grad_(False).eval().to(device)
         self.language_model = adapted(language_model, adapter) if adapter else language_model
 
     @property
@@ -112,10 +114,6 @@ class LanguageRecommender(nn.Module):
             items = self.projector(self.encoder.item_embeddings[batch["items"]])
         return embeds.flatten(0, 1).index_copy(0, batch["places"], items.to(embeds.dtype)).view_as(embeds)
 
-    def sequence_embeds(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The gate's input as an argument of the language model; {} for LoRA."""
-        return {"sequence_embeds": self.guide(batch)} if self.gated else {}
-
     def guide(self, batch: dict[str, Tensor]) -> Tensor:
         """z (batch, gate_dim), what the gate gets, by the setting `guidance`; a row of z depends only on that row.
 
@@ -146,7 +144,7 @@ class LanguageRecommender(nn.Module):
 
     def logits(self, batch: dict[str, Tensor], hybrid: bool = True, **inputs: Tensor | dict) -> Tensor:
         """(batch, labels, vocabulary): what the model predicts for the batch's labels."""
-        embeds, gate_input = self.embeds(batch, hybrid), self.sequence_embeds(batch)
+        embeds, gate_input = self.embeds(batch, hybrid), {"sequence_embeds": self.guide(batch)} if self.gated else {}
         if self.training and self.compiled:
             embeds.requires_grad_()  # in text-only prompts too, so that compiled layers get one kind of input
         low = self.embedding.weight.dtype == torch.bfloat16  # then the adapter computes in it, too, as in training
@@ -176,9 +174,8 @@ class LanguageRecommender(nn.Module):
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:
         """Weight decay on the projector alone, as in LLaRA."""
-        group = {"params": [p for p in self.language_model.parameters() if p.requires_grad], "weight_decay": 0.0}
-        projector = [] if self.projector is None else list(self.projector.parameters())
-        return [group, *([{"params": projector, "weight_decay": weight_decay}] if projector else [])]
+        parts = [(self.language_model, 0.0), *([(self.projector, weight_decay)] if self.projector else [])]
+        return [{"params": [p for p in part.parameters() if p.requires_grad], "weight_decay": w} for part, w in parts]
 
     def compile_layers(self) -> None:
         """Compile the language model's layers for training; each padded length is compiled once, in seconds."""
@@ -217,7 +214,7 @@ class LanguageRecommender(nn.Module):
         with self._eager_unless_training(), autocast, base_models.greedy(self.language_model, self.prompts.end):
             written = self.language_model.generate(
                 inputs_embeds=self.embeds(batch, hybrid=True), attention_mask=(batch["part"] == PROMPT).long(),
-                max_new_tokens=max(limits), **self.sequence_embeds(batch),
+                max_new_tokens=max(limits), **{"sequence_embeds": self.guide(batch)} if self.gated else {},
             )  # fmt: skip
         texts = [self.prompts.read(tokens[:limit]) for tokens, limit in zip(written, limits, strict=True)]
         offered = [[self.prompts.titles[item] for item in candidates] for _, candidates, _ in rows]
@@ -254,10 +251,11 @@ class LanguageRecommender(nn.Module):
         cls, folder: str | Path, base_model: str = "", device: str = "auto", dataset: Dataset | None = None
     ) -> "LanguageRecommender":
         """What `save_pretrained` wrote, around the base model it names or the given one; `dataset`: of "embedded"."""
-        folder = Path(folder)
-        if not (folder / "recommender.json").is_file():
-            raise UserError(f"{folder} holds no recommender.json: name a folder that save_pretrained wrote")
-        about = json.loads((folder / "recommender.json").read_text(encoding="utf-8"))
+        folder, file = Path(folder), Path(folder, "recommender.json")
+        try:
+            about = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read {file} ({error}): name a folder that save_pretrained wrote") from error
         base_model, quantize = base_model or about["base_model"], about.get("quantize", "")
         language_model, tokenizer = base_models.load_language_model(base_model, dataset, device, quantize)
         prompts = Prompts(tokenizer, about["titles"], *about["wording"])
@@ -269,11 +267,10 @@ class LanguageRecommender(nn.Module):
                 safetensors.torch.load_model(model.projector, folder / "projector.safetensors")
             if (folder / "adapter").is_dir():
                 model.language_model = PeftModel.from_pretrained(language_model, folder / "adapter", is_trainable=True)
-                config = model.language_model.active_peft_config
-                model.gated = isinstance(config, ILoraConfig)
+                model.gated = isinstance(config := model.language_model.active_peft_config, ILoraConfig)
                 if base_model == "embedded" != Path(config.base_model_name_or_path).name and dataset is None:
                     raise ValueError("the base of this adapter was made for its data set")
-        except (RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
             remedy = f"name the base model that it was trained on, {about['base_model']!r}, for 'embedded' with dataset"
-            raise UserError(f"what {folder} holds does not fit {base_model!r}: {remedy}") from error
+            raise UserError(f"{folder} does not fit {base_model!r} ({first_line(str(error))}): {remedy}") from error
         return model.to(model.device).eval()

@@ -90,7 +90,7 @@ def tune(
 
     def make(folder: Path, work: Path) -> None:
         nonlocal model
-        chosen = adapter.identity()
+        chosen = adapter.identity() | ({} if encoder is None else {"gate_dim": encoder.config["dim"]})
         start = {"guidance": chosen.pop("guidance", "sequence"), "adapter": adapter_config(**chosen), "seed": seed}
         model = untuned(dataset, base_model, encoder, arguments.device, quantize, **start)
         model.fit_gate(train)

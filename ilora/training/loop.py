@@ -223,7 +223,9 @@ class _Run:
             batch = utils.recursively_apply(Tensor.pin_memory, batch)
         batch = utils.send_to_device(batch, self.device, non_blocking=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.arguments.precision == "bf16"):
-            return self.model(batch, **curriculum)
+            if (loss := self.model(batch, **curriculum)).requires_grad:
+                return loss
+        raise UserError("the loss depends on no trainable parameter: give the language model an adapter")
 
     def _read_losses(self, lag: int = 0) -> None:
         """Read losses and gradient norms from the device, except the last `lag`.  Raises UserError if not finite."""
