@@ -132,6 +132,15 @@ def test_folders_are_named_from_where_the_notebooks_run(repository, tmp_path):
         assert notebooks.local_paths(same) == same
 
 
+def test_a_sweep_takes_its_folders_from_the_shell(repository, tmp_path, monkeypatch):
+    for folder in (tmp_path / "shell" / "data", repository[0] / "data"):  # the same name in both places
+        folder.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "shell")
+    write(repository[0] / "notebooks" / "03_three.ipynb", "data_dir = ''  # a folder", "data_dir")
+    (job,) = notebooks.points("03", {}, [["data_dir", "data"]])
+    assert (repository[0] / job.parameters["data_dir"]).samefile(tmp_path / "shell" / "data")
+
+
 def test_an_interrupt_ends_in_one_sentence(capsys, monkeypatch):
     def interrupted(arguments):
         raise KeyboardInterrupt
