@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import nbformat
 import psutil
@@ -132,6 +133,15 @@ def test_folders_are_named_from_where_the_notebooks_run(repository, tmp_path):
         assert notebooks.local_paths(same) == same
 
 
+def test_a_sweep_takes_its_folders_from_the_shell(repository, tmp_path, monkeypatch):
+    for folder in (tmp_path / "shell" / "data", repository[0] / "data"):  # the same name in both places
+        folder.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "shell")
+    write(repository[0] / "notebooks" / "03_three.ipynb", "data_dir = ''  # a folder", "data_dir")
+    (job,) = notebooks.points("03", {}, [["data_dir", "data"]])
+    assert (repository[0] / job.parameters["data_dir"]).samefile(tmp_path / "shell" / "data")
+
+
 def test_an_interrupt_ends_in_one_sentence(capsys, monkeypatch):
     def interrupted(arguments):
         raise KeyboardInterrupt
@@ -219,6 +229,19 @@ def test_a_notebook_that_reads_the_results_of_the_book_reads_those_of_this_run(r
     *_, reading = nbformat.read(book_of_this_run / "00_all.ipynb", as_version=4).cells
     assert [output.text for output in reading.outputs] == ["{'experts': 4}\n"]
     assert {"results/01_one.json", "results/sweeps/01_one-0.json"} <= files(book_of_this_run).keys()
+
+
+def test_links_of_chapters_lead_to_pages_of_their_book(repository):
+    root, _ = repository
+    source = root / "notebooks" / "01_one.ipynb"
+    notebook = nbformat.read(source, as_version=4)
+    notebook.metadata["language_info"] = {"name": "python"}
+    notebook.cells.append(nbformat.v4.new_markdown_cell("See [](../book/intro.md).", id="link"))
+    nbformat.write(notebook, source)
+    job = SimpleNamespace(source=source, executed=source, result=root / "none.json")
+    for folder, page in (root / "book", "../book/intro.md"), (root.parent / "my book", "intro.md"):
+        book.refresh(folder, [job])
+        assert nbformat.read(folder / source.name, as_version=4).cells[-1].source == f"See []({page})."
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,8 @@ def results_of_the_table(system, hit, dataset="movielens"):
     """Two seeds with the same hits on three questions of three users."""
     outcomes = {"all questions": ["a"], "all windows": [1, 1, 1], "all hit": [hit], "all valid": ["111"]}
     about = {"system": system, "dataset": dataset}
-    return [{"parameters": about | {"seed": seed}, "outcomes": outcomes} for seed in (0, 1)]
+    same = {"outcomes": outcomes, "versions": {"ilora": "0.3.0"}, "inputs": {"data": "d"}}
+    return [{"parameters": about | {"seed": seed}, **same} for seed in (0, 1)]
 
 
 def test_a_variant_on_real_data_is_compared_with_ilora(monkeypatch):

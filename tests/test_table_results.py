@@ -11,10 +11,11 @@ pytestmark = pytest.mark.book
 
 
 def test_mixed_settings_are_refused_and_other_questions_not_compared():
-    def result(system, seed, questions, **settings):
+    def result(system, seed, questions, data="d", **settings):
         part = {"last hit": ["01"], "last valid": ["11"], "last questions": [questions], "last windows": [1, 1]}
         about = {"system": system, "dataset": "movielens", "seed": seed, "draws": 1, **settings}
-        return {"parameters": about, "outcomes": part}
+        versions = {"ilora": "0.2.0" if data == "older key" else "0.3.0"}
+        return {"parameters": about, "outcomes": part, "inputs": {"data": data}, "versions": versions}
 
     same = [result("iLoRA", 0, "a"), result("iLoRA", 1, "a"), result("Popularity", 0, "a")]
     assert table_results.outcomes_by_system(same, "movielens")["iLoRA"].hit.tolist() == [
@@ -29,6 +30,9 @@ def test_mixed_settings_are_refused_and_other_questions_not_compared():
         table_results.outcomes_by_system([*same, result("iLoRA", 1, "a")], "movielens")
     with pytest.raises(UserError, match="different questions"):
         table_results.outcomes_by_system([result("iLoRA", 0, "a"), result("iLoRA", 1, "b")], "movielens")
+    with pytest.raises(UserError, match="on movielens are of different data"):
+        table_results.outcomes_by_system([*same, result("SASRec", 0, "a", "changed")], "movielens")
+    assert table_results.outcomes_by_system([*same, result("SASRec", 0, "a", "older key")], "movielens")
     outcomes = table_results.outcomes_by_system(
         [*same, result("SASRec", 0, "b"), result("GRU4Rec", 2, "a")], "movielens"
     )

@@ -48,13 +48,14 @@ def make(book: Path, jobs: list[Job]) -> None:
 
 def refresh(book: Path, jobs: list[Job]) -> None:
     """Put the executed notebooks and their results into the book."""
-    if book != notebooks.ROOT / "book":
+    if elsewhere := book != notebooks.ROOT / "book":
         chapters = [f"{path.stem}.json" for path in notebooks.sources()]
         ignore = shutil.ignore_patterns("_build", "*.ipynb", *chapters)
         shutil.copytree(notebooks.ROOT / "book", book, ignore=ignore, dirs_exist_ok=True)
     for job in jobs:
-        executed, source = (json.loads(path.read_bytes()) for path in (job.executed, job.source))
-        artifacts.write_json(book / job.source.name, normalised(executed, source))
+        executed, source = (path.read_text(encoding="utf-8") for path in (job.executed, job.source))
+        executed = executed.replace("](../book/", "](") if elsewhere else executed  # links to pages
+        artifacts.write_json(book / job.source.name, normalised(json.loads(executed), json.loads(source)))
         result = book / "results" / f"{job.source.stem}.json"
         result.unlink(missing_ok=True)
         if job.result.is_file():

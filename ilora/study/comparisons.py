@@ -15,8 +15,7 @@ PERMUTATIONS = 9999
 
 def metric_table(systems: dict[str, pd.DataFrame], metric: str = "hit_ratio") -> pd.DataFrame:
     """Value, low, high and n of one metric, from the outcomes of each system that has the metric."""
-    rows = {name: compute_metrics(outcomes) for name, outcomes in systems.items()}
-    rows = {name: row[metric] for name, row in rows.items() if metric in row}
+    rows = {name: row[metric] for name, of in systems.items() if metric in (row := compute_metrics(of))}
     return pd.DataFrame(list(rows.values()), list(rows), ["value", "low", "high", "n"])
 
 

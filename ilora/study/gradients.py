@@ -72,9 +72,8 @@ def group_gradients(model: LanguageRecommender, questions: Questions, labels: np
             total = [torch.zeros_like(parameter, dtype=dtype) for parameter in parameters]
             for start in range(0, len(members), batch_size):
                 rows = [questions[row] for row in members[start : start + batch_size]]
-                for part, gradient in zip(
-                    total, torch.autograd.grad(summed_loss(model, rows), parameters), strict=True
-                ):
+                gradients = torch.autograd.grad(summed_loss(model, rows), parameters)
+                for part, gradient in zip(total, gradients, strict=True):
                     part += gradient
                 bar.update(len(rows))
             sums[group] = torch.cat([part.flatten() for part in total]).cpu()

@@ -130,7 +130,7 @@ def points(notebook: str, given: dict[str, Any], over: Sequence[Sequence[str]]) 
             raise UserError(f"parameter {name!r} is given twice: name it once, in --over or in -p")
     grid = itertools.product(*(values for _, *values in over))
     points = [parse_parameters(zip(names, values, strict=True)) for values in grid]
-    return [job for point in points for job in plan(given | point, [notebook])]
+    return [job for point in points for job in plan(given | local_paths(point), [notebook])]
 
 
 def run_all(jobs: list[Job]) -> None:

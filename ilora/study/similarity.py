@@ -54,11 +54,10 @@ def off_diagonal(matrix: np.ndarray) -> np.ndarray:
 
 def mantel(similarity: np.ndarray, distance: np.ndarray, permutations: int = 9999, seed: int = 0) -> dict[str, float]:
     """Spearman's rank correlation of two symmetric (G, G) over pairs, and p of Mantel's test: it permutes members."""
-    pairs = np.triu_indices(len(similarity), 1)
-    ranks, distance_ranks = (stats.zscore(stats.rankdata(matrix[pairs])) for matrix in (similarity, distance))
+    ranks, distance_ranks = (stats.zscore(stats.rankdata(off_diagonal(each))) for each in (similarity, distance))
     square = squareform(distance_ranks)
     test = stats.permutation_test(
-        (np.arange(len(similarity)),), lambda order: ranks @ square[np.ix_(order, order)][pairs] / len(ranks),
+        (np.arange(len(similarity)),), lambda order: ranks @ off_diagonal(square[np.ix_(order, order)]) / len(ranks),
         permutation_type="pairings", n_resamples=permutations, vectorized=False, rng=np.random.default_rng(seed),
     )  # fmt: skip
     return {"value": float(test.statistic), "p": float(test.pvalue), "pairs": len(ranks), "members": len(similarity)}

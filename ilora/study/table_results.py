@@ -47,8 +47,11 @@ def datasets_in(results: Sequence[Mapping]) -> list[str]:
 
 
 def outcomes_by_system(results: Sequence[Mapping], dataset: str, windows: str = "last") -> dict[str, Outcomes]:
-    """system -> its outcomes. Raises UserError if its runs share a seed, or differ in their questions or settings."""
+    """system -> its outcomes. Raises UserError if runs share a seed, or differ in data, questions or settings."""
     systems = {system: runs for (name, system), runs in _cells(results).items() if name == dataset}
+    contents = {(run["versions"]["ilora"], run["inputs"]["data"]) for runs in systems.values() for run in runs}
+    if dataset != "world" and len(contents) > len(dict(contents)):  # each version has other keys
+        raise UserError(f"the results on {dataset} are of different data: keep those on one data set in a folder")
     return {system: _outcomes(runs, f"{system} on {dataset}", windows) for system, runs in systems.items()}
 
 
