@@ -22,7 +22,7 @@ NO_ANSWER, OPEN = -1, -2  # in place of an item or column: an invalid answer, an
 class System(Protocol):
     """A system to evaluate: it has `score` or `generate`, or both. A row is an element of Questions.
 
-    Optional: `check(questions)` raises UserError for questions that the system cannot process; `answer(rows)` returns
+    Optional: `n_items`; `check(questions)` raises UserError for those that it cannot process; `answer(rows)` returns
     what `score` and `generate` do, or OPEN for rows left to `generate`; `length(row)`: those alike share a batch.
     """
 
