@@ -381,14 +381,21 @@ def test_the_numbers_in_the_readme_are_those_of_the_results():
             row = differences["TALLRec"]
             assert (row["low"] > 0 and row["p_holm"] < 0.05) == (dataset != "Steam")
     claims = {row["claim"]: row for row in ablations["claims"]}
-    what, instead = "gain over conflict", "history instead of noise at conflict 1"
-    for claim in (f"{what}, Small base", f"{instead}, Small base"):
+    instead, unaware = "history instead of noise at conflict 1", "minus best that treats all alike at conflict 1"
+    grows = [f"gain over conflict, {row}" for row in ("5,000 sequences", "20,000 sequences, rank 16")]
+    longer = "108,800 sequences"
+    flat = [f"gain over conflict, {row}" for row in ("20,000 sequences", longer, f"{longer}, SmolLM2")]
+    for claim in (*grows, f"{instead}, Small base", "gain at conflict 1 after fewer sequences minus after more"):
         assert claims[claim]["n"] == 3 and claims[claim]["low"] > 0
-    for claim in (f"{what}, Small base, trained longer", f"{what}, SmolLM2-135M", f"{instead}, SmolLM2-135M"):
+    for claim in (*flat, f"{instead}, SmolLM2-135M"):
         assert claims[claim]["n"] == 3 and claims[claim]["low"] < 0 < claims[claim]["high"]
+    assert all(claims[f"{name} {unaware}, Small base"]["high"] < 0 for name in ("LoRA", "iLoRA"))
+    assert [gains[base, 1]["low"] > 0 for base in bases] == [True, False, False]
+    assert all(gains[base, 1]["high"] > 0 for base in bases)
     table = sweep_results.differences_from_ilora(table_results.load_table(RESULTS / "table"), "random guidance")
-    (noise,) = table[table["variant"] == "random guidance"].to_dict("records")
-    assert noise["setting"] == "LastFM" and noise["n"] == 3 and noise["low"] < 0 < noise["high"]
+    noise = {row["setting"]: row for row in table[table["variant"] == "random guidance"].to_dict("records")}
+    assert noise.keys() == {"LastFM", "MovieLens"}
+    assert all(row["n"] == 3 and row["low"] < 0 < row["high"] for row in noise.values())
     gates = {row["setting"]: row for row in ablations["differences"] if row["variant"] == "gate per layer"}
     assert gates["LastFM"]["n"] == 3 and gates["LastFM"]["high"] < 0 and gates["LastFM"]["adjusted p"] < 0.05
 
