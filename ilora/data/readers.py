@@ -2,7 +2,6 @@
 
 import html
 import re
-import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -65,7 +64,7 @@ def _download() -> Path:
     remedy = f"try again, or unpack {url} by hand and name the folder with data_dir"
     try:
         pooch.retrieve(url, checksum, archive, folder, processor=pooch.Unzip(), progressbar=True)
-    except (ValueError, zipfile.BadZipFile) as error:  # pooch: the checksum differs
+    except ValueError as error:  # pooch: the checksum differs
         raise UserError(f"{archive} arrived damaged (its checksum is not the publisher's): {remedy}") from error
     except OSError as error:
         raise UserError(f"{archive} could not be downloaded ({type(error).__name__}): {remedy}") from error
