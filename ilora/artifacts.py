@@ -14,7 +14,6 @@ from contextlib import contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from functools import cache, partial
 from importlib.metadata import version
-from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +131,7 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
 def write_json(path: str | Path, value: Any) -> None:
     """Write JSON with `write_atomic`; numpy arrays become lists.  Raises ValueError on NaN."""
     options = {"indent": 1, "sort_keys": True, "allow_nan": False, "ensure_ascii": False}
-    write_atomic(path, json.dumps(value, default=methodcaller("tolist"), **options) + "\n")
+    write_atomic(path, json.dumps(value, default=lambda array: array.tolist(), **options) + "\n")
 
 
 def cached(kind: str, settings: Mapping, inputs: Mapping, make: Callable[[Path, Path], None], note: str = "") -> Path:

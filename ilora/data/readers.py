@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pooch
 
@@ -99,7 +98,7 @@ def read_movielens(files: list[Path]) -> Dataset:
     table = lines.str.extract(f"^{pattern}$")
     message = "not four whole numbers separated by tabs (user, film, rating, time) but {!r}; fetch the file again"
     refuse_rows(ratings, table["user"].isna(), message, lines)
-    table = table.astype(np.int64)
+    table = table.astype("int64")
     film = table["item"]
     refuse_rows(ratings, ~film.between(1, len(items)), "no film {} in u.item; use one archive", film)
     notes = () if len(table) == 100_000 else (f"u.data has {len(table)} ratings, as published it has 100000",)

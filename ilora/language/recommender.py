@@ -16,7 +16,6 @@ import safetensors.torch
 import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ilora import artifacts
 from ilora.adapter import ILoraConfig, gate_weights
@@ -130,7 +129,7 @@ class LanguageRecommender(nn.Module):
         in_prompt = (batch["part"] == PROMPT)[..., None].float()  # (batch, tokens, 1)
         mean = (self.embeds(batch, hybrid=False).float() * in_prompt).sum(1) / in_prompt.sum(1)  # (batch, hidden)
         projection = torch.randn(mean.shape[1], width, generator=torch.Generator().manual_seed(self.seed))
-        return functional.layer_norm(mean @ projection.to(mean.device), (width,), eps=1e-12)
+        return nn.functional.layer_norm(mean @ projection.to(mean.device), (width,), eps=1e-12)
 
     @torch.no_grad()
     def fit_gate(self, rows: Questions) -> None:
