@@ -131,6 +131,9 @@ class LanguageRecommender(nn.Module):
         projection = torch.randn(mean.shape[1], width, generator=torch.Generator().manual_seed(self.seed))
         return nn.functional.layer_norm(mean @ projection.to(mean.device), (width,), eps=1e-12)
 
+    def _gate_input(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"sequence_embeds": self.guide(batch)} if self.gated else {}
+
     @torch.no_grad()
     def fit_gate(self, rows: Questions) -> None:
         """Place the centres of ClusterGates by k-means over the encoder's states of these histories."""
@@ -143,7 +146,7 @@ class LanguageRecommender(nn.Module):
 
     def logits(self, batch: dict[str, Tensor], hybrid: bool = True, **inputs: Tensor | dict) -> Tensor:
         """(batch, labels, vocabulary): what the model predicts for the batch's labels."""
-        embeds, gate_input = self.embeds(batch, hybrid), {"sequence_embeds": self.guide(batch)} if self.gated else {}
+        embeds, gate_input = self.embeds(batch, hybrid), self._gate_input(batch)
         if self.training and self.compiled:
             embeds.requires_grad_()  # in text-only prompts too, so that compiled layers get one kind of input
         low = self.embedding.weight.dtype == torch.bfloat16  # then the adapter computes in it, too, as in training
@@ -213,7 +216,7 @@ class LanguageRecommender(nn.Module):
         with self._eager_unless_training(), autocast, base_models.greedy(self.language_model, self.prompts.end):
             written = self.language_model.generate(
                 inputs_embeds=self.embeds(batch, hybrid=True), attention_mask=(batch["part"] == PROMPT).long(),
-                max_new_tokens=max(limits), **{"sequence_embeds": self.guide(batch)} if self.gated else {},
+                max_new_tokens=max(limits), **self._gate_input(batch),
             )  # fmt: skip
         texts = [self.prompts.read(tokens[:limit]) for tokens, limit in zip(written, limits, strict=True)]
         offered = [[self.prompts.titles[item] for item in candidates] for _, candidates, _ in rows]
