@@ -1,6 +1,5 @@
 """The tuner that PEFT calls: LoRA's, plus the gates and the calls that take sequence representations."""
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -116,7 +115,7 @@ class ILoraModel(LoraModel):
         super()._enable_adapter_layers(enabled)
         self._train_active_gates(enabled)
 
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+    def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
         super().set_requires_grad(adapter_names, requires_grad)
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         for name in set(names) & set(self.lora_gate):
