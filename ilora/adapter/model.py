@@ -89,7 +89,8 @@ class ILoraModel(LoraModel):
         layer.conditioning, layer.lora_variant[name] = self.conditioning, ILoraVariant()
         layer.cast_input_dtype_enabled = InputCasts(layer)
         if not hasattr(layer, "lora_gate"):
-            layer.lora_gate, layer.adapter_layer_names = nn.ModuleDict(), (*layer.adapter_layer_names, "lora_gate")
+            layer.lora_gate = nn.ModuleDict()
+            layer.adapter_layer_names = (*layer.adapter_layer_names, "lora_gate")
         if config.gate_per_layer:
             layer.lora_gate[name] = GATE_CLASSES[config.gate](config).to(layer.lora_A[name].weight)
         elif name in layer.lora_gate:  # of an earlier wrapper
