@@ -269,7 +269,8 @@ class LanguageRecommender(nn.Module):
                 safetensors.torch.load_model(model.projector, folder / "projector.safetensors")
             if (folder / "adapter").is_dir():
                 model.language_model = PeftModel.from_pretrained(language_model, folder / "adapter", is_trainable=True)
-                model.gated = isinstance(config := model.language_model.active_peft_config, ILoraConfig)
+                config = model.language_model.active_peft_config
+                model.gated = isinstance(config, ILoraConfig)
                 if base_model == "embedded" != Path(config.base_model_name_or_path).name and dataset is None:
                     raise ValueError("the base of this adapter was made for its data set")
         except (OSError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
