@@ -84,7 +84,8 @@ def batches_by_length(system: System, questions: Questions, batch_size: int) -> 
     length = getattr(system, "length", lambda row: 0)
     order = np.argsort(np.fromiter(map(length, questions), int), kind="stable")
     for start in range(0, len(order), batch_size):
-        yield (batch := order[start : start + batch_size]), [questions[i] for i in batch]
+        numbers = order[start : start + batch_size]
+        yield numbers, [questions[i] for i in numbers]
 
 
 def outcomes_from_scores(questions: Questions, scores: np.ndarray) -> pd.DataFrame:
