@@ -14,7 +14,6 @@ from contextlib import contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from functools import cache, partial
 from importlib.metadata import version
-from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +48,6 @@ def digest(value: Any) -> str:
 
 def _ingredients(settings: Mapping[str, Any], inputs: Mapping[str, str]) -> dict[str, Any]:
     """Everything that a key depends on."""
-    if missing := [name for name, content in inputs.items() if not content]:
-        raise ValueError(f"no key without the content of {missing[0]!r}: results of other inputs could be reused")
     return {"version": ilora.__version__, "inputs": dict(inputs), "settings": dict(settings)}
 
 
@@ -134,7 +131,7 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
 def write_json(path: str | Path, value: Any) -> None:
     """Write JSON with `write_atomic`; numpy arrays become lists.  Raises ValueError on NaN."""
     options = {"indent": 1, "sort_keys": True, "allow_nan": False, "ensure_ascii": False}
-    write_atomic(path, json.dumps(value, default=methodcaller("tolist"), **options) + "\n")
+    write_atomic(path, json.dumps(value, default=lambda array: array.tolist(), **options) + "\n")
 
 
 def cached(kind: str, settings: Mapping, inputs: Mapping, make: Callable[[Path, Path], None], note: str = "") -> Path:

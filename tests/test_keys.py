@@ -364,11 +364,6 @@ def test_the_key_of_a_data_set_is_known_before_it_is_read(tmp_path):
     assert data.source_key("world", users=40, seed=3) == data.load("world", users=40, seed=3).key
 
 
-def test_nothing_is_kept_by_inputs_that_are_unknown():
-    with pytest.raises(ValueError, match="no key without the content of 'data'"):
-        artifacts.key({"seed": 0}, {"data": ""})
-
-
 def test_results_that_a_notebook_reads_are_an_input(tmp_path):
     (tmp_path / "results").mkdir()
     first = job("05", results=str(tmp_path / "results"))

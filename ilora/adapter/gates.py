@@ -51,10 +51,11 @@ class Gate(nn.Module):
 
     def settled(self, z: Tensor) -> Tensor:
         """w (b, K) in eval mode, where batch norm neither mixes rows nor learns from them; the mode stays as it is."""
-        check_representations(z, self.gate_dim)  # before the mode changes
-        training, w = self.training, self.eval()(z)
-        self.train(training)
-        return w
+        training = self.training
+        try:
+            return self.eval()(z)
+        finally:
+            self.train(training)
 
 
 class LinearGate(Gate):

@@ -1,6 +1,5 @@
 """The tuner that PEFT calls: LoRA's, plus the gates and the calls that take sequence representations."""
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -90,7 +89,8 @@ class ILoraModel(LoraModel):
         layer.conditioning, layer.lora_variant[name] = self.conditioning, ILoraVariant()
         layer.cast_input_dtype_enabled = InputCasts(layer)
         if not hasattr(layer, "lora_gate"):
-            layer.lora_gate, layer.adapter_layer_names = nn.ModuleDict(), (*layer.adapter_layer_names, "lora_gate")
+            layer.lora_gate = nn.ModuleDict()
+            layer.adapter_layer_names = (*layer.adapter_layer_names, "lora_gate")
         if config.gate_per_layer:
             layer.lora_gate[name] = GATE_CLASSES[config.gate](config).to(layer.lora_A[name].weight)
         elif name in layer.lora_gate:  # of an earlier wrapper
@@ -116,7 +116,7 @@ class ILoraModel(LoraModel):
         super()._enable_adapter_layers(enabled)
         self._train_active_gates(enabled)
 
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+    def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
         super().set_requires_grad(adapter_names, requires_grad)
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         for name in set(names) & set(self.lora_gate):

@@ -4,7 +4,6 @@ import csv
 import io
 import itertools
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +37,7 @@ def read_csv(files: list[Path]) -> Dataset:
     return assemble(item_table(titles, items.get("text", ""), ids), user, item.to_numpy(), time, source_users)
 
 
-def decode(file: Path, encodings: Sequence[str] = ("utf-8-sig",)) -> str:
+def decode(file: Path, encodings: tuple[str, ...] = ("utf-8-sig",)) -> str:
     """The text of a file in the first of the encodings in which it is valid."""
     content = file.read_bytes()
     wrong = content.find(b"\0")

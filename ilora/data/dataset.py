@@ -76,8 +76,8 @@ def assemble(items: pd.DataFrame, user: np.ndarray, item: np.ndarray, time: np.n
     """Sort events; split users by first event, 80:10:10 as in LLaRA.  user, item: rows of source_id and items."""
     events = pd.DataFrame({"user": user, "item": item, "time": time}, dtype=np.int64)
     events = events.iloc[np.lexsort((time, user))].reset_index(drop=True)  # equal times keep the order of the source
-    n, rank = len(source_id), events.groupby("user")["time"].min().rank(method="first").to_numpy() - 1
-    split = np.array(SPLITS)[np.digitize(rank, (int(0.8 * n), int(0.9 * n)))]
+    rank = events.groupby("user")["time"].min().rank(method="first").to_numpy() - 1
+    split = np.array(SPLITS)[np.digitize(rank, (int(0.8 * len(source_id)), int(0.9 * len(source_id))))]
     return Dataset(items, events, user_table(split, source_id))
 
 

@@ -35,20 +35,19 @@ def load(
 
     def make(folder: Path, _: Path) -> None:
         source = read_source()
-        events, notes = source.events, source.notes
         if repeats == "drop":
-            repeated = events.duplicated(["user", "item"])
-            notes += (f"repeats = 'drop' left out {repeated.sum()} of {len(events)} events",)
-            events = events[~repeated].reset_index(drop=True)
+            repeated = source.events.duplicated(["user", "item"])
+            notes = (*source.notes, f"repeats = 'drop' left out {repeated.sum()} of {len(repeated)} events")
+            source = replace(source, events=source.events[~repeated].reset_index(drop=True), notes=notes)
         if (n := len(source.items)) < CANDIDATES:
             raise UserError(f"{dataset} has {n} items, but each question offers {CANDIDATES}: add items")
-        usable = source.users["split"][events["user"][events.groupby("user").cumcount() == MIN_HISTORY]]
+        usable = source.users["split"][source.events["user"][source.events.groupby("user").cumcount() == MIN_HISTORY]]
         if missing := [split for split in SPLITS if split not in set(usable)]:
             have = f"{len(source.users)} users, {len(usable)} of them with at least {MIN_HISTORY + 1} events"
             raise UserError(f"{dataset} has {have}, and none of them in its {missing[0]} split: add events")
         noun, verb = WORDS[dataset]
         about = {"name": dataset, "key": artifacts.key(settings, inputs), "noun": noun, "verb": verb}
-        replace(source, events=events, notes=notes + _notes(events), **about).save(folder)
+        replace(source, notes=source.notes + _notes(source.events), **about).save(folder)
 
     loaded = load_dataset(artifacts.cached("data", settings, inputs, make, note=dataset))
     object.__setattr__(loaded, "as_loaded", loaded.content)  # by which a change is seen

@@ -2,12 +2,10 @@
 
 import html
 import re
-import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pooch
 
@@ -65,7 +63,7 @@ def _download() -> Path:
     remedy = f"try again, or unpack {url} by hand and name the folder with data_dir"
     try:
         pooch.retrieve(url, checksum, archive, folder, processor=pooch.Unzip(), progressbar=True)
-    except (ValueError, zipfile.BadZipFile) as error:  # pooch: the checksum differs
+    except ValueError as error:  # pooch: the checksum differs
         raise UserError(f"{archive} arrived damaged (its checksum is not the publisher's): {remedy}") from error
     except OSError as error:
         raise UserError(f"{archive} could not be downloaded ({type(error).__name__}): {remedy}") from error
@@ -100,7 +98,7 @@ def read_movielens(files: list[Path]) -> Dataset:
     table = lines.str.extract(f"^{pattern}$")
     message = "not four whole numbers separated by tabs (user, film, rating, time) but {!r}; fetch the file again"
     refuse_rows(ratings, table["user"].isna(), message, lines)
-    table = table.astype(np.int64)
+    table = table.astype("int64")
     film = table["item"]
     refuse_rows(ratings, ~film.between(1, len(items)), "no film {} in u.item; use one archive", film)
     notes = () if len(table) == 100_000 else (f"u.data has {len(table)} ratings, as published it has 100000",)

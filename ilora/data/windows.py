@@ -1,6 +1,5 @@
 """Windows of users' histories, the candidates offered after each window, and the questions made of both."""
 
-from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, fields
 
@@ -26,7 +25,7 @@ class Sequences:
     def __len__(self) -> int:
         return len(self.user)
 
-    def take(self, index: np.ndarray | Sequence[int] | slice) -> "Sequences":
+    def take(self, index: np.ndarray | list[int] | slice) -> "Sequences":
         """The rows selected by an index array, a mask or a slice."""
         return Sequences(*(getattr(self, field.name)[index] for field in fields(self)))
 

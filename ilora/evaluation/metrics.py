@@ -4,7 +4,6 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy import stats
-from torch import nn
 
 from ilora.data import CANDIDATES, Sequences
 from ilora.errors import UserError
@@ -97,7 +96,7 @@ def expected_hit_ratio(
 
 
 @torch.no_grad()
-def hit_ratios(recommender: nn.Module, sequences: Sequences) -> np.ndarray:
+def hit_ratios(recommender: torch.nn.Module, sequences: Sequences) -> np.ndarray:
     """`expected_hit_ratio` of each sequence, (n,), for a recommender with `device` and `score_all(history)`."""
     recommender.eval()
     parts = []

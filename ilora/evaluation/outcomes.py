@@ -1,14 +1,12 @@
 """Outcomes of a system: one row per question with its answer and the rank of the target."""
 
 from collections.abc import Iterator
-from numbers import Integral
 from typing import Protocol
 
 import numpy as np
 import pandas as pd
 import torch
 from scipy import stats
-from torch import Tensor
 from tqdm import tqdm
 
 from ilora.data.windows import Questions, Row
@@ -26,7 +24,7 @@ class System(Protocol):
     what `score` and `generate` do, or OPEN for rows left to `generate`; `length(row)`: those alike share a batch.
     """
 
-    def score(self, rows: list[Row]) -> Tensor:
+    def score(self, rows: list[Row]) -> torch.Tensor:
         """(rows, candidates) scores of the candidates."""
 
     def generate(self, rows: list[Row]) -> list[int | None]:
@@ -76,7 +74,7 @@ def _predict(system: System, rows: list[Row], gives_scores: bool, generates: boo
     if len(columns) != len(rows):
         raise UserError(f"{name} gives {len(columns)} answers to {len(rows)} questions: give one, or None, for each")
     for column in columns:
-        if column not in unnamed and not (isinstance(column, Integral) and 0 <= column < shape[1]):
+        if column not in unnamed and not (isinstance(column, int | np.integer) and 0 <= column < shape[1]):
             raise UserError(f"{name} answers {column!r}: give the column of a candidate, 0 to {shape[1] - 1}, or None")
     return scores, np.array([NO_ANSWER if column is None else column for column in columns])
 
@@ -86,7 +84,8 @@ def batches_by_length(system: System, questions: Questions, batch_size: int) -> 
     length = getattr(system, "length", lambda row: 0)
     order = np.argsort(np.fromiter(map(length, questions), int), kind="stable")
     for start in range(0, len(order), batch_size):
-        yield (batch := order[start : start + batch_size]), [questions[i] for i in batch]
+        numbers = order[start : start + batch_size]
+        yield numbers, [questions[i] for i in numbers]
 
 
 def outcomes_from_scores(questions: Questions, scores: np.ndarray) -> pd.DataFrame:

@@ -47,16 +47,16 @@ def load_language_model(
     options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     options |= {"quantization_config": QUANTIZATION[quantize], "device_map": {"": place}} if quantize else {}
     try:
-        if (config := AutoConfig.from_pretrained(folder, **pinned)).is_encoder_decoder or "MaskedLM" in str(config):
+        config = AutoConfig.from_pretrained(folder, **pinned)
+        if config.is_encoder_decoder or "MaskedLM" in str(config):
             raise ValueError("it is an encoder-decoder model, as T5 is, or a masked one, as BERT is")
         tokenizer = AutoTokenizer.from_pretrained(folder, **pinned)
         model, info = AutoModelForCausalLM.from_pretrained(folder, **options, **pinned)
         if info["missing_keys"]:
             raise ValueError(f"it has no trained {min(info['missing_keys'])}")
     except Exception as error:  # transformers raises many kinds
-        reason = first_line(str(error)) or type(error).__name__
-        if "trust_remote_code" in str(error):
-            reason = "it needs code from its repository, which is never run here"
+        own_code = "it needs code from its repository, which is never run here"
+        reason = own_code if "trust_remote_code" in str(error) else first_line(str(error)) or type(error).__name__
         remedy = "name a causal language model with safetensors weights, on the Hugging Face hub or in a folder"
         raise UserError(f"base_model {base_model!r} could not be loaded ({reason}): {remedy}") from error
     return (model if quantize else model.to(place)).eval().requires_grad_(False), tokenizer

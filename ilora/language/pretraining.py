@@ -7,7 +7,6 @@ Most answers are the one offered title of the history, which no real question of
 both lists; the others are random.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -37,9 +36,9 @@ def base_content(base_model: str) -> str:
     return artifacts.content(smollm2.packaged_file()) if packaged else artifacts.model_content(base_model)
 
 
-def base_for(dataset: Dataset, seed: int = 0, device: str = "auto", recipe: Mapping = RECIPE) -> Path:
+def base_for(dataset: Dataset, seed: int = 0, device: str = "auto", recipe: dict = RECIPE) -> Path:
     """Folder of the base for a data set, in bfloat16; made once and kept."""
-    settings = {"seed": seed, "recipe": dict(recipe)}
+    settings = {"seed": seed, "recipe": recipe}
     inputs = {"data": dataset.content, "start": artifacts.content(EMBEDDED)}
 
     def make(folder: Path, work: Path) -> None:
@@ -79,7 +78,7 @@ def embedded_with(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCaus
 class Documents:
     """Row i of `recipe.documents` is a document, token ids and labels, that depends on (seed, i) alone."""
 
-    def __init__(self, dataset: Dataset, prompts: Prompts, recipe: Mapping, seed: int):
+    def __init__(self, dataset: Dataset, prompts: Prompts, recipe: dict, seed: int):
         self.prompts, self.recipe, self.seed = prompts, recipe, seed
         self.questions = questions(dataset, "train", min(10, max(len(dataset.items) - CANDIDATES, 1)), seed=seed)
 

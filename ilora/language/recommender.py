@@ -16,7 +16,6 @@ import safetensors.torch
 import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ilora import artifacts
 from ilora.adapter import ILoraConfig, gate_weights
@@ -130,7 +129,10 @@ class LanguageRecommender(nn.Module):
         in_prompt = (batch["part"] == PROMPT)[..., None].float()  # (batch, tokens, 1)
         mean = (self.embeds(batch, hybrid=False).float() * in_prompt).sum(1) / in_prompt.sum(1)  # (batch, hidden)
         projection = torch.randn(mean.shape[1], width, generator=torch.Generator().manual_seed(self.seed))
-        return functional.layer_norm(mean @ projection.to(mean.device), (width,), eps=1e-12)
+        return nn.functional.layer_norm(mean @ projection.to(mean.device), (width,), eps=1e-12)
+
+    def _gate_input(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"sequence_embeds": self.guide(batch)} if self.gated else {}
 
     @torch.no_grad()
     def fit_gate(self, rows: Questions) -> None:
@@ -144,7 +146,7 @@ class LanguageRecommender(nn.Module):
 
     def logits(self, batch: dict[str, Tensor], hybrid: bool = True, **inputs: Tensor | dict) -> Tensor:
         """(batch, labels, vocabulary): what the model predicts for the batch's labels."""
-        embeds, gate_input = self.embeds(batch, hybrid), {"sequence_embeds": self.guide(batch)} if self.gated else {}
+        embeds, gate_input = self.embeds(batch, hybrid), self._gate_input(batch)
         if self.training and self.compiled:
             embeds.requires_grad_()  # in text-only prompts too, so that compiled layers get one kind of input
         low = self.embedding.weight.dtype == torch.bfloat16  # then the adapter computes in it, too, as in training
@@ -214,7 +216,7 @@ class LanguageRecommender(nn.Module):
         with self._eager_unless_training(), autocast, base_models.greedy(self.language_model, self.prompts.end):
             written = self.language_model.generate(
                 inputs_embeds=self.embeds(batch, hybrid=True), attention_mask=(batch["part"] == PROMPT).long(),
-                max_new_tokens=max(limits), **{"sequence_embeds": self.guide(batch)} if self.gated else {},
+                max_new_tokens=max(limits), **self._gate_input(batch),
             )  # fmt: skip
         texts = [self.prompts.read(tokens[:limit]) for tokens, limit in zip(written, limits, strict=True)]
         offered = [[self.prompts.titles[item] for item in candidates] for _, candidates, _ in rows]
@@ -267,7 +269,8 @@ class LanguageRecommender(nn.Module):
                 safetensors.torch.load_model(model.projector, folder / "projector.safetensors")
             if (folder / "adapter").is_dir():
                 model.language_model = PeftModel.from_pretrained(language_model, folder / "adapter", is_trainable=True)
-                model.gated = isinstance(config := model.language_model.active_peft_config, ILoraConfig)
+                config = model.language_model.active_peft_config
+                model.gated = isinstance(config, ILoraConfig)
                 if base_model == "embedded" != Path(config.base_model_name_or_path).name and dataset is None:
                     raise ValueError("the base of this adapter was made for its data set")
         except (OSError, RuntimeError, ValueError, safetensors.SafetensorError) as error:

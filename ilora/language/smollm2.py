@@ -3,7 +3,6 @@
 import importlib.util
 from pathlib import Path
 
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from ilora import artifacts
@@ -18,7 +17,7 @@ def folder() -> Path:
     def convert(target: Path, _: Path) -> None:
         source = {"pretrained_model_name_or_path": packaged_file().parent, "gguf_file": FILE}
         quantized = GgufConfig(dequantize=True)  # plain linear layers instead of packed ones
-        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16, quantization_config=quantized)
+        model = AutoModelForCausalLM.from_pretrained(**source, dtype="bfloat16", quantization_config=quantized)
         model.save_pretrained(target)
         AutoTokenizer.from_pretrained(**source).save_pretrained(target)
 

@@ -1,6 +1,5 @@
 """The baselines of the table without attention or text: Popularity, GRU4Rec and Caser."""
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +19,7 @@ class Popularity(Recommender):
         """Count the events of the training users."""
         train = (dataset.users["split"] == "train").to_numpy()[dataset.events["user"]]
         model = cls(len(dataset.items))
-        model.counts += torch.from_numpy(np.bincount(dataset.events["item"][train], minlength=model.n_items))
+        model.counts += torch.tensor(dataset.events["item"][train].to_numpy()).bincount(minlength=model.n_items)
         return model.eval()
 
     def score_all(self, history: Tensor) -> Tensor:

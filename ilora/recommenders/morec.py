@@ -80,8 +80,8 @@ class TitleVectors(nn.Module):
     def __init__(self, n_items: int, text: dict, title_tokens: int, dim: int) -> None:
         super().__init__()
         self.text = AutoModel.from_config(AutoConfig.for_model(**text), dtype=torch.float32)
-        self.norm = nn.LayerNorm(width := self.text.config.hidden_size)
-        self.projection = nn.Linear(width, dim)
+        width = self.text.config.hidden_size
+        self.norm, self.projection = nn.LayerNorm(width), nn.Linear(width, dim)
         nn.init.normal_(self.projection.weight, std=0.02 / width**0.5)  # vectors as small as embeddings at the start
         nn.init.zeros_(self.projection.bias)
         self.register_buffer("tokens", torch.zeros(n_items, title_tokens, dtype=torch.long))  # of the titles

@@ -120,8 +120,8 @@ class _Run:
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer, self.schedule = _optimizer(self.model, arguments, self.total_steps)
         self.state = {"model": trained_tensors(self.model), "optimizer": self.optimizer, "schedule": self.schedule}
-        self.checkpoints, self.identity = self.folder / "checkpoints", arguments.identity() | {"rows": len(train)}
-        self.history, self.best = load_checkpoint(self.checkpoints, self.identity, self.state)
+        self.identity = arguments.identity() | {"rows": len(train)}
+        self.history, self.best = load_checkpoint(self.folder / "checkpoints", self.identity, self.state)
         utils.broadcast([value.detach() for value in self.state["model"].values()])  # all processes start from the same
         self.started = time.monotonic() - (self.history[-1]["seconds"] if self.history else 0.0)
         self.unread = []  # records whose loss may still be on the GPU, with row numbers, values and an event
@@ -199,15 +199,15 @@ class _Run:
     def _backward(self, rows: list) -> Tensor:
         """Add the gradient of the mean loss over `rows`; return that loss, the same in every process."""
         processes, index = self.accelerator.num_processes, self.accelerator.process_index
-        seed, step, local = self.arguments.seed, len(self.history), rows[index::processes]  # of all lengths
+        step, local = len(self.history), rows[index::processes]  # of all lengths
         parts = math.ceil(self.share / self.model.batch_size)  # the same in every process and step
         cuts, losses = np.linspace(0, len(local), parts + 1).round().astype(int), torch.zeros((), device=self.device)
         for part in range(parts):
             micro_batch = local[cuts[part] : cuts[part + 1]]
             share = len(micro_batch) / len(rows)
-            utils.set_seed(combined_seed(seed, step, part * processes + index))
+            utils.set_seed(combined_seed(self.arguments.seed, step, part * processes + index))
             # A small last batch can leave a part empty: one row with weight 0 keeps the processes in step.
-            curriculum = {"progress": step / self.total_steps, "step_seed": combined_seed(seed, step)}
+            curriculum = {"progress": step / self.total_steps, "step_seed": combined_seed(self.arguments.seed, step)}
             loss = self._loss(micro_batch or rows[:1], **curriculum)
             (loss * share).backward()
             losses += loss.detach() * share
@@ -263,7 +263,7 @@ class _Run:
             content = safetensors.torch.save(copied(self.state["model"]))
             artifacts.write_atomic(self.folder / "snapshots" / f"step-{done:08d}.safetensors", content)
         if self.main and checkpoint:
-            save_checkpoint(self.checkpoints, self.identity, self.state, self.history, self.best)
+            save_checkpoint(self.folder / "checkpoints", self.identity, self.state, self.history, self.best)
         self.accelerator.wait_for_everyone()
 
 
