@@ -1,4 +1,5 @@
 import itertools
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -589,6 +590,15 @@ def test_a_damaged_or_missing_file_is_refused(name, left, tmp_path):
     if left is not None:
         file.write_bytes(content[:left])
     with pytest.raises(UserError, match=f"{tmp_path / 'kept'}.* name "):
+        LanguageRecommender.from_pretrained(tmp_path / "kept", device="cpu")
+
+
+@pytest.mark.parametrize("name", ["adapter", "encoder"])
+def test_a_copy_without_one_of_its_folders_is_refused(name, tmp_path):
+    """Without adapter/ the base alone would answer."""
+    make("ilora").save_pretrained(tmp_path / "kept")
+    shutil.rmtree(tmp_path / "kept" / name)
+    with pytest.raises(UserError, match=f"{name}'.*: name a folder that save_pretrained wrote"):
         LanguageRecommender.from_pretrained(tmp_path / "kept", device="cpu")
 
 

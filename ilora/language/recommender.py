@@ -246,6 +246,7 @@ class LanguageRecommender(nn.Module):
             if self.encoder is not None:
                 self.encoder.save_pretrained(temporary / "encoder")
                 safetensors.torch.save_model(self.projector, temporary / "projector.safetensors")
+            about |= {"files": sorted(path.name for path in temporary.iterdir())}
             artifacts.write_json(temporary / "recommender.json", about)
 
     @classmethod
@@ -256,6 +257,8 @@ class LanguageRecommender(nn.Module):
         folder, file = Path(folder), Path(folder, "recommender.json")
         try:
             about = json.loads(file.read_text(encoding="utf-8"))
+            for name in about.get("files", ()):
+                (folder / name).stat()  # all that was saved is there
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read {file} ({error}): name a folder that save_pretrained wrote") from error
         base_model, quantize = base_model or about["base_model"], about.get("quantize", "")

@@ -92,7 +92,8 @@ class SequenceModel(Recommender):
         nn.init.zeros_(self.items.weight[self.n_items])
 
     @property
-    def item_embeddings(self) -> Tensor:  # (n_items, dim)
+    def item_embeddings(self) -> Tensor:
+        """(n_items, dim)"""
         return self.items.weight[: self.n_items]
 
     def encode(self, history: Tensor) -> Tensor:
