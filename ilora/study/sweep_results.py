@@ -93,7 +93,7 @@ def conclusion(what: str, interval: Mapping, over: str = "") -> str:
     if over:
         above, below, neither = (f"{verb} with {over}" for verb in ("grows", "falls", "does not change significantly"))
     verb = above if interval["low"] > 0 else below if interval["high"] < 0 else neither
-    return f"{what} {verb}: {'slope ' * bool(over)}{format_interval(interval)}, n = {interval['n']} seeds"
+    return f"{what} {verb}: {'slope ' if over else ''}{format_interval(interval)}, n = {interval['n']} seeds"
 
 
 def differences_from_default(runs: pd.DataFrame, name: str, *others: str) -> pd.DataFrame:
